@@ -1,0 +1,193 @@
+"""Auto-PGD: PGD that chooses its step size by itself.
+
+Croce and Hein 2020, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks"
+(https://huggingface.co/papers/2003.01690), algorithm 1; for L1 their "Mind the box" 2021
+(https://huggingface.co/papers/2103.01208), algorithm 1.
+"""
+
+import torch
+
+from ..noise import Generators
+from ..threat_model import ThreatModel
+from .base import Forward, Passes, check_inputs, evaluate, per_example, states_passes
+from .objectives import Objective, cross_entropy
+
+
+MOMENTUM = 0.75
+# A step size is kept only if more than this share of the steps since the last checkpoint increased the objective.
+MIN_INCREASE = 0.75
+# L1: epsilon is 3, 2 and 1 times the target for these shares of the steps, which escapes flat regions.
+L1_PHASES = ((3, 0.3), (2, 0.3), (1, 0.4))
+
+
+@states_passes(lambda steps, norm="linf": Passes(steps + len(_phases(steps, norm)), steps))
+def apgd(
+    forward: Forward,
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    threat_model: ThreatModel,
+    steps: int,
+    generator: Generators = None,
+    random_start: bool = True,
+    step_size: float | None = None,
+    objective: Objective = cross_entropy,
+    early_stop: bool = False,
+) -> torch.Tensor:
+    """Ascent with momentum whose step size halves, per example, whenever progress stalls.
+
+    See [`Attack`] for the common arguments. Passes: `steps + 1` forward, `steps` backward (the last iterate is looked
+    at, its gradient is not needed); for L1 with 10 steps and more two forward passes more.
+
+    Args:
+        random_start (`bool`, *optional*, defaults to `True`):
+            Start from a uniform point of the ball instead of the clean image.
+        step_size (`float`, *optional*):
+            Length of the first step relative to epsilon. Defaults to 2 (L-inf, L2) or 1 (L1).
+        objective (`Callable`, *optional*):
+            Maps logits and labels to the values, one an example, to be increased. Defaults to cross-entropy;
+            [`dlr`][hf_rft.attacks.objectives.dlr] is the other choice of the paper.
+        early_stop (`bool`, *optional*, defaults to `False`):
+            Return, for each example, the first iterate that is misclassified, and stop when all are. Otherwise the
+            iterate with the largest objective is returned.
+    """
+    pixels = check_inputs(pixels, labels, steps)
+    if threat_model.is_trivial or len(pixels) == 0:
+        return pixels
+    adversarial = threat_model.random_start(pixels, generator) if random_start else pixels
+    options = {"step_size": step_size, "objective": objective}
+    *wider_phases, (_, last_steps) = _phases(steps, threat_model.norm)
+    for factor, phase_steps in wider_phases:
+        wider = ThreatModel(threat_model.norm, threat_model.epsilon * factor)
+        adversarial = wider.project(adversarial, pixels)
+        adversarial = _ascend(forward, pixels, labels, adversarial, wider, phase_steps, early_stop=False, **options)
+    adversarial = threat_model.project(adversarial, pixels)
+    return _ascend(forward, pixels, labels, adversarial, threat_model, last_steps, early_stop=early_stop, **options)
+
+
+def _phases(steps: int, norm: str) -> list[tuple[int, int]]:
+    """`(factor of epsilon, steps)` of each phase. Fewer than 10 steps are too few to divide."""
+    if norm != "l1" or steps < 10:
+        return [(1, steps)]
+    phases = [(factor, int(share * steps)) for factor, share in L1_PHASES[:-1]]
+    return [*phases, (1, steps - sum(phase_steps for _, phase_steps in phases))]
+
+
+def _ascend(
+    forward: Forward,
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    start: torch.Tensor,
+    threat_model: ThreatModel,
+    steps: int,
+    *,
+    step_size: float | None,
+    objective: Objective,
+    early_stop: bool,
+) -> torch.Tensor:
+    step_rule = (_SparseSteps if threat_model.norm == "l1" else _HalvingSteps)(threat_model, pixels, steps, step_size)
+    current = evaluate(forward, start, labels, objective)
+    previous = adversarial = best = start
+    best_objective, best_gradient, gradient = current.objective, current.gradient, current.gradient
+    fooled, fooling = current.fooled, start
+
+    for step in range(1, steps + 1):
+        if early_stop and fooled.all():
+            break
+        moved = threat_model.project(adversarial + step_rule.move(gradient), pixels)
+        if step_rule.momentum and step > 1:
+            blend = adversarial + MOMENTUM * (moved - adversarial) + (1 - MOMENTUM) * (adversarial - previous)
+            moved = threat_model.project(blend, pixels)
+        previous, adversarial = adversarial, moved
+
+        last = current
+        current = evaluate(forward, adversarial, labels, objective, gradient=step < steps)
+        fooling = torch.where(per_example(current.fooled & ~fooled), adversarial, fooling)
+        fooled = fooled | current.fooled
+        is_better = current.objective > best_objective
+        best_objective = torch.where(is_better, current.objective, best_objective)
+        best = torch.where(per_example(is_better), adversarial, best)
+        if step == steps:
+            break
+        gradient = current.gradient
+        best_gradient = torch.where(per_example(is_better), gradient, best_gradient)
+
+        restart = step_rule.update(current.objective > last.objective, best_objective, best, pixels)
+        if restart is not None:  # at a checkpoint: examples that stalled go on from their best point, without momentum
+            adversarial = torch.where(per_example(restart), best, adversarial)
+            previous = torch.where(per_example(restart), best, previous)
+            gradient = torch.where(per_example(restart), best_gradient, gradient)
+            current = current._replace(objective=torch.where(restart, best_objective, current.objective))
+    if early_stop:
+        return torch.where(per_example(fooled), fooling, best)
+    return best
+
+
+class _HalvingSteps:
+    """L-inf and L2: at checkpoints ever closer together, halve the step of the examples that stalled."""
+
+    momentum = True
+
+    def __init__(self, threat_model: ThreatModel, pixels: torch.Tensor, steps: int, step_size: float | None):
+        self.threat_model = threat_model
+        self.step_size = threat_model.radius(pixels) * (2.0 if step_size is None else step_size)
+        self.interval = max(int(0.22 * steps), 1)
+        self.shortest_interval = max(int(0.06 * steps), 1)
+        self.shortening = max(int(0.03 * steps), 1)
+        self.steps_in_interval = 0
+        self.increases = torch.zeros(len(pixels), device=pixels.device)
+        self.was_halved = torch.ones(len(pixels), dtype=torch.bool, device=pixels.device)
+        self.best_at_checkpoint = torch.full_like(self.increases, -torch.inf)
+
+    def move(self, gradient: torch.Tensor) -> torch.Tensor:
+        return self.threat_model.step(gradient, self.step_size)
+
+    def update(self, increased: torch.Tensor, best_objective: torch.Tensor, *_) -> torch.Tensor | None:
+        """Count a step; at a checkpoint, return which examples restart from their best point."""
+        self.increases += increased
+        self.steps_in_interval += 1
+        if self.steps_in_interval < self.interval:
+            return None
+        oscillates = self.increases <= MIN_INCREASE * self.steps_in_interval
+        no_progress = ~self.was_halved & (best_objective <= self.best_at_checkpoint)
+        stalled = oscillates | no_progress
+        self.step_size = torch.where(per_example(stalled), self.step_size / 2, self.step_size)
+        self.was_halved, self.best_at_checkpoint = stalled, best_objective
+        self.increases = torch.zeros_like(self.increases)
+        self.steps_in_interval = 0
+        self.interval = max(self.interval - self.shortening, self.shortest_interval)
+        return stalled
+
+
+class _SparseSteps:
+    """L1: move few coordinates at a time, fewer as the best perturbation becomes sparser."""
+
+    momentum = False
+
+    def __init__(self, threat_model: ThreatModel, pixels: torch.Tensor, steps: int, step_size: float | None):
+        self.threat_model = threat_model
+        self.longest_step = threat_model.radius(pixels) * (1.0 if step_size is None else step_size)
+        self.step_size = self.longest_step
+        self.interval = max(int(0.04 * steps), 1)
+        self.steps_in_interval = 0
+        self.sparsity = torch.full((len(pixels),), 0.2, device=pixels.device)
+        self.support = torch.full((len(pixels),), float(pixels[0].numel()), device=pixels.device)
+
+    def move(self, gradient: torch.Tensor) -> torch.Tensor:
+        return self.threat_model.step(gradient, self.step_size, self.sparsity)
+
+    def update(
+        self, increased: torch.Tensor, best_objective: torch.Tensor, best: torch.Tensor, pixels: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Count a step; at a checkpoint, return which examples restart from their best point."""
+        self.steps_in_interval += 1
+        if self.steps_in_interval < self.interval:
+            return None
+        self.steps_in_interval = 0
+        support = (best != pixels).flatten(1).sum(dim=1).float()
+        became_sparser = support < 0.95 * self.support
+        self.support = support
+        self.sparsity = support / pixels[0].numel() / 1.5
+        shorter = torch.maximum(self.step_size / 1.5, self.longest_step / 10)
+        self.step_size = torch.where(per_example(became_sparser), self.longest_step, shorter)
+        return became_sparser

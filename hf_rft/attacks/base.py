@@ -1,0 +1,101 @@
+"""What all attacks share: their signature, the input gradient, and the care they take of the model's inputs."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+
+from ..noise import Generators
+from ..threat_model import ThreatModel
+from .objectives import Objective, at_least_float32
+
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Attack(Protocol):
+    """A pure function from images to adversarial images; any callable with these arguments is an attack.
+
+    Args:
+        forward (`Callable`):
+            Maps pixels in [0, 1] of shape `(batch, channels, height, width)` to logits `(batch, classes)`.
+        pixels (`torch.Tensor` of shape `(batch, channels, height, width)`):
+            Clean images, pixels in [0, 1].
+        labels (`torch.Tensor` of shape `(batch,)`):
+            True classes.
+        threat_model ([`ThreatModel`]):
+            Norm and epsilon; epsilon may be one number or one per example.
+        steps (`int`):
+            Number of gradient evaluations.
+        generator (`torch.Generator`, or a list of them, one per example, *optional*):
+            Source of the random start. None draws from a generator seeded with 0, never from the global one.
+
+    Returns:
+        `torch.Tensor`: adversarial pixels, inside the ball and inside [0, 1].
+    """
+
+    def __call__(
+        self,
+        forward: Forward,
+        pixels: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        threat_model: ThreatModel,
+        steps: int,
+        generator: Generators = None,
+    ) -> torch.Tensor: ...
+
+
+class Passes(NamedTuple):
+    """Forward and backward passes through the model that an attack spends on each example at the most."""
+
+    forward: int
+    backward: int
+
+
+def states_passes(passes: Callable[..., Passes]):
+    """Give an attack a `.passes(steps, norm)` that states its cost."""
+
+    def decorate(attack):
+        attack.passes = passes
+        return attack
+
+    return decorate
+
+
+class Evaluation(NamedTuple):
+    """The model at one point of the attack: objective and its gradient, and whether the prediction is wrong."""
+
+    objective: torch.Tensor  # (batch,)
+    gradient: torch.Tensor | None  # like pixels
+    fooled: torch.Tensor  # (batch,), bool
+
+
+def evaluate(
+    forward: Forward, adversarial: torch.Tensor, labels: torch.Tensor, objective: Objective, *, gradient: bool = True
+) -> Evaluation:
+    """One pass through the model. Only the input gets a gradient; no `.grad` field is touched."""
+    with torch.set_grad_enabled(gradient):
+        adversarial = adversarial.detach().requires_grad_(gradient)
+        logits = forward(adversarial)
+        values = objective(logits, labels)
+        # The sum, not the mean: an example's gradient must not depend on the size of its batch.
+        input_gradient = torch.autograd.grad(values.sum(), adversarial)[0] if gradient else None
+    return Evaluation(values.detach(), input_gradient, logits.detach().argmax(dim=1) != labels)
+
+
+def check_inputs(pixels: torch.Tensor, labels: torch.Tensor, steps: int) -> torch.Tensor:
+    """Refuse what no attack can work with; return the pixels in float32 or wider, where steps of 1/255 are exact."""
+    if steps < 1:
+        raise ValueError(f"`steps={steps}` must be at least 1.")
+    if pixels.dim() != 4 or len(pixels) != len(labels):
+        raise ValueError(
+            "An attack takes pixels of shape (batch, channels, height, width) and one label per image; got "
+            f"{tuple(pixels.shape)} and {tuple(labels.shape)}."
+        )
+    return at_least_float32(pixels.detach())
+
+
+def per_example(mask: torch.Tensor) -> torch.Tensor:
+    """Reshape `(batch,)` so that it broadcasts against images."""
+    return mask.reshape(-1, 1, 1, 1)

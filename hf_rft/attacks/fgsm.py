@@ -1,0 +1,49 @@
+"""FGSM (Goodfellow et al. 2015, https://huggingface.co/papers/1412.6572), with a random start (Wong et al. 2020)."""
+
+import torch
+
+from ..noise import Generators
+from ..threat_model import ThreatModel
+from .base import Forward, Passes, states_passes
+from .objectives import Objective, cross_entropy
+from .pgd import pgd
+
+
+@states_passes(lambda steps=1, norm="linf": Passes(1, 1))
+def fgsm(
+    forward: Forward,
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    threat_model: ThreatModel,
+    steps: int = 1,
+    generator: Generators = None,
+    random_start: bool = True,
+    step_size: float | None = None,
+    objective: Objective = cross_entropy,
+    early_stop: bool = False,
+) -> torch.Tensor:
+    """One steepest step. See [`Attack`] for the common arguments and [`pgd`], of which it is the first step.
+
+    Args:
+        steps (`int`, *optional*, defaults to 1):
+            Must be 1.
+        random_start (`bool`, *optional*, defaults to `True`):
+            Start from a uniform point of the ball, which delays catastrophic overfitting (FGSM-RS).
+        step_size (`float`, *optional*):
+            Length of the step relative to epsilon: 1.25 from a random start, 1 otherwise.
+    """
+    if steps != 1:
+        raise ValueError(f"FGSM takes exactly one step, got `steps={steps}`; use `pgd` for more.")
+    return pgd(
+        forward,
+        pixels,
+        labels,
+        threat_model=threat_model,
+        steps=1,
+        generator=generator,
+        random_start=random_start,
+        step_size=step_size if step_size is not None else (1.25 if random_start else 1.0),
+        objective=objective,
+        early_stop=early_stop,
+    )

@@ -1,0 +1,58 @@
+"""What an attack maximises: functions `(logits, labels) -> one value per example`.
+
+Shapes are `(batch, classes)` for logits and `(batch,)` for labels and results. Computed in float32 at least, so that
+autocast does not round a margin to zero.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+
+Objective = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the true class."""
+    return F.cross_entropy(at_least_float32(logits), labels, reduction="none")
+
+
+def margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Largest other logit minus the true one: positive exactly when the example is misclassified."""
+    logits = at_least_float32(logits)
+    true_logit = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+    is_true = F.one_hot(labels, logits.shape[1]).bool()
+    return logits.masked_fill(is_true, -torch.inf).amax(dim=1) - true_logit
+
+
+def dlr(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Difference of logits ratio: the margin over the gap between first and third logit (Croce and Hein 2020, eq. 6).
+
+    Blind to the scale of the logits, which cross-entropy is not. With two classes there is no third logit: the plain
+    margin is used.
+    """
+    if logits.shape[1] < 3:
+        return margin(logits, labels)
+    top = at_least_float32(logits).topk(3, dim=1).values
+    return margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+class KLDivergence:
+    """`KL(p || softmax(logits))` to a fixed distribution `p`, here the model's own on the clean images (TRADES).
+
+    Args:
+        clean_logits (`torch.Tensor` of shape `(batch, classes)`):
+            Computed once; the attack's steps all compare with it.
+    """
+
+    def __init__(self, clean_logits: torch.Tensor):
+        self.log_probabilities = F.log_softmax(at_least_float32(clean_logits.detach()), dim=1)
+
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        log_probabilities = F.log_softmax(at_least_float32(logits), dim=1)
+        return F.kl_div(log_probabilities, self.log_probabilities, reduction="none", log_target=True).sum(dim=1)

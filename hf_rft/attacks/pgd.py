@@ -1,0 +1,61 @@
+"""Projected gradient descent (Madry et al. 2018, https://huggingface.co/papers/1706.06083)."""
+
+import torch
+
+from ..noise import Generators
+from ..threat_model import ThreatModel
+from .base import Forward, Passes, check_inputs, evaluate, per_example, states_passes
+from .objectives import Objective, cross_entropy
+
+
+# Default length of all steps together, relative to epsilon. 2.5 (Madry et al.) crosses the ball from any start. On the
+# L2 sphere n steps of length a / n turn the perturbation towards the gradient until tan(angle / 2) = exp(-a): a = 2.5
+# still loses 1.4 % of epsilon, a = 4 less than 0.1 %.
+PATH_LENGTH = {"linf": 2.5, "l2": 4.0, "l1": 2.5}
+
+
+@states_passes(lambda steps, norm="linf": Passes(steps, steps))
+def pgd(
+    forward: Forward,
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    threat_model: ThreatModel,
+    steps: int,
+    generator: Generators = None,
+    random_start: bool = True,
+    step_size: float | None = None,
+    objective: Objective = cross_entropy,
+    early_stop: bool = False,
+) -> torch.Tensor:
+    """Steepest ascent steps of fixed length, each followed by the projection onto ball and box.
+
+    See [`Attack`] for the common arguments. Passes: `steps` forward, `steps` backward; the last iterate is returned
+    without looking at it.
+
+    Args:
+        random_start (`bool`, *optional*, defaults to `True`):
+            Start from a uniform point of the ball instead of the clean image.
+        step_size (`float`, *optional*):
+            Length of a step relative to epsilon. Defaults to `2.5 / steps`, for L2 to `4 / steps`.
+        objective (`Callable`, *optional*):
+            Maps logits and labels to the values, one an example, to be increased. Defaults to cross-entropy.
+        early_stop (`bool`, *optional*, defaults to `False`):
+            Return, for each example, the first iterate that is misclassified, and stop when all are. For evaluation:
+            in training a misclassified example is worth improving further.
+    """
+    pixels = check_inputs(pixels, labels, steps)
+    if threat_model.is_trivial or len(pixels) == 0:
+        return pixels
+    step = threat_model.radius(pixels) * (PATH_LENGTH[threat_model.norm] / steps if step_size is None else step_size)
+    adversarial = threat_model.random_start(pixels, generator) if random_start else pixels
+    stopped = torch.zeros_like(labels, dtype=torch.bool)
+    for _ in range(steps):
+        current = evaluate(forward, adversarial, labels, objective)
+        if early_stop:
+            stopped = stopped | current.fooled
+            if stopped.all():
+                break
+        moved = threat_model.project(adversarial + threat_model.step(current.gradient, step), pixels)
+        adversarial = torch.where(per_example(stopped), adversarial, moved)
+    return adversarial

@@ -1,0 +1,77 @@
+"""Callbacks that schedule robust fine-tuning."""
+
+import math
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from .schedules import EpsilonSchedule
+
+
+logger = logging.get_logger(__name__)
+
+
+class EpsilonScheduleCallback(TrainerCallback):
+    """Says which share of epsilon the next training step uses.
+
+    It has no state: everything follows from [`~transformers.TrainerState`], which the checkpoint restores. The trainer
+    asks the callback it holds before every step, so a subclass that overrides `multiplier` can do what a function of
+    progress cannot; without any such callback epsilon is constant.
+
+    Args:
+        schedule (`Callable[[float], float]`):
+            Maps progress in [0, 1] to a multiplier of epsilon.
+        interval (`str`, *optional*, defaults to `"step"`):
+            `"step"` measures progress in completed optimizer steps, `"epoch"` in completed epochs (the paper's
+            staircase).
+    """
+
+    def __init__(self, schedule: EpsilonSchedule, interval: str = "step"):
+        if interval not in ("step", "epoch"):
+            raise ValueError(f"`epsilon_schedule_interval={interval!r}` is unknown; choose 'step' or 'epoch'.")
+        self.schedule = schedule
+        self.interval = interval
+
+    def progress(self, state: TrainerState) -> float:
+        """Share of training completed before the next step, in [0, 1]."""
+        if state.max_steps <= 0:
+            return 0.0
+        if self.interval == "step":
+            return min(state.global_step / state.max_steps, 1.0)
+        return min(math.floor(state.epoch or 0.0) / state.num_train_epochs, 1.0)
+
+    def multiplier(self, state: TrainerState) -> float:
+        """The schedule's value for the next step.
+
+        Raises:
+            ValueError: if the schedule returns something that is no finite, non-negative number.
+        """
+        progress = self.progress(state)
+        multiplier = self.schedule(progress)
+        if not (math.isfinite(multiplier) and multiplier >= 0):
+            raise ValueError(
+                f"`epsilon_schedule` returned {multiplier!r} at progress {progress:.3f}; it must return a finite "
+                "multiplier of epsilon, 0 or more."
+            )
+        return float(multiplier)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        at = {share: self.schedule(share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
+        logger.info("Epsilon by progress: " + ", ".join(f"{share:.0%} -> {value:.3g}x" for share, value in at.items()))
+
+
+class DatasetEpochCallback(TrainerCallback):
+    """Tells the training dataset which epoch begins, if it has a `set_epoch`.
+
+    Accelerate does so too, but not for a dataset behind a sharded batch sampler (several processes), where random
+    augmentation would then repeat itself every epoch.
+    """
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, train_dataloader=None, **kwargs
+    ):
+        dataset = getattr(train_dataloader, "dataset", None)
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(math.floor(state.epoch or 0.0))
+
+

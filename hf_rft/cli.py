@@ -1,0 +1,96 @@
+"""Command lines of the recipes: dataclasses, a YAML file for a result, and flags that win over it."""
+
+import difflib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+
+def parse_with_config(
+    dataclass_types: Sequence[type],
+    arguments: Sequence[str] | None = None,
+    *,
+    description: str | None = None,
+    default_config: Callable[[set[str]], Path | None] = lambda given: None,
+) -> tuple[Any, ...]:
+    """Parse dataclasses from `--config file.yaml` and flags; a flag wins over the file.
+
+    The file's entries are read as if they had been given as flags before all others, so that types, choices and
+    messages are the same for both.
+
+    Args:
+        dataclass_types (`Sequence[type]`):
+            Passed to [`~transformers.HfArgumentParser`].
+        arguments (`Sequence[str]`, *optional*):
+            Defaults to `sys.argv[1:]`.
+        default_config (`Callable`, *optional*):
+            Given the names of the flags on the command line, returns the file to use without `--config`, if any.
+
+    Returns:
+        One instance of each dataclass. Bad input ends the program with a message and exit status 2.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
+    parser.add_argument("--config", type=Path, help="YAML file with values for the flags below; flags win over it.")
+    names = {action.dest for action in parser._actions} - {"help", "config"}
+    given = {argument[2:].split("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
+    try:
+        config = _pop_config(arguments) or default_config(given)
+        if config is not None:
+            print(f"Configuration: {config}")
+            arguments = [*_as_flags(config, names), *arguments]
+        *instances, remaining = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        for argument in remaining:
+            if argument.startswith("--"):
+                raise ValueError(f"Unknown flag {argument}.{_nearest(argument[2:].replace('-', '_'), names, '--')}")
+        if remaining:
+            raise ValueError(f"Values {remaining} belong to no flag.")
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    return tuple(instances[: len(dataclass_types)])  # a last one would hold `--config`
+
+
+def _pop_config(arguments: list[str]) -> Path | None:
+    """Take `--config FILE` or `--config=FILE` out of the arguments."""
+    for index, argument in enumerate(arguments):
+        if argument == "--config":
+            if index + 1 == len(arguments):
+                raise ValueError("`--config` needs the name of a YAML file.")
+            config = Path(arguments[index + 1])
+            del arguments[index : index + 2]
+            return config
+        if argument.startswith("--config="):
+            del arguments[index]
+            return Path(argument.removeprefix("--config="))
+    return None
+
+
+def _as_flags(config: Path, names: set[str]) -> list[str]:
+    try:
+        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{config} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{config} must hold `name: value` lines, got {type(values).__name__}.")
+    flags = []
+    for name, value in values.items():
+        if name not in names:
+            raise ValueError(f"{config}: unknown key {name!r}.{_nearest(str(name), names)}")
+        if value is None:  # leaves the default
+            continue
+        flags.append(f"--{name}")
+        if isinstance(value, list):
+            flags += [str(item) for item in value]
+        else:
+            flags.append(json.dumps(value) if isinstance(value, dict) else str(value))
+    return flags
+
+
+def _nearest(name: str, names: set[str], prefix: str = "") -> str:
+    matches = difflib.get_close_matches(name, names, n=1)
+    return f" Did you mean {prefix}{matches[0]}?" if matches else " See --help for the valid names."

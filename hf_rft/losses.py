@@ -1,0 +1,137 @@
+"""Robust training losses: pure functions of logits, one value per example; the caller takes the mean.
+
+Shapes are `(batch, classes)` for logits and `(batch,)` for labels and results. All are computed in float32 at least,
+with a log-softmax on both sides of a Kullback-Leibler divergence, so that no probability of zero makes a NaN.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from .attacks.objectives import at_least_float32
+
+
+def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    return F.log_softmax(at_least_float32(logits), dim=1)
+
+
+def _kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """`KL(p || q)` per example."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
+
+
+def standard_loss(
+    clean_logits: torch.Tensor,
+    adversarial_logits: torch.Tensor | None,
+    labels: torch.Tensor,
+    *,
+    weight: float | None = None,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Plain fine-tuning: the cross-entropy of the clean examples. `adversarial_logits` and `weight` are not used."""
+    return F.cross_entropy(at_least_float32(clean_logits), labels, reduction="none", label_smoothing=label_smoothing)
+
+
+def at_loss(
+    clean_logits: torch.Tensor | None,
+    adversarial_logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    weight: float | None = None,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Adversarial training: the cross-entropy of the adversarial examples (Madry et al. 2018,
+    https://huggingface.co/papers/1706.06083, eq. 2.1). `clean_logits` and `weight` are not used.
+    """
+    return F.cross_entropy(
+        at_least_float32(adversarial_logits), labels, reduction="none", label_smoothing=label_smoothing
+    )
+
+
+def trades_loss(
+    clean_logits: torch.Tensor,
+    adversarial_logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    weight: float = 6.0,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """`CE(clean) + weight * KL(p(clean) || p(adversarial))` (Zhang et al. 2019, https://huggingface.co/papers/1901.08573,
+    eq. 5). Its attack increases the same divergence.
+
+    Args:
+        weight (`float`, *optional*, defaults to 6):
+            `1 / lambda` of the paper; 1 favours clean accuracy.
+        label_smoothing (`float`, *optional*, defaults to 0):
+            Of the clean cross-entropy, as in `torch.nn.functional.cross_entropy`.
+    """
+    clean = standard_loss(clean_logits, None, labels, label_smoothing=label_smoothing)
+    return clean + weight * _kl_divergence(_log_softmax(clean_logits), _log_softmax(adversarial_logits))
+
+
+def mart_loss(
+    clean_logits: torch.Tensor,
+    adversarial_logits: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    weight: float = 6.0,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:
+    """Misclassification-aware training (Wang et al. 2020, "Improving adversarial robustness requires revisiting
+    misclassified examples", eq. 11): boosted cross-entropy of the adversarial example, plus the divergence between
+    clean and adversarial prediction, weighted by how unsure the clean one is:
+
+    `CE(adv) - log(1.0001 - max_{k != y} p_k(adv)) + weight * KL(p(clean) || p(adv)) * (1 - p_y(clean))`
+
+    Args:
+        weight (`float`, *optional*, defaults to 6):
+            `lambda` of the paper.
+
+    Raises:
+        ValueError: for `label_smoothing` above 0, which the boosted cross-entropy does not define.
+    """
+    if label_smoothing:
+        raise ValueError(f"`robust_loss='mart'` does not define `label_smoothing_factor={label_smoothing}`; set it to 0.")
+    log_clean, log_adversarial = _log_softmax(clean_logits), _log_softmax(adversarial_logits)
+    is_true = F.one_hot(labels, log_clean.shape[1]).bool()
+    strongest_wrong = log_adversarial.masked_fill(is_true, -torch.inf).amax(dim=1).exp()
+    boosted = F.nll_loss(log_adversarial, labels, reduction="none") - torch.log(1.0001 - strongest_wrong)
+    unsure = 1 - log_clean.gather(1, labels.unsqueeze(1)).squeeze(1).exp()
+    return boosted + weight * _kl_divergence(log_clean, log_adversarial) * unsure
+
+
+@dataclass(frozen=True)
+class RobustLoss:
+    """A loss together with what must be computed before it can be.
+
+    Args:
+        function (`Callable`):
+            `(clean_logits, adversarial_logits, labels, *, weight, label_smoothing) -> (batch,)`.
+        needs_clean (`bool`):
+            Whether it looks at the clean logits.
+        needs_adversarial (`bool`):
+            Whether it looks at the adversarial ones; if not, no attack runs.
+        attack_objective (`"cross_entropy"` or `"kl"`):
+            What its adversarial examples increase: the loss of the true class, or the divergence from the clean
+            prediction.
+        weight (`float`, *optional*):
+            The published weight of its regulariser; None if it has none.
+    """
+
+    function: Callable[..., torch.Tensor]
+    needs_clean: bool = True
+    needs_adversarial: bool = True
+    attack_objective: Literal["cross_entropy", "kl"] = "cross_entropy"
+    weight: float | None = None
+
+
+# The names the command line knows. In Python, pass a `RobustLoss`, or a plain function that takes the same arguments.
+LOSSES = {
+    "standard": RobustLoss(standard_loss, needs_adversarial=False),
+    "at": RobustLoss(at_loss, needs_clean=False),
+    "trades": RobustLoss(trades_loss, attack_objective="kl", weight=6.0),
+    "mart": RobustLoss(mart_loss, weight=6.0),
+}

@@ -1,0 +1,51 @@
+"""Context managers that change a model for a while and give every module and parameter back exactly as it was."""
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+
+@contextlib.contextmanager
+def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Put all modules into training or evaluation mode."""
+    changed = [module for module in model.modules() if module.training != training]
+    for module in changed:
+        module.training = training
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = not training
+
+
+@contextlib.contextmanager
+def parameters_frozen(model: nn.Module) -> Iterator[None]:
+    """Switch parameter gradients off: an attack differentiates with respect to the images only."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextlib.contextmanager
+def batch_norm_frozen(model: nn.Module) -> Iterator[None]:
+    """Keep modules with running statistics in evaluation mode.
+
+    Adversarial examples are crafted against running statistics. Learning from them with batch statistics, another
+    function of the same weights, undoes the training (design note in the README, "Why BatchNorm is frozen").
+    """
+    frozen = [
+        module for module in model.modules() if module.training and getattr(module, "running_mean", None) is not None
+    ]
+    for module in frozen:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in frozen:
+            module.training = True

@@ -1,0 +1,46 @@
+"""Random numbers that depend on the example only, and never on torch's global generator.
+
+The noise of an attack is a function of the seed, the optimizer step and the example's position in the global batch, so
+that gradient accumulation, the number of processes and resuming cannot change it. Hence one generator an example.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def mix_seed(*numbers: int) -> int:
+    """One well-mixed 63-bit seed from several non-negative numbers, the same on every machine."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def example_generators(device: torch.device | str, positions: Sequence[int], *key: int) -> list[torch.Generator]:
+    """One generator for each position, seeded with `(*key, position)`."""
+    return [torch.Generator(device=device).manual_seed(mix_seed(*key, position)) for position in positions]
+
+
+def rand(images: torch.Tensor, generator: Generators = None) -> torch.Tensor:
+    """Uniform numbers in [0, 1) with shape, dtype and device of `images`."""
+    return _draw(torch.rand, images, generator)
+
+
+def randn(images: torch.Tensor, generator: Generators = None) -> torch.Tensor:
+    """Standard normal numbers with shape, dtype and device of `images`."""
+    return _draw(torch.randn, images, generator)
+
+
+def _draw(sample, images: torch.Tensor, generator: Generators) -> torch.Tensor:
+    options = {"dtype": images.dtype, "device": images.device}
+    if generator is None:  # a fixed seed rather than the global generator, which belongs to the training loop
+        generator = torch.Generator(device=images.device).manual_seed(0)
+    if isinstance(generator, torch.Generator):
+        return sample(images.shape, generator=generator, **options)
+    if len(generator) != len(images):
+        raise ValueError(f"`generator` holds {len(generator)} generators for a batch of {len(images)} images.")
+    if len(generator) == 0:
+        return torch.empty_like(images)
+    return torch.stack([sample(images.shape[1:], generator=one, **options) for one in generator])

@@ -1,0 +1,133 @@
+"""Between a processor's normalised `pixel_values` and pixels in [0, 1], where perturbations are measured."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers.image_processing_utils import BaseImageProcessor
+
+
+# Rounding in resizing and half precision; anything further out is a wrong processor.
+RANGE_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class PixelNormalization:
+    """The affine map `pixel_values = (pixels - mean) / std` of an image processor, in pixels scaled to [0, 1].
+
+    Args:
+        mean (`tuple[float, ...]`):
+            One value per channel, or one for all channels.
+        std (`tuple[float, ...]`):
+            Likewise, positive.
+        source (`str`):
+            The processor's own values, for error messages.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    source: str = ""
+    # Copies of mean and std on the devices seen so far: creating them anew would wait for the device at each call.
+    _tensors: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def from_processor(cls, processor: BaseImageProcessor) -> "PixelNormalization":
+        """Read the map from any transformers image processor, or from timm's wrapper (its `data_config`).
+
+        Raises:
+            ValueError: if `processor` is no image processor, or normalises without saying by what.
+        """
+        if hasattr(processor, "data_config"):  # timm: images become [0, 1] by definition, then mean and std apply
+            values = {"mean": processor.data_config.get("mean"), "std": processor.data_config.get("std")}
+            mean, std = (_per_channel(processor, name, value) for name, value in values.items())
+            return cls(mean, std, source=f"timm data_config mean={values['mean']}, std={values['std']}")
+        if not hasattr(processor, "do_rescale") and not hasattr(processor, "do_normalize"):
+            raise ValueError(
+                f"`processing_class={type(processor).__name__}` is not an image processor, so hf_rft cannot know how "
+                "pixels are normalised; pass `AutoImageProcessor.from_pretrained(...)`."
+            )
+        # Processors map a byte b = 255 p to b * scale + offset first, and normalise after.
+        scale, offset, source = 255.0, 0.0, "do_rescale=False"
+        if getattr(processor, "do_rescale", False):
+            scale = 255.0 * processor.rescale_factor
+            offset = -1.0 if getattr(processor, "rescale_offset", False) else 0.0
+            source = f"rescale_factor={processor.rescale_factor}"
+        mean, std = (0.0,), (1.0,)
+        if getattr(processor, "do_normalize", False):
+            mean = _per_channel(processor, "image_mean", getattr(processor, "image_mean", None))
+            std = _per_channel(processor, "image_std", getattr(processor, "image_std", None))
+            source += f", image_mean={list(mean)}, image_std={list(std)}"
+            if getattr(processor, "include_top", False):  # EfficientNet divides by the standard deviation twice
+                std = tuple(value**2 for value in std)
+        else:
+            source += ", do_normalize=False"
+        return cls(tuple((m - offset) / scale for m in mean), tuple(s / scale for s in std), source)
+
+    def to_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Undo the normalisation.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`):
+                What the processor returned.
+
+        Returns:
+            `torch.Tensor`: pixels in [0, 1], float32 or wider.
+
+        Raises:
+            ValueError: if the result leaves [0, 1] by more than 1e-3; the message says which processor value is off.
+        """
+        mean, std = self._mean_and_std(pixel_values)
+        pixels = pixel_values.to(mean.dtype) * std + mean
+        lowest, highest = torch.stack(torch.aminmax(pixels.detach())).tolist()
+        if not (lowest >= -RANGE_TOLERANCE and highest <= 1 + RANGE_TOLERANCE):  # also catches NaN
+            raise ValueError(self._out_of_range(pixel_values, lowest, highest))
+        return pixels.clamp(0, 1)
+
+    def from_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalise `pixels` in [0, 1], shape `(batch, channels, height, width)`, as the processor would."""
+        mean, std = self._mean_and_std(pixels)
+        return (pixels - mean) / std
+
+    def _mean_and_std(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        channels = images.shape[1]
+        if len(self.mean) not in (1, channels) or len(self.std) not in (1, channels):
+            raise ValueError(
+                f"Images have {channels} channel(s), the processor normalises {max(len(self.mean), len(self.std))} "
+                f"({self.source}); convert the images (for example to RGB) or use a processor made for them."
+            )
+        key = (images.device, torch.promote_types(images.dtype, torch.float32))
+        if key not in self._tensors:
+            self._tensors[key] = tuple(
+                torch.tensor(values, device=key[0], dtype=key[1]).reshape(1, -1, 1, 1)
+                for values in (self.mean, self.std)
+            )
+        return self._tensors[key]
+
+    def _out_of_range(self, pixel_values: torch.Tensor, lowest: float, highest: float) -> str:
+        raw_lowest, raw_highest = pixel_values.min().item(), pixel_values.max().item()
+        if lowest != lowest or highest != highest:
+            hint = "There are NaN values in the images."
+        elif raw_lowest >= 0 and 2 < raw_highest <= 255:
+            hint = "They look like bytes 0..255: the processor's `do_rescale` or `rescale_factor` was not applied."
+        elif raw_lowest >= 0 and raw_highest <= 1:
+            hint = (
+                "They look like pixels in [0, 1] already: apply the processor's normalisation to them, or pass a "
+                "processor with `do_normalize=False`."
+            )
+        else:
+            hint = "The data was normalised with another `image_mean`, `image_std` or `rescale_factor` than these."
+        return (
+            f"`pixel_values` in [{raw_lowest:.4g}, {raw_highest:.4g}] become pixels in [{lowest:.4g}, {highest:.4g}] "
+            f"when the processor ({self.source}) is undone, but pixels must lie in [0, 1]. {hint}"
+        )
+
+
+def _per_channel(processor, name: str, value) -> tuple[float, ...]:
+    if value is None:
+        raise ValueError(
+            f"{type(processor).__name__} normalises images but its `{name}` is None; set `{name}` to the values the "
+            "model was trained with, or `do_normalize=False` if there was none."
+        )
+    values = tuple(float(v) for v in (value if isinstance(value, (list, tuple)) else [value]))
+    if "std" in name and min(values) <= 0:
+        raise ValueError(f"{type(processor).__name__} has `{name}={value}`; standard deviations must be positive.")
+    return values

@@ -1,0 +1,157 @@
+"""Epsilon schedules: pure functions from training progress to a multiplier of the target epsilon.
+
+Progress is the share of optimizer steps already completed, in [0, 1]. A schedule has no state, so a resumed run, another
+number of processes or another number of accumulation steps cannot change it.
+
+The two-hinge schedule is Epsilon-Scheduling of "Robust Fine-Tuning from Non-Robust Pretrained Models: Mitigating
+Suboptimal Transfer With Epsilon-Scheduling" (https://huggingface.co/papers/2509.23325).
+"""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from transformers.utils import ExplicitEnum
+
+
+EpsilonSchedule = Callable[[float], float]
+
+
+class EpsilonScheduleType(ExplicitEnum):
+    """Names of the built-in schedules, as used by `RobustTrainingArguments.epsilon_schedule_type`."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    HINGE = "hinge"
+    COSINE = "cosine"
+    SMOOTHED = "smoothed"
+    PIECEWISE = "piecewise"
+
+
+def _ramp(progress: float, start: float, end: float) -> float:
+    """0 before `start`, 1 from `end` on, linear in between; a jump where the two coincide."""
+    if progress >= end:
+        return 1.0
+    if progress < start:
+        return 0.0
+    return (progress - start) / (end - start)
+
+
+def _check_hinges(start: float, end: float) -> None:
+    for name, value in (("start", start), ("end", end)):
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"`{name}={value}` is not a share of training; give a number in [0, 1].")
+    if start > end:
+        raise ValueError(f"`start={start}` is after `end={end}`; the ramp of epsilon must not end before it starts.")
+
+
+def constant(*, multiplier: float = 1.0) -> EpsilonSchedule:
+    """The same multiplier throughout: `1` is adversarial training as usual, `0` is plain fine-tuning."""
+    if not 0.0 <= multiplier <= 1.0:
+        raise ValueError(f"`multiplier={multiplier}` is outside [0, 1]; raise `epsilon` to train beyond it.")
+    return lambda progress: float(multiplier)
+
+
+def hinge(*, start: float = 0.25, end: float = 0.75) -> EpsilonSchedule:
+    """Epsilon-Scheduling: `0` before `start`, `(p - start) / (end - start)` up to `end`, then `1` (paper, section 4).
+
+    The paper's hinges, epochs 12 and 37 of 50, are the defaults. `start = end = 0` is a constant epsilon.
+    """
+    _check_hinges(start, end)
+    return lambda progress: _ramp(progress, start, end)
+
+
+def linear(*, end: float = 0.75) -> EpsilonSchedule:
+    """Linear warm-up from the first step: the hinge schedule with `start = 0`."""
+    return hinge(start=0.0, end=end)
+
+
+def cosine(*, start: float = 0.25, end: float = 0.75) -> EpsilonSchedule:
+    """Half a cosine wave between the hinges: `(1 - cos(pi u)) / 2` for the share `u` of the ramp."""
+    _check_hinges(start, end)
+    return lambda progress: (1.0 - math.cos(math.pi * _ramp(progress, start, end))) / 2.0
+
+
+def smoothed(*, start: float = 0.25, end: float = 0.75, middle: float = 0.25, power: float = 4.0) -> EpsilonSchedule:
+    """A slow start: `a u^power` up to `middle` of the ramp, then the tangent line that reaches 1 at its end.
+
+    Known from certified training (Zhang et al., CROWN-IBP, https://huggingface.co/papers/1906.06316).
+    """
+    _check_hinges(start, end)
+    if not 0.0 < middle < 1.0:
+        raise ValueError(f"`middle={middle}` must lie strictly between 0 and 1: it is a share of the ramp.")
+    if power < 1.0:
+        raise ValueError(f"`power={power}` must be at least 1, or epsilon jumps at the start of the ramp.")
+    scale = 1.0 / (middle**power + power * middle ** (power - 1.0) * (1.0 - middle))
+
+    def schedule(progress: float) -> float:
+        u = _ramp(progress, start, end)
+        if u < middle:
+            return scale * u**power
+        return scale * (middle**power + power * middle ** (power - 1.0) * (u - middle))
+
+    return schedule
+
+
+def piecewise(*, points: Sequence[tuple[float, float]]) -> EpsilonSchedule:
+    """Linear between `points`, a list of `(progress, multiplier)`; constant before the first and after the last."""
+    if len(points) == 0 or any(len(point) != 2 for point in points):
+        raise ValueError(f"`points={points}` must be a non-empty list of (progress, multiplier) pairs.")
+    progress_points, multipliers = (np.array(column, dtype=float) for column in zip(*points, strict=True))
+    if np.any(np.diff(progress_points) <= 0) or progress_points[0] < 0 or progress_points[-1] > 1:
+        raise ValueError(f"`points={points}`: progress must increase strictly and stay in [0, 1].")
+    if np.any(multipliers < 0) or np.any(multipliers > 1):
+        raise ValueError(f"`points={points}`: multipliers must lie in [0, 1]; raise `epsilon` to train beyond it.")
+    return lambda progress: float(np.interp(progress, progress_points, multipliers))
+
+
+TYPE_TO_EPSILON_SCHEDULE: dict[EpsilonScheduleType, Callable[..., EpsilonSchedule]] = {
+    EpsilonScheduleType.CONSTANT: constant,
+    EpsilonScheduleType.LINEAR: linear,
+    EpsilonScheduleType.HINGE: hinge,
+    EpsilonScheduleType.COSINE: cosine,
+    EpsilonScheduleType.SMOOTHED: smoothed,
+    EpsilonScheduleType.PIECEWISE: piecewise,
+}
+
+
+def get_epsilon_schedule(name: str | EpsilonScheduleType, **kwargs) -> EpsilonSchedule:
+    """Build a schedule by name.
+
+    Args:
+        name (`str` or [`EpsilonScheduleType`]):
+            `"constant"`, `"linear"`, `"hinge"`, `"cosine"`, `"smoothed"` or `"piecewise"`.
+        kwargs:
+            The schedule's own arguments, all shares of training in [0, 1] (`start`, `end`, ...).
+
+    Returns:
+        `Callable[[float], float]`: maps progress in [0, 1] to the multiplier of epsilon, in [0, 1].
+
+    Raises:
+        ValueError: for an unknown name, an unknown or missing argument, or one out of range.
+
+    Example:
+
+    ```python
+    >>> from hf_rft import get_epsilon_schedule
+
+    >>> schedule = get_epsilon_schedule("hinge", start=0.25, end=0.75)
+    >>> [schedule(progress) for progress in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    [0.0, 0.0, 0.5, 1.0, 1.0]
+
+    ```
+    """
+    valid_names = [schedule_type.value for schedule_type in EpsilonScheduleType]
+    if name not in valid_names:
+        raise ValueError(f"`epsilon_schedule_type={name!r}` is unknown; choose one of {valid_names}.")
+    factory = TYPE_TO_EPSILON_SCHEDULE[EpsilonScheduleType(name)]
+    try:
+        bound = inspect.signature(factory).bind(**kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"The {str(EpsilonScheduleType(name).value)!r} epsilon schedule takes "
+            f"{list(inspect.signature(factory).parameters)}, got {sorted(kwargs)}: {error}."
+        ) from error
+    return functools.partial(factory, **bound.kwargs)()

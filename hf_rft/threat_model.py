@@ -1,0 +1,237 @@
+"""What an attacker may do: a norm, a radius, and the three moves every attack is made of.
+
+All tensors are images of shape `(batch, channels, height, width)` with pixels in [0, 1], and so are distances.
+"""
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from .noise import Generators, rand, randn
+
+
+NORMS = ("linf", "l2", "l1")
+
+# A dense L1 step spends the whole budget on coordinates that hardly matter; PGD moves this share of them at a time.
+L1_SPARSITY = 0.05
+
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_EPSILON = re.compile(rf"\s*({_NUMBER})\s*(?:/\s*({_NUMBER})\s*)?")
+
+
+def parse_epsilon(value: str | int | float | Fraction) -> Fraction:
+    """Read a perturbation strength exactly.
+
+    Args:
+        value (`str`, `int`, `float` or `Fraction`):
+            `"8/255"`, `"0.03"`, `"0.5/255"` or a number. A float is read as the decimal it prints as.
+
+    Returns:
+        `Fraction`: the same number, exactly.
+
+    Raises:
+        ValueError: if `value` is not a finite number, or is negative.
+    """
+    match = _EPSILON.fullmatch(str(value))
+    if isinstance(value, bool) or match is None:
+        raise ValueError(f"`epsilon={value!r}` is not a number; write a fraction such as '8/255' or a decimal '0.03'.")
+    numerator, denominator = Fraction(match[1]), Fraction(match[2] or 1)
+    if denominator == 0:
+        raise ValueError(f"`epsilon={value!r}` divides by zero; write a fraction such as '8/255'.")
+    epsilon = numerator / denominator
+    if epsilon < 0:
+        raise ValueError(f"`epsilon={value!r}` is negative; a perturbation strength is 0 or more.")
+    return epsilon
+
+
+def _decimal(value: Fraction) -> str | None:
+    """`value` as a short exact decimal, or None where it has none."""
+    for digits in range(7):
+        if (value * 10**digits).denominator == 1:
+            return f"{float(value):.{digits}f}"
+    return None
+
+
+def format_epsilon(epsilon: Fraction) -> str:
+    """Write epsilon the way the field does, so that `parse_epsilon` reads back the same number: `3/255`, `0.5`."""
+    if (decimal := _decimal(epsilon)) is not None:
+        return decimal
+    if (levels := _decimal(epsilon * 255)) is not None:
+        return f"{levels}/255"
+    return str(epsilon)
+
+
+@dataclass(frozen=True, eq=False)
+class ThreatModel:
+    """All images within `epsilon` of the original in `norm`, and inside the box [0, 1].
+
+    Args:
+        norm (`str`):
+            `"linf"`, `"l2"` or `"l1"`.
+        epsilon (`str`, number, `Fraction`, or `torch.Tensor` of shape `(batch,)`):
+            Radius of the ball, in pixels scaled to [0, 1]. Kept as an exact `Fraction`; a tensor gives every example a
+            radius of its own.
+
+    Raises:
+        ValueError: for an unknown norm, or an epsilon that is no non-negative number, or above 1 for `"linf"`.
+    """
+
+    norm: str
+    epsilon: Fraction | torch.Tensor
+
+    def __init__(self, norm: str, epsilon: str | int | float | Fraction | torch.Tensor):
+        if norm not in NORMS:
+            raise ValueError(f"`norm={norm!r}` is unknown; choose one of {list(NORMS)}.")
+        if isinstance(epsilon, torch.Tensor):
+            if epsilon.dim() != 1:
+                raise ValueError(f"An `epsilon` tensor holds one value per example; got shape {tuple(epsilon.shape)}.")
+        else:
+            written, epsilon = epsilon, parse_epsilon(epsilon)
+            if norm == "linf" and epsilon > 1:
+                raise ValueError(
+                    f"`epsilon={written!r}` is above 1, but pixels lie in [0, 1]; did you mean '{written}/255'?"
+                )
+        object.__setattr__(self, "norm", norm)
+        object.__setattr__(self, "epsilon", epsilon)
+
+    @property
+    def is_trivial(self) -> bool:
+        """True if the ball is known to hold the original image only. A tensor is not looked into (it may be on GPU)."""
+        return not isinstance(self.epsilon, torch.Tensor) and self.epsilon == 0
+
+    def radius(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Epsilon as a tensor of shape `(batch, 1, 1, 1)` on the device and in the dtype of `pixels`."""
+        if not isinstance(self.epsilon, torch.Tensor):
+            return pixels.new_full((len(pixels), 1, 1, 1), float(self.epsilon))
+        if len(self.epsilon) != len(pixels):
+            raise ValueError(f"`epsilon` holds {len(self.epsilon)} values for a batch of {len(pixels)} images.")
+        return self.epsilon.to(pixels).reshape(-1, 1, 1, 1)
+
+    def distance(self, adversarial: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        """Size of each perturbation in the norm, shape `(batch,)`."""
+        return _norm(adversarial - pixels, self.norm).flatten()
+
+    def random_start(self, pixels: torch.Tensor, generator: Generators = None) -> torch.Tensor:
+        """A point drawn uniformly from the ball, then moved into the box."""
+        if self.norm == "linf":
+            direction = 2 * rand(pixels, generator) - 1
+        elif self.norm == "l2":
+            # A Gaussian gives the direction and U^(1/d) the radius of a uniform point in the d-dimensional ball.
+            noise = randn(pixels, generator)
+            dimension = pixels[0].numel()
+            direction = _unit(noise, "l2") * rand(pixels[:, :1, :1, :1], generator) ** (1 / dimension)
+        else:
+            # Coordinates of a uniform point in the L1 ball: Laplace noise over its sum plus one more exponential.
+            exponential = -torch.log1p(-rand(pixels, generator))
+            sign = torch.where(rand(pixels, generator) < 0.5, -1.0, 1.0).to(pixels)
+            slack = -torch.log1p(-rand(pixels[:, :1, :1, :1], generator))
+            direction = sign * exponential / (_norm(exponential, "l1") + slack)
+        return self.project(pixels + self.radius(pixels) * direction, pixels)
+
+    def step(
+        self, gradient: torch.Tensor, step_size: torch.Tensor, sparsity: float | torch.Tensor = L1_SPARSITY
+    ) -> torch.Tensor:
+        """The steepest ascent step of length `step_size` in the norm; zero where the gradient is zero.
+
+        Args:
+            gradient (`torch.Tensor` of shape `(batch, channels, height, width)`):
+                Gradient of the loss at the current point.
+            step_size (`torch.Tensor` that broadcasts against `gradient`):
+                Length of the step, in pixels.
+            sparsity (`float` or `torch.Tensor` of shape `(batch,)`):
+                For `"l1"`, the share of coordinates, those with the largest gradients, that move together.
+        """
+        if self.norm == "linf":
+            return step_size * gradient.sign()
+        if self.norm == "l2":
+            return step_size * _unit(gradient, "l2")
+        magnitude = gradient.abs().flatten(1)
+        count = torch.as_tensor(sparsity, device=gradient.device) * magnitude.shape[1]
+        rank = count.long().clamp(1, magnitude.shape[1]).expand(len(magnitude)) - 1
+        threshold = magnitude.sort(dim=1, descending=True).values.gather(1, rank.unsqueeze(1))
+        sign = gradient.sign() * (magnitude >= threshold).reshape(gradient.shape)
+        return step_size * sign / _norm(sign, "l1").clamp_min(1)
+
+    def project(self, adversarial: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        """The point of ball and box, taken together, that is nearest to `adversarial` (Euclidean distance).
+
+        `pixels` must lie in the box. Exact for all norms up to rounding: projecting onto the ball and then clamping
+        would stay inside too, but loses part of the budget where the box binds.
+        """
+        radius = self.radius(pixels)
+        if self.norm == "linf":
+            return torch.minimum(torch.maximum(adversarial, pixels - radius), pixels + radius).clamp(0, 1)
+        delta = adversarial - pixels
+        room = torch.where(delta > 0, 1 - pixels, pixels)  # how far each coordinate may go before it leaves the box
+        shrink = _shrink_l2 if self.norm == "l2" else _shrink_l1
+        size = shrink(delta.abs().flatten(1), room.flatten(1), radius.flatten(1)).reshape(delta.shape)
+        # `pixels + size` may still round to just outside the box.
+        return (pixels + delta.sign() * size).clamp(0, 1)
+
+
+def _norm(images: torch.Tensor, norm: str) -> torch.Tensor:
+    """Norm of each image, shape `(batch, 1, 1, 1)`."""
+    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
+    return torch.linalg.vector_norm(images.flatten(1), ord=order, dim=1).reshape(-1, 1, 1, 1)
+
+
+def _unit(images: torch.Tensor, norm: str) -> torch.Tensor:
+    """Each image divided by its norm. Scaled by its largest entry first, so that tiny gradients do not underflow."""
+    tiny = torch.finfo(images.dtype).tiny
+    scaled = images / _norm(images, "linf").clamp_min(tiny)
+    return scaled / _norm(scaled, norm).clamp_min(tiny)
+
+
+def _shrink_l2(size: torch.Tensor, room: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    """The nearest vector to `size` with entries in [0, `room`] and L2 norm at most `radius`; shapes `(batch, d)`.
+
+    It is `min(s * size, room)` for one factor `s` in [0, 1] an example. The squared norm grows with `s`, quadratic
+    between the points `room / size` where an entry reaches its bound, so sorting those gives the factor exactly.
+    """
+    inside = torch.linalg.vector_norm(torch.minimum(size, room), dim=1, keepdim=True) <= radius
+    bounds = (room / size.clamp_min(torch.finfo(size.dtype).tiny)).nan_to_num(posinf=torch.finfo(size.dtype).max)
+    bounds, order = bounds.sort(dim=1)
+    # Sums in float64: a difference of cumulative sums of squares loses the small entries otherwise.
+    free = size.double().square().gather(1, order)
+    fixed = room.double().square().gather(1, order)
+    fixed_before = fixed.cumsum(1) - fixed  # entries already at their bound when the k-th reaches its own
+    free_from = free.flip(1).cumsum(1).flip(1)
+    budget = radius.double().square()
+    # With exactly the first k entries at their bounds: fixed_before[k] + s^2 free_from[k] = radius^2.
+    factor = ((budget - fixed_before).clamp_min(0) / free_from.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+    # The right k is the first at which that factor does not push the k-th entry over its bound.
+    k = (factor <= bounds.double()).double().argmax(dim=1, keepdim=True)
+    shrunk = torch.minimum(size * factor.gather(1, k).to(size.dtype).clamp_max(1), room)
+    # The last bit: rounding must not leave the ball.
+    length = torch.linalg.vector_norm(shrunk, dim=1, keepdim=True)
+    shrunk = shrunk * (radius / length.clamp_min(torch.finfo(size.dtype).tiny)).clamp_max(1)
+    return torch.where(inside, torch.minimum(size, room), shrunk)
+
+
+def _shrink_l1(size: torch.Tensor, room: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    """The nearest vector to `size` with entries in [0, `room`] and L1 norm at most `radius`; shapes `(batch, d)`.
+
+    It is `clamp(size - t, 0, room)` for one threshold `t >= 0` an example (Croce and Hein 2021, "Mind the box",
+    proposition 2.2). The sum falls with `t`, linear between the 2d points where an entry leaves its upper bound
+    (`size - room`) or reaches zero (`size`), so sorting those gives the threshold exactly.
+    """
+    clipped = torch.minimum(size, room)
+    inside = clipped.sum(dim=1, keepdim=True) <= radius
+    points = torch.cat([(size - room).clamp_min(0), size], dim=1).double()
+    # Beyond its first point an entry falls with slope 1, beyond its second it rests at zero.
+    slope_changes = torch.cat([torch.ones_like(size), -torch.ones_like(size)], dim=1).double()
+    points, order = points.sort(dim=1)
+    slopes = slope_changes.gather(1, order).cumsum(1)  # number of entries falling after each point
+    fall = (slopes[:, :-1] * points.diff(dim=1)).cumsum(1)
+    total = clipped.double().sum(dim=1, keepdim=True)
+    sums = torch.cat([total, total - fall], dim=1)  # value of the sum at each point
+    # The last point at which the sum is still at least the radius; from there the threshold is on a straight line.
+    k = ((sums >= radius.double()).long().sum(dim=1, keepdim=True) - 1).clamp_min(0)
+    rest = (sums.gather(1, k) - radius.double()) / slopes.gather(1, k).clamp_min(1)
+    threshold = (points.gather(1, k) + rest).to(size.dtype)
+    shrunk = torch.minimum((size - threshold).clamp_min(0), room)
+    # The last bit: rounding must not leave the ball.
+    shrunk = shrunk * (radius / shrunk.sum(dim=1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)).clamp_max(1)
+    return torch.where(inside, clipped, shrunk)

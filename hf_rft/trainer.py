@@ -1,0 +1,312 @@
+"""`RobustTrainer`: `Trainer` that learns from adversarial examples and measures robustness.
+
+Five things differ from the parent, each in an override that calls `super()`: the loss (`compute_loss`, `training_step`,
+`get_batch_samples`), what evaluation predicts (`prediction_step`, `evaluation_loop`), the metrics (`compute_metrics`),
+the logged epsilon (`log`) and how weights are restored (`_load_from_checkpoint`, `_load_best_model`).
+"""
+
+import contextlib
+import copy
+import os
+from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import EvalPrediction, PreTrainedModel, Trainer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .attacks import ATTACKS, Attack
+from .attacks.objectives import KLDivergence
+from .callbacks import DatasetEpochCallback, EpsilonScheduleCallback
+from .checks import check_batch, check_dataset
+from .evaluation import adversarial_predictions, robust_metrics
+from .losses import LOSSES, RobustLoss
+from .model_state import batch_norm_frozen, in_mode, parameters_frozen
+from .noise import example_generators
+from .pixel_space import PixelNormalization
+from .schedules import EpsilonSchedule, get_epsilon_schedule
+from .threat_model import ThreatModel
+from .training_args import RobustTrainingArguments
+
+
+class RobustTrainer(Trainer):
+    """Robust fine-tuning of an image classifier.
+
+    The data pipeline is that of any image classification with [`~transformers.Trainer`]: batches hold `pixel_values`,
+    as the image processor returns them, and `labels`. Saved models are ordinary transformers checkpoints.
+
+    Args:
+        model, args, data_collator, train_dataset, eval_dataset, processing_class, ... :
+            As in [`~transformers.Trainer`]. `args` must be [`RobustTrainingArguments`], and `processing_class` the
+            model's image processor, from which the pixel range follows.
+        attack (`Callable`, *optional*):
+            Training attack with the signature of [`hf_rft.attacks.Attack`], instead of `args.attack`.
+        eval_attack (`Callable`, *optional*):
+            Evaluation attack, instead of `args.eval_attack`.
+        robust_loss (`Callable` or [`hf_rft.losses.RobustLoss`], *optional*):
+            `(clean_logits, adversarial_logits, labels, *, weight, label_smoothing) -> (batch,)`, instead of
+            `args.robust_loss`.
+        epsilon_schedule (`Callable[[float], float]`, *optional*):
+            Maps progress in [0, 1] to a multiplier of epsilon, instead of `args.epsilon_schedule_type`.
+
+    `evaluate` returns, besides the loss, `eval_accuracy`, `eval_robust_accuracy` (at `args.epsilon`),
+    `eval_expected_robustness` and `eval_accuracy_at_<epsilon>` for each epsilon of the grid; `predict` returns the pair
+    (clean logits, predicted label at each epsilon). A `compute_metrics` gets the clean logits, as usual.
+    """
+
+    args: RobustTrainingArguments
+    # The loss is divided by the number of examples of the whole optimizer step, not of the micro-batch.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: RobustTrainingArguments | None = None,
+        *trainer_args,
+        attack: Attack | None = None,
+        eval_attack: Attack | None = None,
+        robust_loss: RobustLoss | Callable[..., torch.Tensor] | None = None,
+        epsilon_schedule: EpsilonSchedule | None = None,
+        **trainer_kwargs,
+    ):
+        if args is None:
+            args = RobustTrainingArguments(output_dir="tmp_trainer")
+        if not isinstance(args, RobustTrainingArguments):
+            raise ValueError(f"`args` must be RobustTrainingArguments, got {type(args).__name__}.")
+        super().__init__(model, args, *trainer_args, **trainer_kwargs)
+        self._refuse_unsupported()
+        self.pixel_normalization = PixelNormalization.from_processor(self.processing_class)
+        num_labels = self.model.config.num_labels
+        check_dataset("train_dataset", self.train_dataset, num_labels)
+        check_dataset("eval_dataset", self.eval_dataset, num_labels)
+
+        self.threat_model = ThreatModel(args.norm, args.epsilon)
+        self.attack = attack or partial(
+            ATTACKS[args.attack], random_start=args.attack_random_start, step_size=args.attack_step_size
+        )
+        self.eval_attack = eval_attack or partial(ATTACKS[args.eval_attack], early_stop=True)
+        robust_loss = robust_loss or LOSSES[args.robust_loss]
+        self.robust_loss = robust_loss if isinstance(robust_loss, RobustLoss) else RobustLoss(robust_loss)
+
+        schedule = epsilon_schedule or get_epsilon_schedule(
+            args.epsilon_schedule_type, **(args.epsilon_schedule_kwargs or {})
+        )
+        self.add_callback(DatasetEpochCallback())
+        if epsilon_schedule is not None or self._epsilon_callback is None:
+            self.add_callback(EpsilonScheduleCallback(schedule, args.epsilon_schedule_interval))
+
+        # A user's function sees what it would see in a plain Trainer: the clean logits.
+        self._user_compute_metrics, self.compute_metrics = self.compute_metrics, self._compute_metrics
+        if self.preprocess_logits_for_metrics is not None:
+            preprocess = self.preprocess_logits_for_metrics
+            self.preprocess_logits_for_metrics = lambda logits, labels: (preprocess(logits[0], labels), logits[1])
+
+        self._train_epsilon: float | None = None  # of the last training step, for the log
+        self._micro_batch = 0  # within the optimizer step
+        self._examples_in_step: int | None = None  # over all micro-batches and processes
+        self._eval_batch = 0  # within the evaluation
+        self._until_backward_ends: contextlib.ExitStack | None = None
+
+    def _refuse_unsupported(self) -> None:
+        if self.processing_class is None:
+            raise ValueError(
+                "`processing_class` is None; pass the model's image processor, "
+                "`AutoImageProcessor.from_pretrained(...)`: perturbations are measured in its pixels."
+            )
+        if self.compute_loss_func is not None:
+            raise ValueError("`compute_loss_func` would replace the robust loss; pass `robust_loss` instead.")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process (DataParallel) are not supported; start one process a GPU "
+                "with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
+            )
+
+    # --- Training ---
+
+    @property
+    def _epsilon_callback(self) -> EpsilonScheduleCallback | None:
+        # Looked up each time: resuming may replace callback objects.
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EpsilonScheduleCallback):
+                return callback
+        return None
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        examples = torch.tensor(sum(len(batch["labels"]) for batch in batches if "labels" in batch), device=device)
+        self._examples_in_step = int(self.accelerator.reduce(examples, "sum"))
+        self._micro_batch = 0
+        return batches, num_items_in_batch
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        # `compute_loss` freezes BatchNorm; activation checkpointing runs the forward pass again during backward.
+        try:
+            with contextlib.ExitStack() as self._until_backward_ends:
+                return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._until_backward_ends = None
+            self._micro_batch += 1
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        check_batch(inputs, self.model.config.num_labels)
+        if not self.model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs = dict(inputs)
+        labels, pixel_values = inputs.pop("labels"), inputs.pop("pixel_values")
+        with contextlib.ExitStack() as until_loss_is_computed:
+            if self.args.freeze_batch_norm:
+                until = self._until_backward_ends or until_loss_is_computed
+                until.enter_context(batch_norm_frozen(self.model))
+            adversarial_values = self._adversarial_pixel_values(pixel_values, labels, inputs)
+            # One forward pass through the wrapped model: DDP counts them.
+            parts = [adversarial_values] if adversarial_values is not None else []
+            if self.robust_loss.needs_clean or not parts:
+                parts.insert(0, pixel_values)
+            outputs = model(pixel_values=torch.cat(parts), **inputs)
+            logits = outputs.logits.split(len(labels))
+            loss = self.robust_loss.function(
+                logits[0],
+                logits[-1],
+                labels,
+                label_smoothing=self.args.label_smoothing_factor,
+                **self._loss_weight,
+            )
+        examples = self._examples_in_step or len(labels) * self.args.world_size
+        loss = loss.sum() * self.args.world_size / examples  # DDP averages gradients over processes
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _loss_weight(self) -> dict[str, float | None]:
+        weight = self.args.robust_loss_weight
+        return {"weight": self.robust_loss.weight if weight is None else weight}
+
+    def _adversarial_pixel_values(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor, extra_inputs: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """Adversarial examples for this step, normalised; None where no attack is due."""
+        callback = self._epsilon_callback
+        multiplier = callback.multiplier(self.state) if callback is not None else 1.0
+        threat_model = ThreatModel(self.args.norm, multiplier * float(self.threat_model.epsilon))
+        self._train_epsilon = float(threat_model.epsilon)
+        pixels = self.pixel_normalization.to_pixels(pixel_values)
+        if threat_model.is_trivial or not self.robust_loss.needs_adversarial:
+            return None
+        # The position of the first example in the global batch: neither accumulation nor processes change it.
+        first = (self._micro_batch * self.args.world_size + self.args.process_index) * self._train_batch_size
+        generator = example_generators(
+            pixels.device, range(first, first + len(pixels)), self.args.seed, self.state.global_step
+        )
+        with self._attacked(training=self.args.attack_model_mode == "train"):
+            forward = partial(self._forward, **extra_inputs)
+            options = {}
+            if self.robust_loss.attack_objective == "kl":
+                with torch.no_grad():
+                    options["objective"] = KLDivergence(forward(pixels))
+            adversarial = self.attack(
+                forward,
+                pixels,
+                labels,
+                threat_model=threat_model,
+                steps=self.args.attack_steps,
+                generator=generator,
+                **options,
+            )
+        return self.pixel_normalization.from_pixels(adversarial).to(pixel_values.dtype)
+
+    @contextlib.contextmanager
+    def _attacked(self, *, training: bool):
+        """The model while it is attacked: no parameter gradients, and nothing about it or the RNG changes."""
+        device = self.args.device
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(parameters_frozen(self.model))
+            stack.enter_context(in_mode(self.model, training=training))
+            if training:  # dropout draws from the global generator; running statistics must stay
+                stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+                stack.enter_context(batch_norm_frozen(self.model))
+            yield
+
+    def _forward(self, pixels: torch.Tensor, **extra_inputs) -> torch.Tensor:
+        """Pixels in [0, 1] to logits, through the bare model: crafting must not trigger gradient synchronisation."""
+        pixel_values = self.pixel_normalization.from_pixels(pixels).to(self.model.dtype)
+        return self.model(pixel_values=pixel_values, **extra_inputs).logits
+
+    # --- Evaluation ---
+
+    def evaluation_loop(self, *args, **kwargs):
+        self._eval_batch = 0
+        return super().evaluation_loop(*args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Adds to the parent's (loss, logits, labels) the predicted label at each epsilon, beside the logits."""
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if prediction_loss_only or labels is None:
+            return loss, logits, labels
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        inputs = self._prepare_inputs(dict(inputs))
+        pixel_values, _ = inputs.pop("pixel_values"), inputs.pop("labels")
+        first = (self._eval_batch * self.args.world_size + self.args.process_index) * self.args.eval_batch_size
+        self._eval_batch += 1
+        with self._attacked(training=False):
+            predictions = adversarial_predictions(
+                partial(self._forward, **inputs),
+                self.pixel_normalization.to_pixels(pixel_values),
+                labels,
+                clean_predictions=logits.argmax(dim=1),
+                norm=self.args.norm,
+                epsilons=self._evaluated_epsilons,
+                attack=self.eval_attack,
+                steps=self.args.eval_attack_steps,
+                seed=self.args.seed,
+                first=first,
+            )
+        return loss, (logits, predictions), labels
+
+    @property
+    def _evaluated_epsilons(self) -> list[Fraction]:
+        if self.is_in_train and not self.args.eval_attack_during_training:
+            return [Fraction(0)]
+        return self.args.epsilon_grid
+
+    def _compute_metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
+        logits, predictions = evaluation.predictions
+        metrics = {}
+        if self._user_compute_metrics is not None:
+            evaluation.predictions = logits
+            metrics.update(self._user_compute_metrics(evaluation))
+        metrics.update(robust_metrics(predictions, evaluation.label_ids, self._evaluated_epsilons, self.threat_model))
+        return metrics
+
+    # --- Logging ---
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._train_epsilon is not None:
+            logs = {**logs, "epsilon": self._train_epsilon}
+        super().log(logs, start_time)
+
+    # --- Restoring weights ---
+    # Upstream loads a checkpoint's raw keys into the model, which skips every tensor whose name the saved format
+    # changes (ViT, DeiT, BEiT, DINOv2, Swin), with a warning only: huggingface/transformers#43701. `from_pretrained`
+    # maps the names. Delete these two overrides when that issue is fixed.
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not self._restore_weights(resume_from_checkpoint, model or self.model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if not self._restore_weights(self.state.best_model_checkpoint, self.model):
+            super()._load_best_model()
+
+    def _restore_weights(self, folder: str, model: nn.Module) -> bool:
+        """Load every tensor of a plain checkpoint; False if it is not one (PEFT, FSDP, DeepSpeed)."""
+        has_weights = any(
+            os.path.isfile(os.path.join(folder, name)) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+        )
+        if not has_weights or not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        restored = type(model).from_pretrained(folder, config=copy.deepcopy(model.config))
+        model.load_state_dict(restored.state_dict(), strict=True)
+        return True

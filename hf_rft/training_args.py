@@ -1,0 +1,247 @@
+"""`RobustTrainingArguments`: everything about robust fine-tuning that is an argument."""
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, ClassVar
+
+from transformers import TrainingArguments
+
+from .attacks import ATTACKS
+from .callbacks import EpsilonScheduleCallback
+from .losses import LOSSES
+from .schedules import get_epsilon_schedule
+from .threat_model import ThreatModel, format_epsilon, parse_epsilon
+
+
+ROBUST_METRICS = ("robust_accuracy", "expected_robustness")
+
+
+@dataclass
+class RobustTrainingArguments(TrainingArguments):
+    r"""
+    Arguments of [`RobustTrainer`]: those of [`~transformers.TrainingArguments`], plus the following.
+
+    Parameters:
+        > Parameters that control the threat model
+
+        norm (`str`, *optional*, defaults to `"linf"`):
+            `"linf"`, `"l2"` or `"l1"`.
+        epsilon (`str`, *optional*, defaults to `"4/255"`):
+            Target perturbation strength, in pixels scaled to [0, 1]: a fraction or a decimal.
+
+        > Parameters that control the training attack
+
+        attack (`str`, *optional*, defaults to `"apgd"`):
+            `"fgsm"`, `"pgd"`, `"apgd"` (cross-entropy) or `"apgd_dlr"`.
+        attack_steps (`int`, *optional*, defaults to 7):
+            Gradient evaluations per example; 1 for `"fgsm"`.
+        attack_step_size (`float`, *optional*):
+            Step size relative to the current epsilon. None: the attack's own rule.
+        attack_random_start (`bool`, *optional*, defaults to `True`):
+            Start the attack from a random point of the ball.
+        attack_model_mode (`str`, *optional*, defaults to `"eval"`):
+            Mode of the model while it is attacked: `"eval"` (no dropout) or `"train"`.
+        freeze_batch_norm (`bool`, *optional*, defaults to `True`):
+            Keep BatchNorm in evaluation mode while training.
+
+        > Parameters that control the loss
+
+        robust_loss (`str`, *optional*, defaults to `"at"`):
+            `"standard"` (plain fine-tuning), `"at"`, `"trades"` or `"mart"`.
+        robust_loss_weight (`float`, *optional*):
+            Weight of the regulariser of TRADES and MART. None: the published one.
+
+        > Parameters that control the epsilon schedule
+
+        epsilon_schedule_type (`str`, *optional*, defaults to `"hinge"`):
+            `"constant"`, `"linear"`, `"hinge"`, `"cosine"`, `"smoothed"` or `"piecewise"`.
+        epsilon_schedule_kwargs (`dict`, *optional*):
+            Arguments of the schedule. None: its defaults, for `"hinge"` `{"start": 0.25, "end": 0.75}`.
+        epsilon_schedule_interval (`str`, *optional*, defaults to `"step"`):
+            `"step"`, or `"epoch"` for the paper's staircase.
+
+        > Parameters that control the evaluation
+
+        eval_attack (`str`, *optional*, defaults to `"apgd"`):
+            Attack of `evaluate`, at fixed epsilons whatever the training schedule.
+        eval_attack_steps (`int`, *optional*, defaults to 10):
+            Its gradient evaluations.
+        eval_epsilons (`list[str]`, *optional*):
+            Increasing, from 0, with `epsilon` among them. None: 0, 1/4, 1/2, 3/4 and 1 times `epsilon`. Expected
+            robustness depends on this grid.
+        eval_attack_during_training (`bool`, *optional*, defaults to `True`):
+            Attack in the evaluations that happen while training runs. If False those report clean accuracy only,
+            which is cheap; calling `evaluate` always attacks.
+
+    > [!NOTE]
+    > `remove_unused_columns` has another default than in [`~transformers.TrainingArguments`]: `False`, because image
+    > datasets are transformed on the fly, from a column that the model does not know.
+
+    Raises:
+        ValueError: naming the argument, its value and the remedy.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "epsilon_schedule_kwargs"]
+
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Remove columns not used by the model's forward from `datasets.Dataset`s."}
+    )
+
+    # --- Threat model ---
+    norm: str = field(default="linf", metadata={"help": "Norm of the perturbation.", "choices": ["linf", "l2", "l1"]})
+    epsilon: str = field(
+        default="4/255",
+        metadata={"help": "Target perturbation strength in pixels scaled to [0, 1], such as 8/255 or 0.03."},
+    )
+
+    # --- Training attack ---
+    attack: str = field(default="apgd", metadata={"help": f"Training attack, one of {', '.join(ATTACKS)}."})
+    attack_steps: int = field(default=7, metadata={"help": "Gradient evaluations of the training attack."})
+    attack_step_size: float | None = field(
+        default=None, metadata={"help": "Step size relative to the current epsilon. Default: the attack's own rule."}
+    )
+    attack_random_start: bool = field(
+        default=True, metadata={"help": "Start the training attack from a random point of the ball."}
+    )
+    attack_model_mode: str = field(
+        default="eval",
+        metadata={"help": "Mode of the model while it is attacked in training.", "choices": ["eval", "train"]},
+    )
+    freeze_batch_norm: bool = field(
+        default=True, metadata={"help": "Keep modules with running statistics in evaluation mode while training."}
+    )
+
+    # --- Loss ---
+    robust_loss: str = field(default="at", metadata={"help": f"Training loss, one of {', '.join(LOSSES)}."})
+    robust_loss_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the regulariser of trades and mart. Default: the published one."}
+    )
+
+    # --- Epsilon schedule ---
+    epsilon_schedule_type: str = field(
+        default="hinge",
+        metadata={"help": "How epsilon grows: constant, linear, hinge, cosine, smoothed or piecewise."},
+    )
+    epsilon_schedule_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Arguments of the schedule, as JSON on the command line: \'{"start": 0.25, "end": 0.75}\'.'},
+    )
+    epsilon_schedule_interval: str = field(
+        default="step",
+        metadata={"help": "Let epsilon grow with every step, or once an epoch.", "choices": ["step", "epoch"]},
+    )
+
+    # --- Robust evaluation ---
+    eval_attack: str = field(default="apgd", metadata={"help": f"Evaluation attack, one of {', '.join(ATTACKS)}."})
+    eval_attack_steps: int = field(default=10, metadata={"help": "Gradient evaluations of the evaluation attack."})
+    eval_epsilons: list[str] | None = field(
+        default=None,
+        metadata={"help": "Epsilons of the evaluation, from 0. Default: 0, 1/4, 1/2, 3/4 and 1 times epsilon."},
+    )
+    eval_attack_during_training: bool = field(
+        default=True,
+        metadata={"help": "Attack in evaluations while training runs; if not, those report clean accuracy only."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.epsilon = str(self.epsilon)
+        self._check_choices()
+        self._check_attack("attack", "attack_steps")
+        self._check_attack("eval_attack", "eval_attack_steps")
+        if self.attack_step_size is not None and not self.attack_step_size > 0:
+            raise ValueError(f"`attack_step_size={self.attack_step_size}` must be positive; it is relative to epsilon.")
+        self._check_loss()
+        # Build once: a bad epsilon or schedule is an error now, not after the model was loaded.
+        ThreatModel(self.norm, self.epsilon)
+        EpsilonScheduleCallback(
+            get_epsilon_schedule(self.epsilon_schedule_type, **(self.epsilon_schedule_kwargs or {})),
+            self.epsilon_schedule_interval,
+        )
+        if self.eval_epsilons is not None:
+            self.eval_epsilons = [str(epsilon) for epsilon in self.eval_epsilons]
+        self._check_eval_epsilons()
+        self._check_supported()
+
+    @property
+    def epsilon_grid(self) -> list[Fraction]:
+        """The epsilons of the evaluation, exactly, in increasing order; the first is 0."""
+        if self.eval_epsilons is None:
+            target = parse_epsilon(self.epsilon)
+            return sorted({target * share / 4 for share in range(5)})
+        return [parse_epsilon(epsilon) for epsilon in self.eval_epsilons]
+
+    def _check_choices(self) -> None:
+        for name, valid in (
+            ("attack", list(ATTACKS)),
+            ("eval_attack", list(ATTACKS)),
+            ("robust_loss", list(LOSSES)),
+            ("attack_model_mode", ["eval", "train"]),
+        ):
+            if getattr(self, name) not in valid:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown; choose one of {valid}.")
+
+    def _check_attack(self, attack: str, steps: str) -> None:
+        if getattr(self, steps) < 1:
+            raise ValueError(
+                f"`{steps}={getattr(self, steps)}` must be at least 1; for training without an attack set "
+                "`robust_loss='standard'`."
+            )
+        if getattr(self, attack) == "fgsm" and getattr(self, steps) != 1:
+            raise ValueError(
+                f"`{attack}='fgsm'` takes exactly one step, got `{steps}={getattr(self, steps)}`; set `{steps}=1` or "
+                f"`{attack}='pgd'`."
+            )
+
+    def _check_loss(self) -> None:
+        if self.robust_loss_weight is not None:
+            if LOSSES[self.robust_loss].weight is None:
+                raise ValueError(
+                    f"`robust_loss_weight={self.robust_loss_weight}` has no meaning for "
+                    f"`robust_loss={self.robust_loss!r}`; leave it out or choose 'trades' or 'mart'."
+                )
+            if not self.robust_loss_weight >= 0:
+                raise ValueError(f"`robust_loss_weight={self.robust_loss_weight}` must be 0 or more.")
+        if self.robust_loss == "mart" and self.label_smoothing_factor:
+            raise ValueError(
+                f"`robust_loss='mart'` does not define `label_smoothing_factor={self.label_smoothing_factor}`; set it "
+                "to 0."
+            )
+        if LOSSES[self.robust_loss].attack_objective == "kl" and not self.attack_random_start:
+            raise ValueError(
+                f"`robust_loss={self.robust_loss!r}` needs `attack_random_start=True`: the divergence it increases has "
+                "a zero gradient at the clean image."
+            )
+
+    def _check_eval_epsilons(self) -> None:
+        grid, target = self.epsilon_grid, parse_epsilon(self.epsilon)
+        for epsilon in grid:
+            ThreatModel(self.norm, epsilon)
+        if grid[0] != 0 or any(a >= b for a, b in zip(grid, grid[1:], strict=False)):
+            raise ValueError(f"`eval_epsilons={self.eval_epsilons}` must increase strictly and start with 0.")
+        if target not in grid:
+            raise ValueError(
+                f"`eval_epsilons={self.eval_epsilons}` does not hold `epsilon={self.epsilon!r}`, at which "
+                "`robust_accuracy` is measured; add it."
+            )
+        metric = self.metric_for_best_model or ""
+        if not self.eval_attack_during_training and metric.endswith(ROBUST_METRICS):
+            raise ValueError(
+                f"`metric_for_best_model={metric!r}` is not measured with `eval_attack_during_training=False`; set it "
+                "to True."
+            )
+
+    def _check_supported(self) -> None:
+        """Refuse what would silently train or measure something else."""
+        if self.activation_checkpointing and (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "`activation_checkpointing_kwargs={'use_reentrant': True}` cannot work: reentrant checkpointing does "
+                "not support `torch.autograd.grad`, which attacks use. Set `use_reentrant` to False."
+            )
+        if self.batch_eval_metrics:
+            raise ValueError("`batch_eval_metrics=True` is not supported: robust metrics need the whole grid at once.")
+
+    @property
+    def epsilons_as_text(self) -> list[str]:
+        """The grid as the field writes it, for reports: `["0", "2/255", ...]`."""
+        return [format_epsilon(epsilon) for epsilon in self.epsilon_grid]

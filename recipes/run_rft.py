@@ -1,0 +1,317 @@
+"""Robustly fine-tune an image classifier, and report how robust it became.
+
+    accelerate launch recipes/run_rft.py                       # bundled model and data, hinge schedule, no download
+    accelerate launch recipes/run_rft.py --seed 1 --output_dir outputs/seed1
+    accelerate launch recipes/run_rft.py --config recipes/fashion_mnist/efficientnet_lite0_constant.yaml
+    accelerate launch recipes/run_rft.py --model_name_or_path google/vit-base-patch16-224-in21k \\
+        --dataset_name ethz/food101 --epsilon 4/255 --learning_rate 5e-5 --num_train_epochs 50 --output_dir outputs/food
+    accelerate launch recipes/run_rft.py --train_dir my_images/train --validation_dir my_images/validation
+
+Writes into `--output_dir`: the model and its processor, all_results.json, trainer_state.json, README.md (model card) and
+robustness_curve.png.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from torchvision import transforms
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, set_seed
+
+from hf_rft import RobustTrainer, RobustTrainingArguments, bundled
+from hf_rft.augmentation import SeededAugmentation
+from hf_rft.cli import parse_with_config
+from hf_rft.plots import plot_robustness_curve
+
+
+DEFAULT_CONFIG = Path(__file__).parent / "fashion_mnist" / "efficientnet_lite0_hinge.yaml"
+
+
+@dataclass
+class ModelArguments:
+    """Which pretrained model to fine-tune."""
+
+    model_name_or_path: str = field(
+        default=bundled.MODEL, metadata={"help": "Hub id (transformers or timm), local folder, or bundled: name."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    token: str | None = field(default=None, metadata={"help": "Hub token, for private or gated repositories."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    ignore_mismatched_sizes: bool = field(
+        default=True, metadata={"help": "Replace the classification head if the number of classes differs."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the square images, in pixels. Default: the processor's own."}
+    )
+    channels_last: bool = field(
+        default=False, metadata={"help": "Memory format of the weights; convolutional networks often run faster."}
+    )
+
+
+@dataclass
+class DataTrainingArguments:
+    """Which images to train and evaluate on."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, local dataset folder, or bundled: name. Default: the bundled data."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    train_dir: str | None = field(default=None, metadata={"help": "Folder of images, one sub-folder a class."})
+    validation_dir: str | None = field(default=None, metadata={"help": "Likewise, for choosing checkpoints."})
+    test_dir: str | None = field(default=None, metadata={"help": "Likewise, for the final numbers."})
+    image_column_name: str = field(default="image", metadata={"help": "Column that holds the images."})
+    label_column_name: str = field(default="label", metadata={"help": "Column that holds the labels."})
+    train_val_split: float = field(
+        default=0.1, metadata={"help": "Share of the training data kept for validation if the data has none."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random subset of this size."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise for validation during training."})
+    max_test_samples: int | None = field(default=None, metadata={"help": "Likewise for the final evaluation."})
+    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
+    color_jitter: float = field(default=0.25, metadata={"help": "Strength of brightness, contrast, saturation jitter."})
+    rotation: float = field(default=2.0, metadata={"help": "Largest random rotation, in degrees."})
+
+    def __post_init__(self):
+        if self.dataset_name is not None and self.train_dir is not None:
+            raise ValueError("Give either --dataset_name or --train_dir, not both.")
+        if self.dataset_name is None and self.train_dir is None:
+            if self.validation_dir is not None or self.test_dir is not None:
+                raise ValueError("--validation_dir and --test_dir need --train_dir.")
+            self.dataset_name = bundled.DATASET
+        if not 0 < self.train_val_split < 1:
+            raise ValueError(f"--train_val_split {self.train_val_split} must lie between 0 and 1.")
+        for name in ("max_train_samples", "max_eval_samples", "max_test_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
+
+
+@dataclass
+class RecipeTrainingArguments(RobustTrainingArguments):
+    """Robust-training arguments, plus what only this script does."""
+
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the new classification head. Default: learning_rate."}
+    )
+
+
+def load_splits(model_args: ModelArguments, data_args: DataTrainingArguments, seed: int) -> DatasetDict:
+    """Splits `train`, `validation` (for choosing checkpoints) and `test` (for the final numbers), in fixed subsets."""
+    if data_args.train_dir is not None:
+        folders = {"train": data_args.train_dir, "validation": data_args.validation_dir, "test": data_args.test_dir}
+        data_files = {split: f"{folder}/**" for split, folder in folders.items() if folder is not None}
+        for folder in filter(None, folders.values()):
+            if not Path(folder).is_dir():
+                raise FileNotFoundError(f"{folder} is not a folder; it should hold one folder of images a class.")
+        splits = load_dataset("imagefolder", data_files=data_files, cache_dir=model_args.cache_dir)
+    else:
+        splits = load_dataset(
+            bundled.resolve(data_args.dataset_name),
+            data_args.dataset_config_name,
+            cache_dir=model_args.cache_dir,
+            token=model_args.token,
+        )
+    if "train" not in splits:
+        raise ValueError(f"The dataset has no split 'train', it has {sorted(splits)}.")
+    for flag, column in (
+        ("image_column_name", data_args.image_column_name),
+        ("label_column_name", data_args.label_column_name),
+    ):
+        columns = splits["train"].column_names
+        if column not in columns:
+            raise ValueError(f"--{flag} {column!r} is not a column of the dataset; its columns are {columns}.")
+    if not isinstance(splits["train"].features[data_args.label_column_name], ClassLabel):
+        splits = splits.class_encode_column(data_args.label_column_name)
+    if len(splits["train"]) == 0:
+        raise ValueError("The training split is empty; robust fine-tuning needs at least one example.")
+
+    if "validation" not in splits:
+        parts = splits["train"].train_test_split(
+            test_size=data_args.train_val_split, seed=seed, stratify_by_column=data_args.label_column_name
+        )
+        splits["train"], splits["validation"] = parts["train"], parts["test"]
+    splits.setdefault("test", splits["validation"])
+    limits = {
+        "train": data_args.max_train_samples,
+        "validation": data_args.max_eval_samples,
+        "test": data_args.max_test_samples,
+    }
+    return DatasetDict({split: subset(splits[split], limit, seed) for split, limit in limits.items()})
+
+
+def subset(dataset: Dataset, limit: int | None, seed: int) -> Dataset:
+    if limit is None or limit >= len(dataset):
+        return dataset
+    return dataset.shuffle(seed=seed).select(range(limit))
+
+
+def load_model(model_args: ModelArguments, class_names: list[str]):
+    """The pretrained model with a head for these classes, and its image processor."""
+    name_or_path = bundled.resolve(model_args.model_name_or_path)
+    hub_options = {
+        "cache_dir": model_args.cache_dir,
+        "revision": model_args.model_revision,
+        "token": model_args.token,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+    config = AutoConfig.from_pretrained(
+        name_or_path,
+        num_labels=len(class_names),
+        id2label=dict(enumerate(class_names)),
+        label2id={name: index for index, name in enumerate(class_names)},
+        **hub_options,
+    )
+    size_options = {}
+    if hasattr(config, "pretrained_cfg"):  # timm: the configuration holds the processor and a list of class names too
+        config.label_names = class_names
+        if model_args.image_size is not None:
+            config.pretrained_cfg["input_size"] = [3, model_args.image_size, model_args.image_size]
+            size_options = {"pretrained_cfg": config.pretrained_cfg}
+    elif model_args.image_size is not None:
+        square = {"height": model_args.image_size, "width": model_args.image_size}
+        size_options = {"size": square, "crop_size": square}
+        if hasattr(config, "image_size"):
+            config.image_size = model_args.image_size
+    processor = AutoImageProcessor.from_pretrained(name_or_path, **size_options, **hub_options)
+    model = AutoModelForImageClassification.from_pretrained(
+        name_or_path, config=config, ignore_mismatched_sizes=model_args.ignore_mismatched_sizes, **hub_options
+    )
+    if model_args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return processor, model
+
+
+def make_optimizer(model, args: RecipeTrainingArguments):
+    """The optimizer the arguments name, with another learning rate for the classification head; None for the default."""
+    if args.head_learning_rate is None:
+        return None
+    optimizer_class, options = RobustTrainer.get_optimizer_cls_and_kwargs(args, model)
+    if hasattr(model, "timm_model"):
+        head = {id(parameter) for parameter in model.timm_model.get_classifier().parameters()}
+    else:
+        head = {id(parameter) for parameter in set(model.parameters()) - set(model.base_model.parameters())}
+    decayed = set(RobustTrainer.get_decay_parameter_names(None, model))
+    groups = {}
+    for name, parameter in model.named_parameters():
+        group = groups.setdefault((id(parameter) in head, name in decayed), [])
+        group.append(parameter)
+    return optimizer_class(
+        [
+            {
+                "params": parameters,
+                "lr": args.head_learning_rate if is_head else args.learning_rate,
+                "weight_decay": args.weight_decay if is_decayed else 0.0,
+            }
+            for (is_head, is_decayed), parameters in groups.items()
+        ],
+        **options,
+    )
+
+
+def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
+    return {
+        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
+        "labels": torch.tensor([example["labels"] for example in examples]),
+    }
+
+
+def print_table(args: RobustTrainingArguments, metrics: dict[str, float]) -> None:
+    rows = [("clean accuracy", metrics["eval_accuracy"])]
+    rows += [
+        (f"accuracy at {args.norm} {epsilon}", metrics[f"eval_accuracy_at_{epsilon}"])
+        for epsilon in args.epsilons_as_text[1:]
+    ]
+    rows += [(f"expected robustness up to {args.epsilons_as_text[-1]}", metrics["eval_expected_robustness"])]
+    width = max(len(name) for name, _ in rows)
+    print(f"\n{args.eval_attack_steps}-step {args.eval_attack}, {metrics['eval_samples']} test examples, seed {args.seed}")
+    for name, value in rows:
+        print(f"  {name:<{width}}  {100 * value:5.1f} %")
+
+
+def main(arguments: list[str] | None = None) -> dict[str, float]:
+    model_args, data_args, training_args = parse_with_config(
+        (ModelArguments, DataTrainingArguments, RecipeTrainingArguments),
+        arguments,
+        description=__doc__,
+        default_config=default_config,
+    )
+    set_seed(training_args.seed)
+
+    # --- Data, model and processor ---
+    splits = load_splits(model_args, data_args, seed=training_args.seed)
+    processor, model = load_model(model_args, splits["train"].features[data_args.label_column_name].names)
+
+    # --- Transforms ---
+    mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
+    augmentation = transforms.Compose(
+        [
+            transforms.RandomHorizontalFlip(data_args.horizontal_flip),
+            transforms.RandomRotation(data_args.rotation),
+            transforms.ColorJitter(*[data_args.color_jitter] * 3),
+        ]
+    )
+
+    def prepare(example, transform=None):
+        image = example[data_args.image_column_name].convert(mode)
+        image = image if transform is None else transform(image)
+        pixel_values = processor(image, return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixel_values, "labels": example[data_args.label_column_name]}
+
+    def prepare_batch(batch):
+        examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        prepared = [prepare(example) for example in examples]
+        return {key: [example[key] for example in prepared] for key in prepared[0]}
+
+    train_dataset = SeededAugmentation(
+        splits["train"], lambda example: prepare(example, augmentation), seed=training_args.seed
+    )
+
+    # --- Train ---
+    trainer = RobustTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=splits["validation"].with_transform(prepare_batch),
+        data_collator=collate,
+        processing_class=processor,
+        optimizers=(make_optimizer(model, training_args), None),
+    )
+    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+
+    # --- Evaluate on data that training never saw ---
+    metrics = trainer.evaluate(splits["test"].with_transform(prepare_batch))
+    metrics["eval_samples"] = len(splits["test"])
+    trainer.save_metrics("eval", metrics)
+    if trainer.is_world_process_zero():
+        epsilons = training_args.epsilon_grid
+        accuracies = [metrics[f"eval_accuracy_at_{epsilon}"] for epsilon in training_args.epsilons_as_text]
+        path = Path(training_args.output_dir) / "robustness_curve.png"
+        plot_robustness_curve({model_args.model_name_or_path: (epsilons, accuracies)}, training_args.norm, path)
+        print_table(training_args, metrics)
+
+    # --- Share ---
+    card = {
+        "finetuned_from": model_args.model_name_or_path,
+        "tasks": "image-classification",
+        "dataset": data_args.dataset_name or data_args.train_dir,
+        "tags": ["image-classification", "adversarial-robustness", "robust-fine-tuning"],
+    }
+    if training_args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+    return metrics
+
+
+def default_config(given: set[str]) -> Path | None:
+    """The bundled recipe, unless a flag names another model or other data."""
+    return None if given & {"model_name_or_path", "dataset_name", "train_dir"} else DEFAULT_CONFIG
+
+
+if __name__ == "__main__":
+    main()
