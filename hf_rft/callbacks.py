@@ -70,8 +70,6 @@ class DatasetEpochCallback(TrainerCallback):
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, train_dataloader=None, **kwargs
     ):
-        dataset = getattr(train_dataloader, "dataset", None)
-        if hasattr(dataset, "set_epoch"):
-            dataset.set_epoch(math.floor(state.epoch or 0.0))
-
-
+        set_epoch = getattr(getattr(train_dataloader, "dataset", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(math.floor(state.epoch or 0.0))

@@ -47,9 +47,15 @@ def check_batch(inputs: dict[str, Any], num_labels: int) -> None:
             f"A batch has no {missing}, its keys are {sorted(inputs)}; let the dataset and `data_collator` return "
             "`pixel_values` and `labels` (and keep `remove_unused_columns=False` for a transform made on the fly)."
         )
-    others = [key for key, value in inputs.items() if isinstance(value, torch.Tensor) and key not in ("pixel_values", "labels")]
+    others = [
+        key
+        for key, value in inputs.items()
+        if isinstance(value, torch.Tensor) and key not in ("pixel_values", "labels")
+    ]
     if others:
-        raise ValueError(f"A batch holds further tensors {others}; only `pixel_values` can be attacked. Leave them out.")
+        raise ValueError(
+            f"A batch holds further tensors {others}; only `pixel_values` can be attacked. Leave them out."
+        )
     _check_labels("A batch", inputs["labels"], num_labels)
 
 
@@ -58,6 +64,6 @@ def _check_labels(where: str, labels: Any, num_labels: int) -> None:
     if lowest < 0 or highest >= num_labels:
         raise ValueError(
             f"{where} holds labels from {lowest} to {highest}, but the model has {num_labels} classes (0 to "
-            f"{num_labels - 1}); load it with `num_labels={highest + 1}` and `ignore_mismatched_sizes=True`, or correct "
-            "the labels."
+            f"{num_labels - 1}); load it with `num_labels={highest + 1}` and `ignore_mismatched_sizes=True`, or "
+            "correct the labels."
         )

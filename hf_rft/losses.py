@@ -94,7 +94,9 @@ def mart_loss(
         ValueError: for `label_smoothing` above 0, which the boosted cross-entropy does not define.
     """
     if label_smoothing:
-        raise ValueError(f"`robust_loss='mart'` does not define `label_smoothing_factor={label_smoothing}`; set it to 0.")
+        raise ValueError(
+            f"`robust_loss='mart'` does not define `label_smoothing_factor={label_smoothing}`; set it to 0."
+        )
     log_clean, log_adversarial = _log_softmax(clean_logits), _log_softmax(adversarial_logits)
     is_true = F.one_hot(labels, log_clean.shape[1]).bool()
     strongest_wrong = log_adversarial.masked_fill(is_true, -torch.inf).amax(dim=1).exp()

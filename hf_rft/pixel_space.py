@@ -36,8 +36,9 @@ class PixelNormalization:
         Raises:
             ValueError: if `processor` is no image processor, or normalises without saying by what.
         """
-        if hasattr(processor, "data_config"):  # timm: images become [0, 1] by definition, then mean and std apply
-            values = {"mean": processor.data_config.get("mean"), "std": processor.data_config.get("std")}
+        data_config = getattr(processor, "data_config", None)
+        if data_config is not None:  # timm: images become [0, 1] by definition, then mean and std apply
+            values = {"mean": data_config.get("mean"), "std": data_config.get("std")}
             mean, std = (_per_channel(processor, name, value) for name, value in values.items())
             return cls(mean, std, source=f"timm data_config mean={values['mean']}, std={values['std']}")
         if not hasattr(processor, "do_rescale") and not hasattr(processor, "do_normalize"):

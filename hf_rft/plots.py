@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-from .threat_model import format_epsilon
+from .threat_model import format_epsilon, parse_epsilon
 
 
 Curve = tuple[Sequence[Fraction], Sequence[float]]  # epsilons, accuracies in [0, 1]
@@ -37,3 +37,46 @@ def plot_robustness_curve(curves: Mapping[str, Curve], norm: str, path: str | Pa
     draw_curves(axes, curves, norm)
     axes.set_title(title)
     figure.savefig(path, dpi=150)
+
+
+def plot_comparison(runs: Mapping[str, Sequence[Mapping]], path: str | Path, norm: str = "linf") -> None:
+    """Robustness curves, and training histories with the onset of task adaptation, of several recipes.
+
+    Args:
+        runs (`Mapping[str, Sequence[Mapping]]`):
+            For each recipe one mapping a seed, with `accuracies` (epsilon as written -> accuracy), `validation` and
+            `epsilon` (lists of (epoch, value)) and `onset` (epoch or None). Curves are means over seeds; histories
+            show every seed.
+    """
+    figure = _figure(figsize=(15, 4.5))
+    curve_axes, validation_axes, epsilon_axes = figure.subplots(1, 3)
+    curves = {}
+    for color, (name, of_seeds) in zip(_colors(), runs.items(), strict=False):
+        written = list(of_seeds[0]["accuracies"])
+        means = [sum(one["accuracies"][epsilon] for one in of_seeds) / len(of_seeds) for epsilon in written]
+        curves[name] = ([parse_epsilon(epsilon) for epsilon in written], means)
+        for number, one in enumerate(of_seeds):
+            epochs, accuracies = zip(*one["validation"], strict=True)
+            label = name if number == 0 else None
+            validation_axes.plot(epochs, [100 * a for a in accuracies], color=color, alpha=0.7, label=label)
+            if one["onset"] is not None:
+                at = 100 * accuracies[one["onset"] - 1]
+                validation_axes.plot(epochs[one["onset"] - 1], at, "*", color=color, markersize=11)
+        if of_seeds[0]["epsilon"]:
+            epochs, epsilons = zip(*of_seeds[0]["epsilon"], strict=True)
+            epsilon_axes.plot(epochs, [255 * epsilon for epsilon in epsilons], color=color, label=name)
+    draw_curves(curve_axes, curves, norm)
+    curve_axes.set_title("robustness (mean over seeds)")
+    validation_axes.set(xlabel="epoch", ylabel="clean validation accuracy (%)", ylim=(0, 100))
+    validation_axes.set_title("adaptation (star: onset)")
+    epsilon_axes.set(xlabel="epoch", ylabel="training epsilon (x 255)", title="schedule")
+    for axes in (validation_axes, epsilon_axes):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def _colors() -> list[str]:
+    from matplotlib import rcParams
+
+    return rcParams["axes.prop_cycle"].by_key()["color"]

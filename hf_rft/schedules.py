@@ -1,7 +1,7 @@
 """Epsilon schedules: pure functions from training progress to a multiplier of the target epsilon.
 
-Progress is the share of optimizer steps already completed, in [0, 1]. A schedule has no state, so a resumed run, another
-number of processes or another number of accumulation steps cannot change it.
+Progress is the share of optimizer steps already completed, in [0, 1]. A schedule has no state, so a resumed run,
+another number of processes or another number of accumulation steps cannot change it.
 
 The two-hinge schedule is Epsilon-Scheduling of "Robust Fine-Tuning from Non-Robust Pretrained Models: Mitigating
 Suboptimal Transfer With Epsilon-Scheduling" (https://huggingface.co/papers/2509.23325).
@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from transformers.utils import ExplicitEnum
+from transformers.utils.generic import ExplicitEnum
 
 
 EpsilonSchedule = Callable[[float], float]

@@ -98,7 +98,7 @@ class ThreatModel:
 
     @property
     def is_trivial(self) -> bool:
-        """True if the ball is known to hold the original image only. A tensor is not looked into (it may be on GPU)."""
+        """True if the ball is known to hold only the original image; a tensor, maybe on GPU, is not looked into."""
         return not isinstance(self.epsilon, torch.Tensor) and self.epsilon == 0
 
     def radius(self, pixels: torch.Tensor) -> torch.Tensor:

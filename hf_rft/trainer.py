@@ -1,8 +1,9 @@
 """`RobustTrainer`: `Trainer` that learns from adversarial examples and measures robustness.
 
-Five things differ from the parent, each in an override that calls `super()`: the loss (`compute_loss`, `training_step`,
-`get_batch_samples`), what evaluation predicts (`prediction_step`, `evaluation_loop`), the metrics (`compute_metrics`),
-the logged epsilon (`log`) and how weights are restored (`_load_from_checkpoint`, `_load_best_model`).
+Five things differ from the parent, each in an override that calls `super()`: the loss (`compute_loss`,
+`training_step`, `get_batch_samples`), what evaluation predicts (`prediction_step`, `evaluation_loop`), the metrics
+(`compute_metrics`), the logged epsilon (`log`) and how weights are restored (`_load_from_checkpoint`,
+`_load_best_model`).
 """
 
 import contextlib
@@ -11,8 +12,9 @@ import os
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, Trainer
@@ -27,7 +29,7 @@ from .losses import LOSSES, RobustLoss
 from .model_state import batch_norm_frozen, in_mode, parameters_frozen
 from .noise import example_generators
 from .pixel_space import PixelNormalization
-from .schedules import EpsilonSchedule, get_epsilon_schedule
+from .schedules import EpsilonSchedule
 from .threat_model import ThreatModel
 from .training_args import RobustTrainingArguments
 
@@ -53,11 +55,12 @@ class RobustTrainer(Trainer):
             Maps progress in [0, 1] to a multiplier of epsilon, instead of `args.epsilon_schedule_type`.
 
     `evaluate` returns, besides the loss, `eval_accuracy`, `eval_robust_accuracy` (at `args.epsilon`),
-    `eval_expected_robustness` and `eval_accuracy_at_<epsilon>` for each epsilon of the grid; `predict` returns the pair
-    (clean logits, predicted label at each epsilon). A `compute_metrics` gets the clean logits, as usual.
+    `eval_expected_robustness` and `eval_accuracy_at_<epsilon>` for each epsilon of the grid; `predict` returns the
+    pair (clean logits, predicted label at each epsilon). A `compute_metrics` gets the clean logits, as usual.
     """
 
     args: RobustTrainingArguments
+    model: PreTrainedModel
     # The loss is divided by the number of examples of the whole optimizer step, not of the micro-batch.
     loss_is_scaled_for_ga = True
 
@@ -91,12 +94,12 @@ class RobustTrainer(Trainer):
         robust_loss = robust_loss or LOSSES[args.robust_loss]
         self.robust_loss = robust_loss if isinstance(robust_loss, RobustLoss) else RobustLoss(robust_loss)
 
-        schedule = epsilon_schedule or get_epsilon_schedule(
-            args.epsilon_schedule_type, **(args.epsilon_schedule_kwargs or {})
-        )
         self.add_callback(DatasetEpochCallback())
-        if epsilon_schedule is not None or self._epsilon_callback is None:
+        if self._epsilon_callback is None:
+            schedule = epsilon_schedule or args.make_epsilon_schedule()
             self.add_callback(EpsilonScheduleCallback(schedule, args.epsilon_schedule_interval))
+        elif epsilon_schedule is not None:
+            raise ValueError("Give either `epsilon_schedule` or an `EpsilonScheduleCallback`, not both.")
 
         # A user's function sees what it would see in a plain Trainer: the clean logits.
         self._user_compute_metrics, self.compute_metrics = self.compute_metrics, self._compute_metrics
@@ -243,7 +246,7 @@ class RobustTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Adds to the parent's (loss, logits, labels) the predicted label at each epsilon, beside the logits."""
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if prediction_loss_only or labels is None:
+        if prediction_loss_only or logits is None or labels is None:
             return loss, logits, labels
         logits = logits[0] if isinstance(logits, tuple) else logits
         inputs = self._prepare_inputs(dict(inputs))
@@ -272,7 +275,7 @@ class RobustTrainer(Trainer):
         return self.args.epsilon_grid
 
     def _compute_metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
-        logits, predictions = evaluation.predictions
+        logits, predictions = cast(tuple[np.ndarray, np.ndarray], evaluation.predictions)
         metrics = {}
         if self._user_compute_metrics is not None:
             evaluation.predictions = logits
@@ -305,7 +308,12 @@ class RobustTrainer(Trainer):
         has_weights = any(
             os.path.isfile(os.path.join(folder, name)) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
         )
-        if not has_weights or not isinstance(model, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if (
+            not has_weights
+            or not isinstance(model, PreTrainedModel)
+            or self.is_fsdp_enabled
+            or self.is_deepspeed_enabled
+        ):
             return False
         restored = type(model).from_pretrained(folder, config=copy.deepcopy(model.config))
         model.load_state_dict(restored.state_dict(), strict=True)

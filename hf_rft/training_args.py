@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from .attacks import ATTACKS
 from .callbacks import EpsilonScheduleCallback
 from .losses import LOSSES
-from .schedules import get_epsilon_schedule
+from .schedules import EpsilonSchedule, get_epsilon_schedule
 from .threat_model import ThreatModel, format_epsilon, parse_epsilon
 
 
@@ -150,18 +150,26 @@ class RobustTrainingArguments(TrainingArguments):
         self._check_attack("attack", "attack_steps")
         self._check_attack("eval_attack", "eval_attack_steps")
         if self.attack_step_size is not None and not self.attack_step_size > 0:
-            raise ValueError(f"`attack_step_size={self.attack_step_size}` must be positive; it is relative to epsilon.")
+            raise ValueError(
+                f"`attack_step_size={self.attack_step_size}` must be positive; it is relative to epsilon."
+            )
         self._check_loss()
+        if isinstance(self.epsilon_schedule_kwargs, str):  # the parent turned JSON objects into dictionaries
+            raise ValueError(
+                f"`epsilon_schedule_kwargs={self.epsilon_schedule_kwargs!r}` is not a JSON object; write "
+                '\'{"start": 0.25, "end": 0.75}\'.'
+            )
         # Build once: a bad epsilon or schedule is an error now, not after the model was loaded.
         ThreatModel(self.norm, self.epsilon)
-        EpsilonScheduleCallback(
-            get_epsilon_schedule(self.epsilon_schedule_type, **(self.epsilon_schedule_kwargs or {})),
-            self.epsilon_schedule_interval,
-        )
+        EpsilonScheduleCallback(self.make_epsilon_schedule(), self.epsilon_schedule_interval)
         if self.eval_epsilons is not None:
             self.eval_epsilons = [str(epsilon) for epsilon in self.eval_epsilons]
         self._check_eval_epsilons()
         self._check_supported()
+
+    def make_epsilon_schedule(self) -> EpsilonSchedule:
+        """The schedule that `epsilon_schedule_type` and `epsilon_schedule_kwargs` name."""
+        return get_epsilon_schedule(self.epsilon_schedule_type, **dict(self.epsilon_schedule_kwargs or {}))
 
     @property
     def epsilon_grid(self) -> list[Fraction]:
@@ -209,8 +217,8 @@ class RobustTrainingArguments(TrainingArguments):
             )
         if LOSSES[self.robust_loss].attack_objective == "kl" and not self.attack_random_start:
             raise ValueError(
-                f"`robust_loss={self.robust_loss!r}` needs `attack_random_start=True`: the divergence it increases has "
-                "a zero gradient at the clean image."
+                f"`robust_loss={self.robust_loss!r}` needs `attack_random_start=True`: the divergence it increases "
+                "has a zero gradient at the clean image."
             )
 
     def _check_eval_epsilons(self) -> None:
@@ -233,7 +241,8 @@ class RobustTrainingArguments(TrainingArguments):
 
     def _check_supported(self) -> None:
         """Refuse what would silently train or measure something else."""
-        if self.activation_checkpointing and (self.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        checkpointing = self.activation_checkpointing_kwargs
+        if self.activation_checkpointing and isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
             raise ValueError(
                 "`activation_checkpointing_kwargs={'use_reentrant': True}` cannot work: reentrant checkpointing does "
                 "not support `torch.autograd.grad`, which attacks use. Set `use_reentrant` to False."

@@ -4,11 +4,11 @@
     accelerate launch recipes/run_rft.py --seed 1 --output_dir outputs/seed1
     accelerate launch recipes/run_rft.py --config recipes/fashion_mnist/efficientnet_lite0_constant.yaml
     accelerate launch recipes/run_rft.py --model_name_or_path google/vit-base-patch16-224-in21k \\
-        --dataset_name ethz/food101 --epsilon 4/255 --learning_rate 5e-5 --num_train_epochs 50 --output_dir outputs/food
+        --dataset_name ethz/food101 --epsilon 4/255 --learning_rate 5e-5 --num_train_epochs 50
     accelerate launch recipes/run_rft.py --train_dir my_images/train --validation_dir my_images/validation
 
-Writes into `--output_dir`: the model and its processor, all_results.json, trainer_state.json, README.md (model card) and
-robustness_curve.png.
+Writes into `--output_dir`: the model and its processor, all_results.json, trainer_state.json, README.md (model card)
+and robustness_curve.png.
 """
 
 from dataclasses import dataclass, field
@@ -70,7 +70,9 @@ class DataTrainingArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise for validation during training."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Likewise for the final evaluation."})
     horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
-    color_jitter: float = field(default=0.25, metadata={"help": "Strength of brightness, contrast, saturation jitter."})
+    color_jitter: float = field(
+        default=0.25, metadata={"help": "Strength of brightness, contrast, saturation jitter."}
+    )
     rotation: float = field(default=2.0, metadata={"help": "Largest random rotation, in degrees."})
 
     def __post_init__(self):
@@ -162,18 +164,18 @@ def load_model(model_args: ModelArguments, class_names: list[str]):
         label2id={name: index for index, name in enumerate(class_names)},
         **hub_options,
     )
-    size_options = {}
-    if hasattr(config, "pretrained_cfg"):  # timm: the configuration holds the processor and a list of class names too
+    processor = AutoImageProcessor.from_pretrained(name_or_path, **hub_options)
+    size = model_args.image_size
+    if hasattr(config, "pretrained_cfg"):  # timm: the configuration holds class names and processor values as well
         config.label_names = class_names
-        if model_args.image_size is not None:
-            config.pretrained_cfg["input_size"] = [3, model_args.image_size, model_args.image_size]
-            size_options = {"pretrained_cfg": config.pretrained_cfg}
-    elif model_args.image_size is not None:
-        square = {"height": model_args.image_size, "width": model_args.image_size}
-        size_options = {"size": square, "crop_size": square}
+        if size is not None:
+            config.pretrained_cfg["input_size"] = [3, size, size]
+            processor = type(processor)(pretrained_cfg=config.pretrained_cfg, architecture=config.architecture)
+    elif size is not None:
+        square = {"height": size, "width": size}
+        processor = AutoImageProcessor.from_pretrained(name_or_path, size=square, crop_size=square, **hub_options)
         if hasattr(config, "image_size"):
-            config.image_size = model_args.image_size
-    processor = AutoImageProcessor.from_pretrained(name_or_path, **size_options, **hub_options)
+            config.image_size = size
     model = AutoModelForImageClassification.from_pretrained(
         name_or_path, config=config, ignore_mismatched_sizes=model_args.ignore_mismatched_sizes, **hub_options
     )
@@ -183,7 +185,7 @@ def load_model(model_args: ModelArguments, class_names: list[str]):
 
 
 def make_optimizer(model, args: RecipeTrainingArguments):
-    """The optimizer the arguments name, with another learning rate for the classification head; None for the default."""
+    """The optimizer of the arguments with another learning rate for the head; None where the default will do."""
     if args.head_learning_rate is None:
         return None
     optimizer_class, options = RobustTrainer.get_optimizer_cls_and_kwargs(args, model)
@@ -224,7 +226,8 @@ def print_table(args: RobustTrainingArguments, metrics: dict[str, float]) -> Non
     ]
     rows += [(f"expected robustness up to {args.epsilons_as_text[-1]}", metrics["eval_expected_robustness"])]
     width = max(len(name) for name, _ in rows)
-    print(f"\n{args.eval_attack_steps}-step {args.eval_attack}, {metrics['eval_samples']} test examples, seed {args.seed}")
+    attack = f"{args.eval_attack_steps}-step {args.eval_attack}"
+    print(f"\n{attack}, {metrics['eval_samples']} test examples, seed {args.seed}")
     for name, value in rows:
         print(f"  {name:<{width}}  {100 * value:5.1f} %")
 

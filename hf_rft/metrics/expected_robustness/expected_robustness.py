@@ -7,8 +7,8 @@ from scipy.stats import bootstrap
 
 
 _DESCRIPTION = """
-Expected robustness is the accuracy under attack averaged over perturbation strengths epsilon from 0 to the largest one:
-the area under the accuracy-versus-epsilon curve, divided by the largest epsilon (trapezoidal rule).
+Expected robustness is the accuracy under attack averaged over perturbation strengths epsilon from 0 to the largest
+one: the area under the accuracy-versus-epsilon curve, divided by the largest epsilon (trapezoidal rule).
 """
 
 _KWARGS_DESCRIPTION = """
@@ -38,7 +38,8 @@ Examples:
 
 _CITATION = """
 @inproceedings{ngnawe2026robust,
-    title={Robust Fine-Tuning from Non-Robust Pretrained Models: Mitigating Suboptimal Transfer With Epsilon-Scheduling},
+    title={Robust Fine-Tuning from Non-Robust Pretrained Models: Mitigating Suboptimal Transfer With
+           Epsilon-Scheduling},
     author={Ngnaw\\'e, Jonas and Heuillet, Maxime and Sahoo, Sabyasachi and Pequignot, Yann and Ahmad, Ola and
             Durand, Audrey and Precioso, Fr\\'ed\\'eric and Gagn\\'e, Christian},
     booktitle={International Conference on Learning Representations},
@@ -47,7 +48,7 @@ _CITATION = """
 """
 
 
-def expected_robustness(epsilons, accuracies) -> float:
+def expected_robustness(epsilons, accuracies):
     """Area under the accuracy curve over the largest epsilon, by the trapezoidal rule.
 
     The last axis of `accuracies` runs over `epsilons`; with one row per example (1 where it is still right) the result
@@ -119,7 +120,9 @@ def robustness_summary(predictions, references, epsilons, *, seed: int = 0) -> d
     mean = float(shares.mean())
     interval = (mean, mean)
     if len(shares) > 1 and np.ptp(shares) > 0:
-        interval = bootstrap((shares,), np.mean, method="percentile", n_resamples=2000, batch=100, rng=seed).confidence_interval
+        interval = bootstrap(
+            (shares,), np.mean, method="percentile", n_resamples=2000, batch=100, rng=seed
+        ).confidence_interval
     return {
         "expected_robustness": mean,
         "clean_accuracy": float(accuracies[0]),

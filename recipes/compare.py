@@ -1,0 +1,118 @@
+"""Run several recipes with several seeds and write one table and one figure.
+
+    python recipes/compare.py recipes/fashion_mnist/*.yaml --seeds 0 1 2 --output_dir outputs/compare
+
+Each run is a process of its own (`accelerate launch recipes/run_rft.py --config ...`); one that already finished, with
+the same configuration, is not repeated. Writes comparison.md, comparison.json and comparison.png.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from hf_rft.onset import adaptation_onset
+from hf_rft.plots import plot_comparison
+
+
+RECIPE = Path(__file__).parent / "run_rft.py"
+PREFIX = "eval_accuracy_at_"
+
+
+def run(config: Path, seed: int, output_dir: Path, extra: list[str]) -> Path:
+    """Run one recipe unless its result is there; return its folder."""
+    folder = output_dir / config.stem / f"seed{seed}"
+    marker = folder / "comparison_input.json"
+    inputs = {"config": config.read_text(), "seed": seed, "extra": extra}
+    if marker.is_file() and json.loads(marker.read_text()) == inputs:
+        print(f"{folder}: already finished")
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "accelerate.commands.launch", str(RECIPE), "--config", str(config)]
+    command += ["--seed", str(seed), "--output_dir", str(folder), *extra]
+    print(" ".join(command), flush=True)
+    log = folder / "log.txt"
+    with log.open("w") as stream:
+        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode
+    if code != 0:
+        raise RuntimeError(f"{config} with seed {seed} ended with status {code}; see {log}")
+    marker.write_text(json.dumps(inputs))
+    return folder
+
+
+def read(folder: Path) -> dict:
+    """Final numbers and training history of one run."""
+    results = json.loads((folder / "all_results.json").read_text())
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    num_classes = len(json.loads((folder / "config.json").read_text())["label_names"])
+    # The last entry is the final evaluation, on other data.
+    validation = [entry for entry in log if "eval_accuracy" in entry and f"{PREFIX}0" not in entry]
+    return {
+        "accuracies": {key.removeprefix(PREFIX): value for key, value in results.items() if key.startswith(PREFIX)},
+        "robust": results["eval_robust_accuracy"],
+        "expected": results["eval_expected_robustness"],
+        "seconds": results["train_runtime"],
+        "validation": [(entry["epoch"], entry["eval_accuracy"]) for entry in validation],
+        "epsilon": [(entry["epoch"], entry["epsilon"]) for entry in log if "epsilon" in entry],
+        "onset": adaptation_onset([entry["eval_accuracy"] for entry in validation], num_classes),
+    }
+
+
+def spread(values: list[float], scale: float = 100) -> str:
+    """Mean and standard deviation over seeds."""
+    deviation = f" ± {scale * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{scale * statistics.mean(values):.1f}{deviation}"
+
+
+def markdown_table(runs: dict[str, list[dict]]) -> str:
+    epsilons = list(next(iter(runs.values()))[0]["accuracies"])
+    header = [
+        "recipe",
+        "clean",
+        *(f"at {epsilon}" for epsilon in epsilons[1:]),
+        "expected robustness",
+        "onset",
+        "minutes",
+    ]
+    rows = [header, ["---"] * len(header)]
+    for name, of_seeds in runs.items():
+        onsets = [str(one["onset"] or "never") for one in of_seeds]
+        rows.append(
+            [name]
+            + [spread([one["accuracies"][epsilon] for one in of_seeds]) for epsilon in epsilons]
+            + [spread([one["expected"] for one in of_seeds]), ", ".join(onsets)]
+            + [spread([one["seconds"] for one in of_seeds], scale=1 / 60)]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="+", type=Path, help="YAML files of recipes/run_rft.py")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"))
+    parser.add_argument("--jobs", type=int, default=1, help="how many runs at a time")
+    args, extra = parser.parse_known_args()
+    for config in args.configs:
+        if not config.is_file():
+            parser.error(f"{config} is not a file")
+
+    work = [(config, seed) for seed in args.seeds for config in args.configs]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        folders = list(pool.map(lambda item: run(item[0], item[1], args.output_dir, extra), work))
+    runs: dict[str, list[dict]] = {config.stem: [] for config in args.configs}
+    for (config, _), folder in zip(work, folders, strict=True):
+        runs[config.stem].append(read(folder))
+
+    table = markdown_table(runs)
+    print(f"\nMean ± standard deviation over seeds {args.seeds}, in %; onset is an epoch for each seed\n\n{table}")
+    (args.output_dir / "comparison.md").write_text(table + "\n")
+    (args.output_dir / "comparison.json").write_text(json.dumps(runs, indent=2))
+    plot_comparison(runs, args.output_dir / "comparison.png")
+
+
+if __name__ == "__main__":
+    main()

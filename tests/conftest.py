@@ -1,0 +1,94 @@
+"""Tiny models of the supported families, and batches for them. All are random: nothing is downloaded."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForImageClassification,
+    ConvNextConfig,
+    Dinov2Config,
+    ResNetConfig,
+    SwinConfig,
+    TimmWrapperConfig,
+    ViTConfig,
+    ViTImageProcessor,
+)
+
+
+NUM_LABELS = 4
+SIZE = 16
+
+CONFIGS = {
+    "vit": lambda: ViTConfig(
+        image_size=SIZE,
+        patch_size=8,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        hidden_dropout_prob=0.1,
+        num_labels=NUM_LABELS,
+    ),
+    "swin": lambda: SwinConfig(
+        image_size=SIZE,
+        patch_size=2,
+        embed_dim=8,
+        depths=[1, 1],
+        num_heads=[2, 2],
+        window_size=4,
+        hidden_dropout_prob=0.1,
+        num_labels=NUM_LABELS,
+    ),
+    "convnext": lambda: ConvNextConfig(
+        hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, patch_size=2, num_labels=NUM_LABELS
+    ),
+    "resnet": lambda: ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=NUM_LABELS
+    ),
+    "dinov2": lambda: Dinov2Config(
+        image_size=SIZE,
+        patch_size=8,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        hidden_dropout_prob=0.1,
+        num_labels=NUM_LABELS,
+    ),
+    "timm": lambda: TimmWrapperConfig(
+        architecture="test_resnet",
+        num_labels=NUM_LABELS,
+        pretrained_cfg={"input_size": [3, SIZE, SIZE], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0},
+        model_args={"drop_rate": 0.1},
+    ),
+}
+
+
+def make_model(family: str, seed: int = 0):
+    torch.manual_seed(seed)
+    return AutoModelForImageClassification.from_config(CONFIGS[family]())
+
+
+@pytest.fixture
+def processor():
+    """mean and std 0.5: pixel values lie in [-1, 1]."""
+    return ViTImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+
+
+class Images(torch.utils.data.Dataset):
+    """Random images whose class shows in their brightness, normalised with mean and std 0.5."""
+
+    def __init__(self, count: int, seed: int = 0, num_labels: int = NUM_LABELS):
+        generator = torch.Generator().manual_seed(seed)
+        self.labels = torch.randint(num_labels, (count,), generator=generator)
+        noise = torch.rand((count, 3, SIZE, SIZE), generator=generator)
+        self.pixels = 0.5 * noise + 0.5 * (self.labels / num_labels).reshape(-1, 1, 1, 1)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        return {"pixel_values": (self.pixels[index] - 0.5) / 0.5, "labels": int(self.labels[index])}
+
+
+@pytest.fixture
+def images():
+    return Images
