@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from transformers import TrainingArguments
 
@@ -169,7 +169,9 @@ class RobustTrainingArguments(TrainingArguments):
 
     def make_epsilon_schedule(self) -> EpsilonSchedule:
         """The schedule that `epsilon_schedule_type` and `epsilon_schedule_kwargs` name."""
-        return get_epsilon_schedule(self.epsilon_schedule_type, **dict(self.epsilon_schedule_kwargs or {}))
+        return get_epsilon_schedule(
+            self.epsilon_schedule_type, **cast(dict[str, Any], self.epsilon_schedule_kwargs or {})
+        )
 
     @property
     def epsilon_grid(self) -> list[Fraction]:

@@ -8,6 +8,7 @@ the same configuration, is not repeated. Writes comparison.md, comparison.json a
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ RECIPE = Path(__file__).parent / "run_rft.py"
 PREFIX = "eval_accuracy_at_"
 
 
-def run(config: Path, seed: int, output_dir: Path, extra: list[str]) -> Path:
+def run(config: Path, seed: int, output_dir: Path, extra: list[str], threads: int) -> Path:
     """Run one recipe unless its result is there; return its folder."""
     folder = output_dir / config.stem / f"seed{seed}"
     marker = folder / "comparison_input.json"
@@ -36,7 +37,8 @@ def run(config: Path, seed: int, output_dir: Path, extra: list[str]) -> Path:
     print(" ".join(command), flush=True)
     log = folder / "log.txt"
     with log.open("w") as stream:
-        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT).returncode
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
     if code != 0:
         raise RuntimeError(f"{config} with seed {seed} ended with status {code}; see {log}")
     marker.write_text(json.dumps(inputs))
@@ -100,9 +102,10 @@ def main() -> None:
         if not config.is_file():
             parser.error(f"{config} is not a file")
 
-    work = [(config, seed) for seed in args.seeds for config in args.configs]
+    work: list[tuple[Path, int]] = [(config, seed) for seed in args.seeds for config in args.configs]
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)  # runs at the same time share the cores
     with ThreadPoolExecutor(args.jobs) as pool:
-        folders = list(pool.map(lambda item: run(item[0], item[1], args.output_dir, extra), work))
+        folders = list(pool.map(lambda item: run(*item, args.output_dir, extra, threads), work))
     runs: dict[str, list[dict]] = {config.stem: [] for config in args.configs}
     for (config, _), folder in zip(work, folders, strict=True):
         runs[config.stem].append(read(folder))

@@ -299,9 +299,12 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     # --- Share ---
     card = {
-        "finetuned_from": model_args.model_name_or_path,
+        # What is bundled has no address on the Hub.
+        "finetuned_from": None
+        if model_args.model_name_or_path.startswith(bundled.PREFIX)
+        else model_args.model_name_or_path,
         "tasks": "image-classification",
-        "dataset": data_args.dataset_name or data_args.train_dir,
+        "dataset": (data_args.dataset_name or Path(data_args.train_dir).name).removeprefix(bundled.PREFIX),
         "tags": ["image-classification", "adversarial-robustness", "robust-fine-tuning"],
     }
     if training_args.push_to_hub:

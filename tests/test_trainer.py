@@ -1,0 +1,576 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import NUM_LABELS, Images, make_model
+from transformers import TrainerCallback
+
+from hf_rft import EpsilonScheduleCallback, RobustTrainer, RobustTrainingArguments
+from hf_rft.attacks import pgd
+from hf_rft.losses import LOSSES, trades_loss
+
+
+ALL_FAMILIES = ["vit", "swin", "convnext", "resnet", "dinov2", "timm"]
+
+
+@pytest.fixture
+def make_trainer(tmp_path, processor):
+    """A trainer on tiny data: L-inf 8/255, constant epsilon, two PGD steps."""
+
+    def make(model="vit", count=32, trainer_class=RobustTrainer, trainer_options=None, **args):
+        defaults = {
+            "output_dir": str(tmp_path / "output"),
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            "per_device_train_batch_size": 8,
+            "epsilon": "8/255",
+            "attack": "pgd",
+            "attack_steps": 2,
+            "eval_attack_steps": 2,
+            "epsilon_schedule_type": "constant",
+            "save_strategy": "no",
+            "logging_steps": 1,
+        }
+        options = {"train_dataset": Images(count), "eval_dataset": Images(13, seed=1), "processing_class": processor}
+        return trainer_class(
+            model=make_model(model) if isinstance(model, str) else model,
+            args=RobustTrainingArguments(**{**defaults, **args}),
+            **{**options, **(trainer_options or {})},
+        )
+
+    return make
+
+
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def without_dropout(family):
+    model = make_model(family)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if hasattr(model, "timm_model"):
+        model.timm_model.drop_rate = 0.0
+    return model
+
+
+# --- The loss and its gradient ---
+
+
+@pytest.mark.parametrize("family", ["vit", "timm"])
+@pytest.mark.parametrize("robust_loss", ["standard", "at", "trades", "mart"])
+@pytest.mark.parametrize(("count", "accumulation"), [(32, 4), (21, 3)])
+def test_accumulated_micro_batches_give_the_gradient_of_the_large_batch(
+    make_trainer, family, robust_loss, count, accumulation
+):
+    """4 x 8 against 32, and 8 + 8 + 5 against 21, with a random start. One SGD step with rate 1 shows the gradient."""
+    updates, losses = [], []
+    for batch_size, steps in ((8, accumulation), (count, 1)):
+        model = without_dropout(family)
+        before = weights(model)
+        trainer = make_trainer(
+            model,
+            count,
+            robust_loss=robust_loss,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=1.0,
+            lr_scheduler_type="constant",
+            max_grad_norm=0.0,
+        )
+        trainer.train()
+        updates.append({name: tensor - before[name] for name, tensor in weights(model).items()})
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert any(update.abs().max() > 1e-3 for update in updates[0].values())
+    for name, update in updates[0].items():
+        torch.testing.assert_close(
+            update, updates[1][name], atol=2e-6, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@pytest.mark.parametrize("robust_loss", ["at", "trades", "mart"])
+def test_loss_equals_formula_on_its_own_adversarial_examples(make_trainer, robust_loss):
+    trainer = make_trainer(without_dropout("vit"), robust_loss=robust_loss, label_smoothing_factor=0.0)
+    made = {}
+
+    def recording_attack(forward, pixels, labels, **options):
+        made["pixels"], made["adversarial"] = pixels, pgd(forward, pixels, labels, **options)
+        return made["adversarial"]
+
+    trainer.attack = recording_attack
+    inputs = trainer.data_collator([Images(8)[i] for i in range(8)])
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, dict(inputs))
+    assert not torch.equal(made["pixels"], made["adversarial"])
+
+    logits = [trainer._forward(made[key]) for key in ("pixels", "adversarial")]
+    options = {} if robust_loss == "at" else {"weight": 6.0}
+    expected = LOSSES[robust_loss].function(*logits, inputs["labels"], **options).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_label_smoothing_is_honoured(make_trainer):
+    inputs = make_trainer().data_collator([Images(8)[i] for i in range(8)])
+    losses = []
+    for smoothing in (0.0, 0.3):
+        trainer = make_trainer(without_dropout("vit"), label_smoothing_factor=smoothing, robust_loss="standard")
+        trainer.model.train()
+        losses.append(trainer.compute_loss(trainer.model, dict(inputs)))
+    logits = without_dropout("vit")(inputs["pixel_values"]).logits
+    expected = torch.nn.functional.cross_entropy(logits, inputs["labels"], label_smoothing=0.3)
+    torch.testing.assert_close(losses[1], expected)
+    assert losses[0] != losses[1]
+
+
+def test_no_attack_runs_at_epsilon_zero(make_trainer):
+    """The loss is then that of plain fine-tuning, for AT and for TRADES."""
+
+    def no_attack(*args, **kwargs):
+        raise AssertionError("attacked at epsilon 0")
+
+    inputs = make_trainer().data_collator([Images(8)[i] for i in range(8)])
+    for robust_loss in ("at", "trades"):
+        trainer = make_trainer(
+            without_dropout("vit"),
+            robust_loss=robust_loss,
+            epsilon_schedule_kwargs={"multiplier": 0.0},
+            trainer_options={"attack": no_attack},
+        )
+        trainer.model.train()
+        loss = trainer.compute_loss(trainer.model, dict(inputs))
+        torch.testing.assert_close(loss, trainer.model(**inputs).loss)
+
+
+# --- What an attack must leave alone ---
+
+
+class Recorder(TrainerCallback):
+    def __init__(self):
+        self.states = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.states.append([(module.training, type(module).__name__) for module in model.modules()])
+
+
+@pytest.mark.parametrize("family", ["resnet", "timm"])
+def test_batch_norm_is_frozen_and_every_mode_comes_back(make_trainer, family):
+    trainer, recorder = make_trainer(family, max_steps=2), Recorder()
+    trainer.add_callback(recorder)
+    buffers = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
+    before = weights(trainer.model)
+    trainer.train()
+    assert len(recorder.states) == 2
+    assert all(training for state in recorder.states for training, _ in state)
+    for name, buffer in trainer.model.named_buffers():
+        assert torch.equal(buffer, buffers[name]), name
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(trainer.model).items())
+
+
+def test_batch_norm_learns_statistics_when_not_frozen(make_trainer):
+    trainer = make_trainer("resnet", max_steps=1, freeze_batch_norm=False)
+    buffers = {name: buffer.clone() for name, buffer in trainer.model.named_buffers()}
+    trainer.train()
+    assert all(
+        not torch.equal(buffer, buffers[name])
+        for name, buffer in trainer.model.named_buffers()
+        if name.endswith("running_mean")
+    )
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("family", ["vit", "timm"])
+def test_attack_changes_nothing_about_the_model(make_trainer, family, mode):
+    seen = []
+
+    def spying_attack(forward, pixels, labels, **options):
+        seen.append(
+            (
+                any(parameter.requires_grad for parameter in model.parameters()),
+                {module.training for module in model.modules() if not hasattr(module, "running_mean")},
+                {module.training for module in model.modules() if getattr(module, "running_mean", None) is not None},
+            )
+        )
+        return pgd(forward, pixels, labels, **options)
+
+    trainer = make_trainer(
+        family, attack_model_mode=mode, freeze_batch_norm=False, trainer_options={"attack": spying_attack}
+    )
+    model = trainer.model
+    first = next(model.parameters())
+    first.requires_grad_(False)
+    model.train()
+    some_module = list(model.modules())[3]
+    some_module.eval()
+    modes = [module.training for module in model.modules()]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    state = torch.get_rng_state()
+    inputs = trainer.data_collator([Images(8)[i] for i in range(8)])
+
+    trainer._adversarial_pixel_values(inputs["pixel_values"], inputs["labels"], {})
+
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert not first.requires_grad
+    assert all(parameter.requires_grad for parameter in list(model.parameters())[1:])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+    requires_grad, modes_seen, batch_norm_modes = seen[0]
+    assert not requires_grad
+    assert modes_seen == {mode == "train"}
+    assert batch_norm_modes <= {False}
+
+
+def test_attack_does_not_shift_the_data_order(make_trainer):
+    orders = []
+    for multiplier in (0.0, 1.0):
+        order = []
+
+        class Spying(RobustTrainer):
+            def training_step(self, model, inputs, *args, order=order):
+                order.append(inputs["pixel_values"].mean().item())
+                return super().training_step(model, inputs, *args)
+
+        trainer = make_trainer(
+            trainer_class=Spying, num_train_epochs=2, epsilon_schedule_kwargs={"multiplier": multiplier}
+        )
+        trainer.train()
+        orders.append(order)
+    assert len(orders[0]) == 8
+    assert orders[0] == orders[1]
+
+
+# --- Models and features of the Trainer ---
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+@pytest.mark.parametrize("options", [{}, {"bf16": True}], ids=["float32", "bf16"])
+def test_trains_and_evaluates(make_trainer, family, options):
+    trainer = make_trainer(family, max_steps=2, **options)
+    before = weights(trainer.model)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(trainer.model).items())
+    assert all(math.isfinite(value) for value in metrics.values())
+    grid = [metrics[f"eval_accuracy_at_{epsilon}"] for epsilon in ("0", "2/255", "4/255", "6/255", "8/255")]
+    assert grid == sorted(grid, reverse=True)
+    assert grid[0] == metrics["eval_accuracy"]
+    assert grid[-1] == metrics["eval_robust_accuracy"]
+    expected = sum(a + b for a, b in zip(grid, grid[1:], strict=False)) / 8
+    assert metrics["eval_expected_robustness"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "timm"])
+def test_activation_checkpointing_changes_nothing(make_trainer, family):
+    """BatchNorm stays frozen while backward runs the forward pass again."""
+    results = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(family, max_steps=2, activation_checkpointing=checkpointing)
+        trainer.train()
+        results.append(weights(trainer.model))
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, msg=lambda text, n=name: f"{n}: {text}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["vit", "timm"])
+def test_torch_compile_changes_nothing(make_trainer, family):
+    results = []
+    for backend in (None, "aot_eager"):
+        trainer = make_trainer(without_dropout(family), max_steps=2, torch_compile_backend=backend)
+        trainer.train()
+        results.append((weights(trainer.model), trainer.evaluate()["eval_expected_robustness"]))
+    for name, tensor in results[0][0].items():
+        torch.testing.assert_close(results[1][0][name], tensor, msg=lambda text, n=name: f"{n}: {text}")
+    assert results[0][1] == results[1][1]
+
+
+# --- Epsilon ---
+
+
+def test_epsilon_follows_the_schedule_and_is_logged_with_training(make_trainer):
+    trainer = make_trainer(
+        count=32,
+        max_steps=8,
+        epsilon_schedule_type="hinge",
+        epsilon_schedule_kwargs={"start": 0.25, "end": 0.75},
+        eval_strategy="steps",
+        eval_steps=4,
+    )
+    trainer.train()
+    epsilons = [entry["epsilon"] for entry in trainer.state.log_history if "loss" in entry]
+    target = 8 / 255
+    expected = [target * max(0.0, min(1.0, (step / 8 - 0.25) / 0.5)) for step in range(8)]
+    assert epsilons == pytest.approx(expected)
+    assert not any("epsilon" in entry for entry in trainer.state.log_history if "loss" not in entry)
+
+
+def test_epsilon_staircase_by_epoch(make_trainer):
+    trainer = make_trainer(
+        num_train_epochs=4, epsilon_schedule_type="linear", epsilon_schedule_interval="epoch"
+    )  # linear ends at 75 % of 4 epochs
+    trainer.train()
+    epsilons = [entry["epsilon"] for entry in trainer.state.log_history if "loss" in entry]
+    assert epsilons == pytest.approx([8 / 255 * epoch / 3 for epoch in range(4) for _ in range(4)])
+
+
+def test_schedule_callback_can_be_replaced_or_removed(make_trainer):
+    class Half(EpsilonScheduleCallback):
+        def multiplier(self, state):
+            return 0.5
+
+    trainer = make_trainer(max_steps=1, trainer_options={"callbacks": [Half(lambda progress: 0.0)]})
+    trainer.train()
+    assert trainer.state.log_history[0]["epsilon"] == pytest.approx(4 / 255)
+
+    trainer = make_trainer(max_steps=1, epsilon_schedule_type="hinge")
+    trainer.remove_callback(EpsilonScheduleCallback)
+    trainer.train()
+    assert trainer.state.log_history[0]["epsilon"] == pytest.approx(8 / 255)
+
+
+def test_callables_override_the_arguments(make_trainer):
+    calls = []
+
+    def attack(forward, pixels, labels, *, threat_model, steps, generator=None):
+        calls.append(("attack", float(threat_model.epsilon), steps, len(generator)))
+        return pixels
+
+    def eval_attack(forward, pixels, labels, *, threat_model, steps, generator=None):
+        calls.append(("eval_attack", float(threat_model.epsilon), steps, len(generator)))
+        return pixels
+
+    def robust_loss(clean_logits, adversarial_logits, labels, *, weight, label_smoothing):
+        calls.append(("robust_loss", weight, label_smoothing))
+        return trades_loss(clean_logits, adversarial_logits, labels)
+
+    trainer = make_trainer(
+        max_steps=1,
+        trainer_options={
+            "attack": attack,
+            "eval_attack": eval_attack,
+            "robust_loss": robust_loss,
+            "epsilon_schedule": lambda progress: 0.25,
+        },
+    )
+    trainer.train()
+    assert calls == [("attack", pytest.approx(2 / 255), 2, 8), ("robust_loss", None, 0.0)]
+    calls.clear()
+    metrics = trainer.evaluate()
+    assert {name for name, *_ in calls} == {"eval_attack"}
+    assert metrics["eval_robust_accuracy"] == metrics["eval_accuracy"]
+
+
+# --- Evaluation ---
+
+
+def test_evaluation_does_not_depend_on_batch_size_or_training_settings(make_trainer):
+    results = []
+    for options in (
+        {"per_device_eval_batch_size": 13},
+        {"per_device_eval_batch_size": 4},
+        {"per_device_eval_batch_size": 4, "attack": "fgsm", "attack_steps": 1, "attack_random_start": False},
+        {"epsilon_schedule_kwargs": {"multiplier": 0.0}, "attack_model_mode": "train"},
+    ):
+        metrics = make_trainer(**options).evaluate()
+        results.append({key: value for key, value in metrics.items() if "accuracy" in key or "robustness" in key})
+    assert len(results[0]) == 8
+    assert all(result == results[0] for result in results)
+
+
+def test_predict_returns_logits_and_the_label_at_each_epsilon(make_trainer):
+    trainer = make_trainer()
+    output = trainer.predict(Images(13, seed=1))
+    logits, predictions = output.predictions
+    assert logits.shape == (13, NUM_LABELS)
+    assert predictions.shape == (13, 5)
+    assert np.array_equal(predictions[:, 0], logits.argmax(axis=1))
+    assert output.metrics["test_accuracy"] == pytest.approx((predictions[:, 0] == output.label_ids).mean())
+
+
+def test_user_compute_metrics_sees_clean_logits(make_trainer):
+    def compute_metrics(evaluation):
+        assert evaluation.predictions.shape == (13, 2)
+        return {"largest": float(evaluation.predictions.max())}
+
+    trainer = make_trainer(
+        trainer_options={
+            "compute_metrics": compute_metrics,
+            "preprocess_logits_for_metrics": lambda logits, labels: logits[:, :2],
+        }
+    )
+    metrics = trainer.evaluate()
+    assert "eval_largest" in metrics
+    assert "eval_robust_accuracy" in metrics
+
+
+def test_cheap_evaluation_during_training(make_trainer):
+    trainer = make_trainer(num_train_epochs=1, eval_strategy="epoch", eval_attack_during_training=False)
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
+    assert len(logged) == 1
+    assert "eval_robust_accuracy" not in logged[0]
+    assert "eval_robust_accuracy" in trainer.evaluate()
+
+
+def test_several_evaluation_datasets(make_trainer):
+    trainer = make_trainer(trainer_options={"eval_dataset": {"one": Images(5), "two": Images(6, seed=1)}})
+    metrics = trainer.evaluate()
+    assert {"eval_one_robust_accuracy", "eval_two_expected_robustness"} <= set(metrics)
+
+
+# --- Resume and best model ---
+
+
+class Augmented(torch.utils.data.Dataset):
+    """Images with random noise from the global generator, as a random augmentation would draw it."""
+
+    def __new__(cls, count):
+        from hf_rft.augmentation import SeededAugmentation
+
+        def transform(example):
+            noise = 0.2 * torch.rand_like(example["pixel_values"])
+            return {**example, "pixel_values": 0.8 * example["pixel_values"] + noise}
+
+        return SeededAugmentation(Images(count), transform, seed=3)
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "timm"])
+@pytest.mark.parametrize("save_steps", [4, 3], ids=["at an epoch's end", "within an epoch"])
+def test_resume_is_exact(make_trainer, tmp_path, family, save_steps):
+    """With dropout and random augmentation on, and an attack with a random start, to the last bit."""
+    options = {
+        "num_train_epochs": 2,
+        "save_strategy": "steps",
+        "save_steps": save_steps,
+        "epsilon_schedule_type": "linear",
+        "trainer_options": {"train_dataset": Augmented(32)},
+    }
+    whole = make_trainer(family, output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+    resumed = make_trainer(family, output_dir=str(tmp_path / "resumed"), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{save_steps}"))
+    assert resumed.state.global_step == whole.state.global_step == 8
+    expected = weights(whole.model)
+    for name, tensor in weights(resumed.model).items():
+        assert torch.equal(tensor, expected[name]), name
+    for one, other in zip(whole.state.log_history[-4:-1], resumed.state.log_history[-4:-1], strict=True):
+        assert {**one, "grad_norm": 0} == {**other, "grad_norm": 0}
+
+
+@pytest.mark.parametrize("family", ["vit", "swin", "timm"])
+@pytest.mark.parametrize("metric", ["robust_accuracy", "expected_robustness"])
+def test_best_model_is_reloaded_whole(make_trainer, family, metric):
+    class BestFirst(RobustTrainer):
+        """Metrics that say the first checkpoint is the best one."""
+
+        def _compute_metrics(self, evaluation):
+            metrics = super()._compute_metrics(evaluation)
+            return {**metrics, metric: 1.0 - self.state.global_step / 100}
+
+    kept = {}
+
+    class Keep(TrainerCallback):
+        def on_save(self, args, state, control, model=None, **kwargs):
+            kept[state.global_step] = weights(model)
+
+    trainer = make_trainer(
+        family,
+        trainer_class=BestFirst,
+        max_steps=6,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        trainer_options={"callbacks": [Keep()]},
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    for name, tensor in weights(trainer.model).items():
+        assert torch.equal(tensor, kept[2][name]), name
+    assert any(not torch.equal(tensor, kept[6][name]) for name, tensor in weights(trainer.model).items())
+
+
+def test_saved_model_is_plain_transformers(make_trainer, tmp_path):
+    from transformers import AutoModelForImageClassification
+
+    trainer = make_trainer("vit", max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    loaded = AutoModelForImageClassification.from_pretrained(tmp_path / "output")
+    expected = weights(trainer.model)
+    for name, tensor in weights(loaded).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+# --- Bad input ---
+
+
+def test_needs_an_image_processor(make_trainer):
+    with pytest.raises(ValueError, match="`processing_class` is None; pass the model's image processor"):
+        make_trainer(trainer_options={"processing_class": None})
+
+
+def test_needs_its_own_arguments(make_trainer, tmp_path):
+    from transformers import TrainingArguments
+
+    with pytest.raises(ValueError, match="`args` must be RobustTrainingArguments, got TrainingArguments"):
+        RobustTrainer(make_model("vit"), TrainingArguments(output_dir=str(tmp_path)))
+
+
+def test_refuses_compute_loss_func(make_trainer):
+    with pytest.raises(ValueError, match="pass `robust_loss` instead"):
+        make_trainer(trainer_options={"compute_loss_func": lambda *args, **kwargs: None})
+
+
+def test_refuses_two_schedules(make_trainer):
+    options = {"callbacks": [EpsilonScheduleCallback(lambda p: p)], "epsilon_schedule": lambda p: p}
+    with pytest.raises(ValueError, match="either `epsilon_schedule` or an `EpsilonScheduleCallback`"):
+        make_trainer(trainer_options=options)
+
+
+def test_refuses_an_empty_dataset(make_trainer):
+    with pytest.raises(ValueError, match="`train_dataset` is empty"):
+        make_trainer(count=0)
+
+
+def test_refuses_labels_the_model_has_no_class_for(make_trainer):
+    trainer = make_trainer(max_steps=1, trainer_options={"train_dataset": Images(32, num_labels=7)})
+    before = weights(trainer.model)
+    with pytest.raises(ValueError, match=r"labels from \d to 6, but the model has 4 classes \(0 to 3\); load it with"):
+        trainer.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer.model).items())
+
+
+def test_refuses_pixels_out_of_range_before_the_first_step(make_trainer):
+    class Bytes(Images):
+        def __getitem__(self, index):
+            return {"pixel_values": 255 * self.pixels[index], "labels": int(self.labels[index])}
+
+    trainer = make_trainer(max_steps=1, trainer_options={"train_dataset": Bytes(32)})
+    before = weights(trainer.model)
+    with pytest.raises(ValueError, match="They look like bytes 0..255: the processor's `do_rescale`"):
+        trainer.train()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer.model).items())
+
+
+def test_refuses_a_batch_without_images(make_trainer):
+    trainer = make_trainer()
+    with pytest.raises(ValueError, match=r"A batch has no \['pixel_values'\], its keys are \['image', 'labels'\]"):
+        trainer.compute_loss(trainer.model, {"image": torch.zeros(1), "labels": torch.zeros(1)})
+
+
+def test_trainer_does_not_modify_its_arguments(make_trainer):
+    trainer = make_trainer(max_steps=1)
+    before = copy.deepcopy(trainer.args.to_dict())
+    trainer.train()
+    trainer.evaluate()
+    assert trainer.args.to_dict() == before
