@@ -36,7 +36,7 @@ def check_dataset(name: str, dataset: Any, num_labels: int) -> None:
     if isinstance(dataset, datasets.Dataset):
         for column in LABEL_COLUMNS:
             if column in dataset.column_names:
-                _check_labels(f"`{name}`", np.asarray(dataset.with_format("numpy")[column][:]), num_labels)
+                check_labels(f"`{name}`", np.asarray(dataset.with_format("numpy")[column][:]), num_labels)
 
 
 def check_batch(inputs: dict[str, Any], num_labels: int) -> None:
@@ -56,10 +56,11 @@ def check_batch(inputs: dict[str, Any], num_labels: int) -> None:
         raise ValueError(
             f"A batch holds further tensors {others}; only `pixel_values` can be attacked. Leave them out."
         )
-    _check_labels("A batch", inputs["labels"], num_labels)
+    check_labels("A batch", inputs["labels"], num_labels)
 
 
-def _check_labels(where: str, labels: Any, num_labels: int) -> None:
+def check_labels(where: str, labels: Any, num_labels: int) -> None:
+    """Refuse labels outside 0 ... `num_labels - 1`; `where` begins the message."""
     lowest, highest = int(labels.min()), int(labels.max())
     if lowest < 0 or highest >= num_labels:
         raise ValueError(

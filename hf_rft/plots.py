@@ -72,7 +72,8 @@ def plot_comparison(runs: Mapping[str, Sequence[Mapping]], path: str | Path, nor
     epsilon_axes.set(xlabel="epoch", ylabel="training epsilon (x 255)", title="schedule")
     for axes in (validation_axes, epsilon_axes):
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     figure.savefig(path, dpi=150)
 
 

@@ -7,8 +7,6 @@ Five things differ from the parent, each in an override that calls `super()`: th
 """
 
 import contextlib
-import copy
-import os
 from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
@@ -18,13 +16,13 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, Trainer
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .attacks import ATTACKS, Attack
 from .attacks.objectives import KLDivergence
 from .callbacks import DatasetEpochCallback, EpsilonScheduleCallback
+from .checkpoints import restore_weights
 from .checks import check_batch, check_dataset
-from .evaluation import adversarial_predictions, robust_metrics
+from .evaluation import adversarial_predictions, evaluation_settings, robust_metrics
 from .losses import LOSSES, RobustLoss
 from .model_state import batch_norm_frozen, in_mode, parameters_frozen
 from .noise import example_generators
@@ -283,6 +281,10 @@ class RobustTrainer(Trainer):
         metrics.update(robust_metrics(predictions, evaluation.label_ids, self._evaluated_epsilons, self.threat_model))
         return metrics
 
+    def evaluation_settings(self) -> dict[str, Any]:
+        """What the numbers of `evaluate` depend on, besides model and data, to be kept with them."""
+        return evaluation_settings(self.args, self.eval_attack)
+
     # --- Logging ---
 
     def log(self, logs, start_time=None):
@@ -291,30 +293,15 @@ class RobustTrainer(Trainer):
         super().log(logs, start_time)
 
     # --- Restoring weights ---
-    # Upstream loads a checkpoint's raw keys into the model, which skips every tensor whose name the saved format
-    # changes (ViT, DeiT, BEiT, DINOv2, Swin), with a warning only: huggingface/transformers#43701. `from_pretrained`
-    # maps the names. Delete these two overrides when that issue is fixed.
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if not self._restore_weights(resume_from_checkpoint, model or self.model):
+        if self._is_sharded or not restore_weights(model or self.model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self):
-        if not self._restore_weights(self.state.best_model_checkpoint, self.model):
+        if self._is_sharded or not restore_weights(self.model, self.state.best_model_checkpoint):
             super()._load_best_model()
 
-    def _restore_weights(self, folder: str, model: nn.Module) -> bool:
-        """Load every tensor of a plain checkpoint; False if it is not one (PEFT, FSDP, DeepSpeed)."""
-        has_weights = any(
-            os.path.isfile(os.path.join(folder, name)) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-        )
-        if (
-            not has_weights
-            or not isinstance(model, PreTrainedModel)
-            or self.is_fsdp_enabled
-            or self.is_deepspeed_enabled
-        ):
-            return False
-        restored = type(model).from_pretrained(folder, config=copy.deepcopy(model.config))
-        model.load_state_dict(restored.state_dict(), strict=True)
-        return True
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled

@@ -169,9 +169,8 @@ class RobustTrainingArguments(TrainingArguments):
 
     def make_epsilon_schedule(self) -> EpsilonSchedule:
         """The schedule that `epsilon_schedule_type` and `epsilon_schedule_kwargs` name."""
-        return get_epsilon_schedule(
-            self.epsilon_schedule_type, **cast(dict[str, Any], self.epsilon_schedule_kwargs or {})
-        )
+        kwargs = cast(dict[str, Any], self.epsilon_schedule_kwargs or {})
+        return get_epsilon_schedule(self.epsilon_schedule_type, **kwargs)
 
     @property
     def epsilon_grid(self) -> list[Fraction]:
@@ -227,7 +226,7 @@ class RobustTrainingArguments(TrainingArguments):
         grid, target = self.epsilon_grid, parse_epsilon(self.epsilon)
         for epsilon in grid:
             ThreatModel(self.norm, epsilon)
-        if grid[0] != 0 or any(a >= b for a, b in zip(grid, grid[1:], strict=False)):
+        if not grid or grid[0] != 0 or any(a >= b for a, b in zip(grid, grid[1:], strict=False)):
             raise ValueError(f"`eval_epsilons={self.eval_epsilons}` must increase strictly and start with 0.")
         if target not in grid:
             raise ValueError(

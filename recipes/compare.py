@@ -49,13 +49,15 @@ def read(folder: Path) -> dict:
     """Final numbers and training history of one run."""
     results = json.loads((folder / "all_results.json").read_text())
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    num_classes = len(json.loads((folder / "config.json").read_text())["label_names"])
+    config = json.loads((folder / "config.json").read_text())
+    num_classes = len(config.get("label_names") or config["id2label"])  # timm's name, transformers' name
     # The last entry is the final evaluation, on other data.
     validation = [entry for entry in log if "eval_accuracy" in entry and f"{PREFIX}0" not in entry]
     return {
         "accuracies": {key.removeprefix(PREFIX): value for key, value in results.items() if key.startswith(PREFIX)},
         "robust": results["eval_robust_accuracy"],
         "expected": results["eval_expected_robustness"],
+        "norm": results["eval_settings"]["norm"],
         "seconds": results["train_runtime"],
         "validation": [(entry["epoch"], entry["eval_accuracy"]) for entry in validation],
         "epsilon": [(entry["epoch"], entry["epsilon"]) for entry in log if "epsilon" in entry],

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 
 from hf_rft import RobustTrainer, RobustTrainingArguments, bundled
 from hf_rft.augmentation import SeededAugmentation
+from hf_rft.checks import check_labels
 from hf_rft.cli import parse_with_config
 from hf_rft.plots import plot_robustness_curve
 
@@ -63,6 +64,9 @@ class DataTrainingArguments:
     test_dir: str | None = field(default=None, metadata={"help": "Likewise, for the final numbers."})
     image_column_name: str = field(default="image", metadata={"help": "Column that holds the images."})
     label_column_name: str = field(default="label", metadata={"help": "Column that holds the labels."})
+    test_split: str | None = field(
+        default=None, metadata={"help": "Split for the final numbers. Default: test if there is one, else validation."}
+    )
     train_val_split: float = field(
         default=0.1, metadata={"help": "Share of the training data kept for validation if the data has none."}
     )
@@ -98,8 +102,25 @@ class RecipeTrainingArguments(RobustTrainingArguments):
     )
 
 
+def parse_arguments(
+    arguments: list[str] | None = None,
+) -> tuple[ModelArguments, DataTrainingArguments, RecipeTrainingArguments]:
+    """Flags over `--config`; without one the bundled recipe, unless a flag names another model or data."""
+    return parse_with_config(
+        (ModelArguments, DataTrainingArguments, RecipeTrainingArguments),
+        arguments,
+        description=__doc__,
+        default_config=lambda given: (
+            None if given & {"model_name_or_path", "dataset_name", "train_dir"} else DEFAULT_CONFIG
+        ),
+    )
+
+
 def load_splits(model_args: ModelArguments, data_args: DataTrainingArguments, seed: int) -> DatasetDict:
-    """Splits `train`, `validation` (for choosing checkpoints) and `test` (for the final numbers), in fixed subsets."""
+    """Splits `train`, `validation` (for choosing checkpoints) and `test` (for the final numbers), in fixed subsets.
+
+    Sets `data_args.test_split` to the split that the final numbers are from.
+    """
     if data_args.train_dir is not None:
         folders = {"train": data_args.train_dir, "validation": data_args.validation_dir, "test": data_args.test_dir}
         data_files = {split: f"{folder}/**" for split, folder in folders.items() if folder is not None}
@@ -123,17 +144,29 @@ def load_splits(model_args: ModelArguments, data_args: DataTrainingArguments, se
         columns = splits["train"].column_names
         if column not in columns:
             raise ValueError(f"--{flag} {column!r} is not a column of the dataset; its columns are {columns}.")
-    if not isinstance(splits["train"].features[data_args.label_column_name], ClassLabel):
-        splits = splits.class_encode_column(data_args.label_column_name)
     if len(splits["train"]) == 0:
         raise ValueError("The training split is empty; robust fine-tuning needs at least one example.")
+    if not isinstance(splits["train"].features[data_args.label_column_name], ClassLabel):
+        splits = splits.class_encode_column(data_args.label_column_name)
 
     if "validation" not in splits:
-        parts = splits["train"].train_test_split(
-            test_size=data_args.train_val_split, seed=seed, stratify_by_column=data_args.label_column_name
-        )
+        try:
+            parts = splits["train"].train_test_split(
+                test_size=data_args.train_val_split, seed=seed, stratify_by_column=data_args.label_column_name
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"--train_val_split {data_args.train_val_split} cannot divide {len(splits['train'])} training images "
+                f"({error}); choose another share, or give validation data."
+            ) from error
         splits["train"], splits["validation"] = parts["train"], parts["test"]
-    splits.setdefault("test", splits["validation"])
+    if data_args.test_split is None:
+        data_args.test_split = "test" if "test" in splits else "validation"
+    if data_args.test_split not in splits:
+        raise ValueError(
+            f"--test_split {data_args.test_split!r} is not a split of the dataset, it has {sorted(splits)}."
+        )
+    splits["test"] = splits[data_args.test_split]
     limits = {
         "train": data_args.max_train_samples,
         "validation": data_args.max_eval_samples,
@@ -233,17 +266,17 @@ def print_table(args: RobustTrainingArguments, metrics: dict[str, float]) -> Non
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
-    model_args, data_args, training_args = parse_with_config(
-        (ModelArguments, DataTrainingArguments, RecipeTrainingArguments),
-        arguments,
-        description=__doc__,
-        default_config=default_config,
-    )
+    model_args, data_args, training_args = parse_arguments(arguments)
     set_seed(training_args.seed)
 
     # --- Data, model and processor ---
     splits = load_splits(model_args, data_args, seed=training_args.seed)
-    processor, model = load_model(model_args, splits["train"].features[data_args.label_column_name].names)
+    class_names = splits["train"].features[data_args.label_column_name].names
+    for split, dataset in splits.items():
+        check_labels(
+            f"Split {split!r}", dataset.with_format("numpy")[data_args.label_column_name][:], len(class_names)
+        )
+    processor, model = load_model(model_args, class_names)
 
     # --- Transforms ---
     mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
@@ -289,7 +322,15 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     # --- Evaluate on data that training never saw ---
     metrics = trainer.evaluate(splits["test"].with_transform(prepare_batch))
     metrics["eval_samples"] = len(splits["test"])
-    trainer.save_metrics("eval", metrics)
+    settings = {
+        **trainer.evaluation_settings(),
+        "model": model_args.model_name_or_path,
+        "model_revision": getattr(model.config, "_commit_hash", None),
+        "dataset": data_args.dataset_name or data_args.test_dir or data_args.validation_dir or data_args.train_dir,
+        "dataset_fingerprint": splits["test"]._fingerprint,
+        "split": data_args.test_split,
+    }
+    trainer.save_metrics("eval", {**metrics, "eval_settings": settings})
     if trainer.is_world_process_zero():
         epsilons = training_args.epsilon_grid
         accuracies = [metrics[f"eval_accuracy_at_{epsilon}"] for epsilon in training_args.epsilons_as_text]
@@ -298,11 +339,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         print_table(training_args, metrics)
 
     # --- Share ---
+    base_model = model_args.model_name_or_path
     card = {
-        # What is bundled has no address on the Hub.
-        "finetuned_from": None
-        if model_args.model_name_or_path.startswith(bundled.PREFIX)
-        else model_args.model_name_or_path,
+        "finetuned_from": None if base_model.startswith(bundled.PREFIX) else base_model,  # only if it is on the Hub
         "tasks": "image-classification",
         "dataset": (data_args.dataset_name or Path(data_args.train_dir).name).removeprefix(bundled.PREFIX),
         "tags": ["image-classification", "adversarial-robustness", "robust-fine-tuning"],
@@ -312,11 +351,6 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     else:
         trainer.create_model_card(**card)
     return metrics
-
-
-def default_config(given: set[str]) -> Path | None:
-    """The bundled recipe, unless a flag names another model or other data."""
-    return None if given & {"model_name_or_path", "dataset_name", "train_dir"} else DEFAULT_CONFIG
 
 
 if __name__ == "__main__":

@@ -48,6 +48,10 @@ def weights(model):
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
+def assert_close(actual, expected, name, **tolerances):
+    torch.testing.assert_close(actual, expected, **tolerances, msg=lambda text: f"{name}: {text}")
+
+
 def without_dropout(family):
     model = make_model(family)
     for module in model.modules():
@@ -90,9 +94,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_large_batch(
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
     assert any(update.abs().max() > 1e-3 for update in updates[0].values())
     for name, update in updates[0].items():
-        torch.testing.assert_close(
-            update, updates[1][name], atol=2e-6, rtol=1e-4, msg=lambda text, n=name: f"{n}: {text}"
-        )
+        assert_close(update, updates[1][name], name, atol=2e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("robust_loss", ["at", "trades", "mart"])
@@ -275,7 +277,7 @@ def test_activation_checkpointing_changes_nothing(make_trainer, family):
         trainer.train()
         results.append(weights(trainer.model))
     for name, tensor in results[0].items():
-        torch.testing.assert_close(results[1][name], tensor, msg=lambda text, n=name: f"{n}: {text}")
+        assert_close(results[1][name], tensor, name)
 
 
 @pytest.mark.slow
@@ -287,7 +289,7 @@ def test_torch_compile_changes_nothing(make_trainer, family):
         trainer.train()
         results.append((weights(trainer.model), trainer.evaluate()["eval_expected_robustness"]))
     for name, tensor in results[0][0].items():
-        torch.testing.assert_close(results[1][0][name], tensor, msg=lambda text, n=name: f"{n}: {text}")
+        assert_close(results[1][0][name], tensor, name)
     assert results[0][1] == results[1][1]
 
 

@@ -1,0 +1,174 @@
+"""The main recipe as a user runs it, on the bundled model and data with few steps, and on a folder of images."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import run_rft
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification, pipeline
+
+
+RECIPES = Path(run_rft.__file__).parent
+TINY = ["--max_train_samples", "32", "--max_eval_samples", "8", "--max_test_samples", "12", "--num_train_epochs", "2"]
+TINY += [
+    "--image_size",
+    "32",
+    "--per_device_train_batch_size",
+    "16",
+    "--eval_attack_steps",
+    "2",
+    "--disable_tqdm",
+    "True",
+]
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory):
+    """What `accelerate launch recipes/run_rft.py` does without `--config`, only smaller."""
+    folder = tmp_path_factory.mktemp("default")
+    return folder, run_rft.main(["--output_dir", str(folder), "--seed", "1", *TINY])
+
+
+def test_default_run_writes_everything(default_run):
+    folder, metrics = default_run
+    results = json.loads((folder / "all_results.json").read_text())
+    for name in ("eval_accuracy", "eval_robust_accuracy", "eval_expected_robustness"):
+        assert results[name] == metrics[name]
+    grid = [results[f"eval_accuracy_at_{epsilon}"] for epsilon in ("0", "2/255", "4/255", "6/255", "8/255")]
+    assert grid == sorted(grid, reverse=True)
+    assert results["eval_samples"] == 12
+    assert {"model.safetensors", "config.json", "trainer_state.json", "README.md"} <= {
+        p.name for p in folder.iterdir()
+    }
+    assert (folder / "robustness_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "adversarial-robustness" in (folder / "README.md").read_text()
+
+
+def test_default_run_is_the_hinge_recipe(default_run):
+    folder, _ = default_run
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    assert [entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry]
+    args = torch.load(folder / "training_args.bin", weights_only=False)  # written by this very test
+    assert (args.epsilon, args.epsilon_schedule_type, args.seed) == ("8/255", "hinge", 1)
+
+
+def test_labels_survive_save_reload_and_pipeline(default_run, tmp_path):
+    folder, _ = default_run
+    classifier = pipeline("image-classification", model=str(folder), top_k=10)
+    assert classifier.image_processor.data_config["input_size"] == (3, 32, 32)
+    labels = {row["label"] for row in classifier(Image.new("RGB", (28, 28)))}
+    assert {"Ankle boot", "T-shirt/top"} <= labels
+    assert len(labels) == 10
+    AutoModelForImageClassification.from_pretrained(folder).save_pretrained(tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert set(again.config.id2label.values()) == labels
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Three classes of grey 20 x 24 images, told apart by brightness."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 8), ("test", 4)):
+        for index, name in enumerate(["dark", "middle", "bright"]):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = 80 * index + generator.integers(0, 60, (20, 24))
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    return tmp_path / "images"
+
+
+def test_own_folder_of_images_with_resume(image_folder, tmp_path):
+    """No default recipe is mixed in, the head has its own rate, a validation part is split off, resume is exact."""
+    arguments = ["--train_dir", str(image_folder / "train"), "--test_dir", str(image_folder / "test")]
+    arguments += ["--image_size", "32", "--epsilon", "4/255", "--attack", "pgd", "--attack_steps", "1"]
+    arguments += ["--num_train_epochs", "2", "--per_device_train_batch_size", "7", "--head_learning_rate", "1e-3"]
+    arguments += ["--eval_attack_steps", "1", "--report_to", "none", "--disable_tqdm", "True"]
+    arguments += ["--train_val_split", "0.15", "--save_strategy", "steps", "--save_steps", "2"]
+    metrics = run_rft.main([*arguments, "--output_dir", str(tmp_path / "whole")])
+    assert metrics["eval_samples"] == 12
+    assert {"eval_accuracy_at_1/255", "eval_accuracy_at_4/255"} <= set(metrics)
+    state = json.loads((tmp_path / "whole" / "trainer_state.json").read_text())
+    assert state["max_steps"] == 6  # 20 of 24 images, in batches of 7
+
+    checkpoint = str(tmp_path / "whole" / "checkpoint-4")
+    run_rft.main([*arguments, "--output_dir", str(tmp_path / "resumed"), "--resume_from_checkpoint", checkpoint])
+    whole, resumed = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "resumed"))
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, resumed[name]), name
+
+
+def test_head_learning_rate_reaches_the_head_only():
+    _, _, args = run_rft.parse_arguments(["--head_learning_rate", "0.5", "--learning_rate", "0.25"])
+    _, model = run_rft.load_model(run_rft.ModelArguments(), ["a", "b", "c"])
+    rates = {
+        parameter: group["lr"]
+        for group in run_rft.make_optimizer(model, args).param_groups
+        for parameter in group["params"]
+    }
+    head = set(model.timm_model.get_classifier().parameters())
+    assert {rates[parameter] for parameter in head} == {0.5}
+    assert {rates[parameter] for parameter in set(model.parameters()) - head} == {0.25}
+    assert len(rates) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["--dataset_name", "bundled:mnist"], ValueError, "'bundled:mnist' is not bundled"),
+        (
+            ["--image_column_name", "picture"],
+            ValueError,
+            r"--image_column_name 'picture' is not a column of the dataset; its columns are \['image', 'label'\]",
+        ),
+        (["--label_column_name", "class"], ValueError, "--label_column_name 'class' is not a column"),
+        (["--train_dir", "no_such_folder"], FileNotFoundError, "no_such_folder is not a folder"),
+    ],
+    ids=["dataset", "image column", "label column", "folder"],
+)
+def test_bad_data_is_refused(tmp_path, arguments, error, message):
+    with pytest.raises(error, match=message):
+        run_rft.main([*arguments, "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epsilon", "8"], "did you mean '8/255'"),
+        (["--epsilom", "8/255"], "Unknown flag --epsilom. Did you mean --epsilon?"),
+        (["--attack_steps", "0"], "`attack_steps=0` must be at least 1"),
+        (["--attack_steps", "many"], "invalid int value: 'many'"),
+        (["--max_train_samples", "0"], "--max_train_samples 0 must be at least 1"),
+        (["--train_val_split", "1.5"], "--train_val_split 1.5 must lie between 0 and 1"),
+        (["--train_dir", "a", "--dataset_name", "b"], "Give either --dataset_name or --train_dir"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_bad_arguments_end_with_a_message(capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_info:
+        run_rft.main(arguments)
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_parses_and_says_what_it_is(config):
+    run_rft.parse_arguments(["--config", str(config)])
+    header = config.read_text().split("\n\n")[0]
+    assert f"--config recipes/{config.relative_to(RECIPES)}" in header
+    assert "Result:" in header
+
+
+def test_the_four_recipes_differ_in_the_schedule_only():
+    configs = [run_rft.parse_arguments(["--config", str(path)]) for path in RECIPES.glob("fashion_mnist/*.yaml")]
+    assert len(configs) == 4
+    schedule = {"epsilon_schedule_type", "epsilon_schedule_kwargs", "output_dir"}
+    assert all(config[:2] == configs[0][:2] for config in configs)
+    settings = [
+        {key: value for key, value in config[2].to_dict().items() if key not in schedule} for config in configs
+    ]
+    assert all(setting == settings[0] for setting in settings)

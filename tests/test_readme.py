@@ -1,0 +1,51 @@
+"""The README's Python runs, with a tiny local model and dataset in place of those on the Hub."""
+
+import re
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from conftest import make_model
+from PIL import Image
+
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.fixture
+def local_dataset(tmp_path):
+    generator = np.random.default_rng(0)
+    rows = {
+        "image": [Image.fromarray(generator.integers(0, 256, (20, 20), dtype=np.uint8)) for _ in range(16)],
+        "label": [index % 2 for index in range(16)],
+    }
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    for split in ("train", "validation"):
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data" / f"{split}-0.parquet")
+    return tmp_path / "data"
+
+
+def test_quick_start(tmp_path, processor, local_dataset, capsys):
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "trainer.train()" in block)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 25
+    checkpoint = tmp_path / "checkpoint"
+    base = make_model("vit").vit
+    base.save_pretrained(checkpoint)
+    processor.save_pretrained(checkpoint)
+    for hub_name, local in (
+        ("ethz/food101", local_dataset),
+        ("google/vit-base-patch16-224-in21k", checkpoint),
+        ('"vit-food101"', None),
+        ("num_train_epochs=50", "max_steps=1, use_cpu=True, report_to='none'"),
+    ):
+        assert hub_name in code
+        code = code.replace(hub_name, str(local) if local is not None else repr(str(tmp_path / "output")))
+    exec(compile(code, "README.md", "exec"), {})
+    assert "eval_expected_robustness" in capsys.readouterr().out
+
+
+def test_file_tree_is_complete():
+    tree = README.split("## Where things are")[1].split("## ")[0]
+    for path in (Path(__file__).parents[1] / "hf_rft").glob("*.py"):
+        assert path.name == "__init__.py" or path.name in tree, path.name

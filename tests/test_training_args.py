@@ -1,0 +1,103 @@
+import dataclasses
+from fractions import Fraction
+
+import pytest
+
+from hf_rft import RobustTrainingArguments
+
+
+@pytest.fixture
+def make_args(tmp_path):
+    return lambda **options: RobustTrainingArguments(
+        output_dir=str(tmp_path), report_to="none", use_cpu=True, **options
+    )
+
+
+def test_defaults_are_those_of_the_contract(make_args):
+    args = make_args()
+    assert (args.norm, args.epsilon) == ("linf", "4/255")
+    assert (args.attack, args.attack_steps, args.attack_step_size) == ("apgd", 7, None)
+    assert (args.attack_random_start, args.attack_model_mode, args.freeze_batch_norm) == (True, "eval", True)
+    assert (args.robust_loss, args.robust_loss_weight) == ("at", None)
+    assert (args.epsilon_schedule_type, args.epsilon_schedule_kwargs) == ("hinge", None)
+    assert args.epsilon_schedule_interval == "step"
+    assert (args.eval_attack, args.eval_attack_steps, args.eval_epsilons) == ("apgd", 10, None)
+    assert [args.make_epsilon_schedule()(progress) for progress in (0.25, 0.5, 0.75)] == [0.0, 0.5, 1.0]
+
+
+def test_default_grid_is_exact_quarters_of_epsilon(make_args):
+    args = make_args(epsilon="8/255")
+    assert args.epsilon_grid == [Fraction(2 * k, 255) for k in range(5)]
+    assert args.epsilons_as_text == ["0", "2/255", "4/255", "6/255", "8/255"]
+
+
+def test_own_grid(make_args):
+    args = make_args(epsilon="8/255", eval_epsilons=["0", "1/255", "8/255", "16/255"])
+    assert args.epsilon_grid == [Fraction(k, 255) for k in (0, 1, 8, 16)]
+
+
+def test_numbers_are_accepted_where_yaml_gives_them(make_args):
+    args = make_args(norm="l2", epsilon=0.5, eval_epsilons=[0, 0.25, 0.5])
+    assert args.epsilon_grid == [0, Fraction(1, 4), Fraction(1, 2)]
+    assert args.to_dict()["epsilon"] == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epsilon": "8"}, "`epsilon='8'` is above 1, but pixels lie in .* did you mean '8/255'"),
+        ({"epsilon": "-1/255"}, "`epsilon='-1/255'` is negative"),
+        ({"epsilon": "abc"}, "`epsilon='abc'` is not a number; write a fraction such as '8/255'"),
+        ({"epsilon": "nan"}, "`epsilon='nan'` is not a number"),
+        ({"epsilon": "1/0"}, "`epsilon='1/0'` divides by zero"),
+        ({"norm": "linfinity"}, r"`norm='linfinity'` is unknown; choose one of \['linf', 'l2', 'l1'\]"),
+        ({"attack_steps": 0}, "`attack_steps=0` must be at least 1"),
+        ({"eval_attack_steps": 0}, "`eval_attack_steps=0` must be at least 1"),
+        ({"attack_step_size": 0.0}, "`attack_step_size=0.0` must be positive"),
+        ({"attack": "pdg"}, r"`attack='pdg'` is unknown; choose one of \['fgsm', 'pgd', 'apgd', 'apgd_dlr'\]"),
+        ({"eval_attack": "none"}, "`eval_attack='none'` is unknown; choose one of"),
+        ({"attack": "fgsm"}, "`attack='fgsm'` takes exactly one step, got `attack_steps=7`; set `attack_steps=1`"),
+        ({"attack_model_mode": "test"}, r"`attack_model_mode='test'` is unknown; choose one of \['eval', 'train'\]"),
+        ({"robust_loss": "tardes"}, r"`robust_loss='tardes'` is unknown; choose one of \['standard', 'at', 'trades'"),
+        ({"robust_loss": "at", "robust_loss_weight": 1.0}, "`robust_loss_weight=1.0` has no meaning for"),
+        ({"robust_loss": "trades", "robust_loss_weight": -1.0}, "`robust_loss_weight=-1.0` must be 0 or more"),
+        ({"robust_loss": "mart", "label_smoothing_factor": 0.1}, "does not define `label_smoothing_factor=0.1`"),
+        ({"robust_loss": "trades", "attack_random_start": False}, "needs `attack_random_start=True`"),
+        ({"epsilon_schedule_type": "ramp"}, r"`epsilon_schedule_type='ramp'` is unknown; choose one of \['constant'"),
+        ({"epsilon_schedule_kwargs": {"start": 0.8, "end": 0.2}}, "`start=0.8` is after `end=0.2`"),
+        ({"epsilon_schedule_kwargs": {"start": -0.1}}, "`start=-0.1` is not a share of training"),
+        ({"epsilon_schedule_kwargs": {"end": 1.5}}, "`end=1.5` is not a share of training"),
+        ({"epsilon_schedule_kwargs": {"begin": 0.1}}, r"takes \['start', 'end'\], got \['begin'\]"),
+        ({"epsilon_schedule_kwargs": "start=0.1"}, "`epsilon_schedule_kwargs='start=0.1'` is not a JSON object"),
+        ({"epsilon_schedule_interval": "batch"}, "`epsilon_schedule_interval='batch'` is unknown; choose 'step'"),
+        ({"eval_epsilons": ["1/255", "4/255"]}, "must increase strictly and start with 0"),
+        ({"eval_epsilons": ["0", "4/255", "2/255"]}, "must increase strictly and start with 0"),
+        ({"eval_epsilons": ["0", "2/255"]}, "does not hold `epsilon='4/255'`"),
+        ({"eval_epsilons": ["0", "4/255", "8"]}, "`epsilon=.*` is above 1"),
+        ({"eval_epsilons": []}, "must increase strictly and start with 0"),
+        (
+            {"eval_attack_during_training": False, "metric_for_best_model": "eval_robust_accuracy"},
+            "`metric_for_best_model='eval_robust_accuracy'` is not measured",
+        ),
+        (
+            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+            "reentrant checkpointing does not support `torch.autograd.grad`.*Set `use_reentrant` to False",
+        ),
+        ({"batch_eval_metrics": True}, "`batch_eval_metrics=True` is not supported"),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_refused(make_args, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_args(**options)
+
+
+def test_every_field_has_help():
+    from transformers import TrainingArguments
+
+    inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
+    own = [field for field in dataclasses.fields(RobustTrainingArguments) if field.name not in inherited]
+    assert len(own) == 17
+    for field in own:
+        assert field.metadata["help"], field.name
+        assert f"{field.name} (`" in RobustTrainingArguments.__doc__, field.name
