@@ -42,7 +42,6 @@ def parse_with_config(
     try:
         config = _pop_config(arguments) or default_config(given)
         if config is not None:
-            print(f"Configuration: {config}")
             arguments = [*_as_flags(config, names), *arguments]
         *instances, remaining = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
         for argument in remaining:
@@ -52,6 +51,8 @@ def parse_with_config(
             raise ValueError(f"Values {remaining} belong to no flag.")
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    if config is not None:
+        print(f"Configuration: {config}")
     return tuple(instances[: len(dataclass_types)])  # a last one would hold `--config`
 
 

@@ -137,9 +137,10 @@ class RobustTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        examples = torch.tensor(sum(len(batch["labels"]) for batch in batches if "labels" in batch), device=device)
-        self._examples_in_step = int(self.accelerator.reduce(examples, "sum"))
-        self._micro_batch = 0
+        examples = sum(len(batch["labels"]) for batch in batches if "labels" in batch)
+        if self.args.world_size > 1:
+            examples = int(self.accelerator.reduce(torch.tensor(examples, device=device), "sum"))
+        self._examples_in_step, self._micro_batch = examples, 0
         return batches, num_items_in_batch
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -162,27 +163,33 @@ class RobustTrainer(Trainer):
                 until = self._until_backward_ends or until_loss_is_computed
                 until.enter_context(batch_norm_frozen(self.model))
             adversarial_values = self._adversarial_pixel_values(pixel_values, labels, inputs)
-            # One forward pass through the wrapped model: DDP counts them.
-            parts = [adversarial_values] if adversarial_values is not None else []
-            if self.robust_loss.needs_clean or not parts:
-                parts.insert(0, pixel_values)
-            outputs = model(pixel_values=torch.cat(parts), **inputs)
-            logits = outputs.logits.split(len(labels))
+            # Clean and adversarial examples share one forward pass through the wrapped model: DDP expects one.
+            if adversarial_values is None:  # at epsilon 0 the clean example is the adversarial one
+                outputs = model(pixel_values=pixel_values, **inputs)
+                clean_logits = adversarial_logits = outputs.logits
+            elif self.robust_loss.needs_clean:
+                outputs = model(pixel_values=torch.cat([pixel_values, adversarial_values]), **inputs)
+                clean_logits, adversarial_logits = outputs.logits.chunk(2)
+            else:
+                outputs = model(pixel_values=adversarial_values, **inputs)
+                clean_logits, adversarial_logits = None, outputs.logits
             loss = self.robust_loss.function(
-                logits[0],
-                logits[-1],
+                clean_logits,
+                adversarial_logits,
                 labels,
+                weight=self._loss_weight,
                 label_smoothing=self.args.label_smoothing_factor,
-                **self._loss_weight,
             )
-        examples = self._examples_in_step or len(labels) * self.args.world_size
+        examples = self._examples_in_step if self._until_backward_ends is not None else None
+        if examples is None:  # called by hand, not by the training loop
+            return (loss.mean(), outputs) if return_outputs else loss.mean()
         loss = loss.sum() * self.args.world_size / examples  # DDP averages gradients over processes
         return (loss, outputs) if return_outputs else loss
 
     @property
-    def _loss_weight(self) -> dict[str, float | None]:
+    def _loss_weight(self) -> float | None:
         weight = self.args.robust_loss_weight
-        return {"weight": self.robust_loss.weight if weight is None else weight}
+        return self.robust_loss.weight if weight is None else weight
 
     def _adversarial_pixel_values(
         self, pixel_values: torch.Tensor, labels: torch.Tensor, extra_inputs: dict[str, Any]

@@ -224,6 +224,11 @@ class RobustTrainingArguments(TrainingArguments):
 
     def _check_eval_epsilons(self) -> None:
         grid, target = self.epsilon_grid, parse_epsilon(self.epsilon)
+        if target == 0:
+            raise ValueError(
+                f"`epsilon={self.epsilon!r}` leaves nothing to attack; for plain fine-tuning set "
+                "`robust_loss='standard'`, and `epsilon` to the strength at which robustness is measured."
+            )
         for epsilon in grid:
             ThreatModel(self.norm, epsilon)
         if not grid or grid[0] != 0 or any(a >= b for a, b in zip(grid, grid[1:], strict=False)):

@@ -104,10 +104,11 @@ def main() -> None:
         if not config.is_file():
             parser.error(f"{config} is not a file")
 
-    work: list[tuple[Path, int]] = [(config, seed) for seed in args.seeds for config in args.configs]
+    work = [(config, seed) for seed in args.seeds for config in args.configs]
     threads = max(1, (os.cpu_count() or 1) // args.jobs)  # runs at the same time share the cores
     with ThreadPoolExecutor(args.jobs) as pool:
-        folders = list(pool.map(lambda item: run(*item, args.output_dir, extra, threads), work))
+        futures = [pool.submit(run, config, seed, args.output_dir, extra, threads) for config, seed in work]
+        folders = [future.result() for future in futures]
     runs: dict[str, list[dict]] = {config.stem: [] for config in args.configs}
     for (config, _), folder in zip(work, folders, strict=True):
         runs[config.stem].append(read(folder))

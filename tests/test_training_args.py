@@ -49,6 +49,10 @@ def test_numbers_are_accepted_where_yaml_gives_them(make_args):
         ({"epsilon": "-1/255"}, "`epsilon='-1/255'` is negative"),
         ({"epsilon": "abc"}, "`epsilon='abc'` is not a number; write a fraction such as '8/255'"),
         ({"epsilon": "nan"}, "`epsilon='nan'` is not a number"),
+        (
+            {"epsilon": "0"},
+            "`epsilon='0'` leaves nothing to attack; for plain fine-tuning set `robust_loss='standard'`",
+        ),
         ({"epsilon": "1/0"}, "`epsilon='1/0'` divides by zero"),
         ({"norm": "linfinity"}, r"`norm='linfinity'` is unknown; choose one of \['linf', 'l2', 'l1'\]"),
         ({"attack_steps": 0}, "`attack_steps=0` must be at least 1"),

@@ -1,7 +1,7 @@
 """What all attacks share: their signature, the input gradient, and the care they take of the model's inputs."""
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -67,7 +67,7 @@ class Evaluation(NamedTuple):
     """The model at one point of the attack: objective and its gradient, and whether the prediction is wrong."""
 
     objective: torch.Tensor  # (batch,)
-    gradient: torch.Tensor | None  # like pixels
+    gradient: Any  # like pixels; None if it was not asked for
     fooled: torch.Tensor  # (batch,), bool
 
 
