@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .noise import mix_seed
+from .noise import AUGMENTATION, mix_seed
 
 
 class SeededAugmentation(torch.utils.data.Dataset):
@@ -41,5 +41,5 @@ class SeededAugmentation(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> Any:
         example = self.dataset[index]
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(mix_seed(self.seed, int(self._epoch), index))
+            torch.default_generator.manual_seed(mix_seed(AUGMENTATION, self.seed, int(self._epoch), index))
             return self.transform(example)

@@ -1,6 +1,7 @@
 """Callbacks that schedule robust fine-tuning."""
 
 import math
+from numbers import Real
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
@@ -48,7 +49,7 @@ class EpsilonScheduleCallback(TrainerCallback):
         """
         progress = self.progress(state)
         multiplier = self.schedule(progress)
-        if not (math.isfinite(multiplier) and multiplier >= 0):
+        if not isinstance(multiplier, Real) or not 0 <= multiplier < math.inf:
             raise ValueError(
                 f"`epsilon_schedule` returned {multiplier!r} at progress {progress:.3f}; it must return a finite "
                 "multiplier of epsilon, 0 or more."

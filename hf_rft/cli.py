@@ -1,5 +1,6 @@
 """Command lines of the recipes: dataclasses, a YAML file for a result, and flags that win over it."""
 
+import argparse
 import difflib
 import json
 import sys
@@ -43,13 +44,16 @@ def parse_with_config(
         config = _pop_config(arguments) or default_config(given)
         if config is not None:
             arguments = [*_as_flags(config, names), *arguments]
-        *instances, remaining = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+        *instances, remaining = parser.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
         for argument in remaining:
             if argument.startswith("--"):
-                raise ValueError(f"Unknown flag {argument}.{_nearest(argument[2:].replace('-', '_'), names, '--')}")
+                flag = argument.partition("=")[0]
+                raise ValueError(f"Unknown flag {flag}.{_nearest(flag[2:].replace('-', '_'), names, '--')}")
         if remaining:
             raise ValueError(f"Values {remaining} belong to no flag.")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, argparse.ArgumentError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     if config is not None:
         print(f"Configuration: {config}")
@@ -58,17 +62,12 @@ def parse_with_config(
 
 def _pop_config(arguments: list[str]) -> Path | None:
     """Take `--config FILE` or `--config=FILE` out of the arguments."""
-    for index, argument in enumerate(arguments):
-        if argument == "--config":
-            if index + 1 == len(arguments):
-                raise ValueError("`--config` needs the name of a YAML file.")
-            config = Path(arguments[index + 1])
-            del arguments[index : index + 2]
-            return config
-        if argument.startswith("--config="):
-            del arguments[index]
-            return Path(argument.removeprefix("--config="))
-    return None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--config", type=Path, action="append", default=[])
+    found, arguments[:] = parser.parse_known_args(arguments)
+    if len(found.config) > 1:
+        raise ValueError(f"`--config` is given {len(found.config)} times; put everything into one file.")
+    return found.config[0] if found.config else None
 
 
 def _as_flags(config: Path, names: set[str]) -> list[str]:
@@ -84,11 +83,10 @@ def _as_flags(config: Path, names: set[str]) -> list[str]:
             raise ValueError(f"{config}: unknown key {name!r}.{_nearest(str(name), names)}")
         if value is None:  # leaves the default
             continue
-        flags.append(f"--{name}")
         if isinstance(value, list):
-            flags += [str(item) for item in value]
-        else:
-            flags.append(json.dumps(value) if isinstance(value, dict) else str(value))
+            flags += [f"--{name}", *map(str, value)]
+        else:  # in one word, so that a value may begin with a dash
+            flags.append(f"--{name}=" + (json.dumps(value) if isinstance(value, dict) else str(value)))
     return flags
 
 

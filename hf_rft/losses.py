@@ -14,6 +14,11 @@ import torch.nn.functional as F
 from .attacks.objectives import at_least_float32
 
 
+# As published for training from scratch on CIFAR-10.
+TRADES_WEIGHT = 6.0
+MART_WEIGHT = 6.0
+
+
 def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
     return F.log_softmax(at_least_float32(logits), dim=1)
 
@@ -56,18 +61,19 @@ def trades_loss(
     adversarial_logits: torch.Tensor,
     labels: torch.Tensor,
     *,
-    weight: float = 6.0,
+    weight: float | None = None,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """`CE(clean) + weight * KL(p(clean) || p(adversarial))` (Zhang et al. 2019, https://huggingface.co/papers/1901.08573,
     eq. 5). Its attack increases the same divergence.
 
     Args:
-        weight (`float`, *optional*, defaults to 6):
-            `1 / lambda` of the paper; 1 favours clean accuracy.
+        weight (`float`, *optional*):
+            `1 / lambda` of the paper; 1 favours clean accuracy. None: the published 6.
         label_smoothing (`float`, *optional*, defaults to 0):
             Of the clean cross-entropy, as in `torch.nn.functional.cross_entropy`.
     """
+    weight = TRADES_WEIGHT if weight is None else weight
     clean = standard_loss(clean_logits, None, labels, label_smoothing=label_smoothing)
     return clean + weight * _kl_divergence(_log_softmax(clean_logits), _log_softmax(adversarial_logits))
 
@@ -77,7 +83,7 @@ def mart_loss(
     adversarial_logits: torch.Tensor,
     labels: torch.Tensor,
     *,
-    weight: float = 6.0,
+    weight: float | None = None,
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Misclassification-aware training (Wang et al. 2020, "Improving adversarial robustness requires revisiting
@@ -87,8 +93,8 @@ def mart_loss(
     `CE(adv) - log(1.0001 - max_{k != y} p_k(adv)) + weight * KL(p(clean) || p(adv)) * (1 - p_y(clean))`
 
     Args:
-        weight (`float`, *optional*, defaults to 6):
-            `lambda` of the paper.
+        weight (`float`, *optional*):
+            `lambda` of the paper. None: the published 6.
 
     Raises:
         ValueError: for `label_smoothing` above 0, which the boosted cross-entropy does not define.
@@ -97,6 +103,7 @@ def mart_loss(
         raise ValueError(
             f"`robust_loss='mart'` does not define `label_smoothing_factor={label_smoothing}`; set it to 0."
         )
+    weight = MART_WEIGHT if weight is None else weight
     log_clean, log_adversarial = _log_softmax(clean_logits), _log_softmax(adversarial_logits)
     is_true = F.one_hot(labels, log_clean.shape[1]).bool()
     strongest_wrong = log_adversarial.masked_fill(is_true, -torch.inf).amax(dim=1).exp()
@@ -134,6 +141,6 @@ class RobustLoss:
 LOSSES = {
     "standard": RobustLoss(standard_loss, needs_adversarial=False),
     "at": RobustLoss(at_loss, needs_clean=False),
-    "trades": RobustLoss(trades_loss, attack_objective="kl", weight=6.0),
-    "mart": RobustLoss(mart_loss, weight=6.0),
+    "trades": RobustLoss(trades_loss, attack_objective="kl", weight=TRADES_WEIGHT),
+    "mart": RobustLoss(mart_loss, weight=MART_WEIGHT),
 }

@@ -12,10 +12,18 @@ import torch
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
+# First number of a key: noise for different purposes must not share seeds.
+TRAINING_ATTACK, EVALUATION_ATTACK, AUGMENTATION = 1, 2, 3
+
 
 def mix_seed(*numbers: int) -> int:
     """One well-mixed 63-bit seed from several non-negative numbers, the same on every machine."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def default_generator(device: torch.device | str) -> torch.Generator:
+    """What is used without a generator: one with a fixed seed, since the global one belongs to the training loop."""
+    return torch.Generator(device=device).manual_seed(0)
 
 
 def example_generators(device: torch.device | str, positions: Sequence[int], *key: int) -> list[torch.Generator]:
@@ -35,8 +43,8 @@ def randn(images: torch.Tensor, generator: Generators = None) -> torch.Tensor:
 
 def _draw(sample, images: torch.Tensor, generator: Generators) -> torch.Tensor:
     options = {"dtype": images.dtype, "device": images.device}
-    if generator is None:  # a fixed seed rather than the global generator, which belongs to the training loop
-        generator = torch.Generator(device=images.device).manual_seed(0)
+    if generator is None:
+        generator = default_generator(images.device)
     if isinstance(generator, torch.Generator):
         return sample(images.shape, generator=generator, **options)
     if len(generator) != len(images):

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 def adaptation_onset(accuracies: Sequence[float], num_classes: int) -> int | None:
     """The first epoch whose clean validation accuracy passes the threshold.
 
-    The paper's threshold is 5 %. With few classes that is below chance, so the larger of 5 % and twice chance counts.
+    The paper's threshold is 5 %. With few classes that is below chance, so the larger of 5 % and twice chance counts;
+    with two classes, where twice chance is 100 %, half-way between chance and 100 %.
 
     Args:
         accuracies (`Sequence[float]`):
@@ -17,7 +18,8 @@ def adaptation_onset(accuracies: Sequence[float], num_classes: int) -> int | Non
     Returns:
         `int` or None: the epoch, counted from 1; None if the threshold was never passed (*transfer failure*).
     """
-    threshold = max(0.05, 2 / num_classes)
+    chance = 1 / num_classes
+    threshold = max(0.05, min(2 * chance, (1 + chance) / 2))
     for epoch, accuracy in enumerate(accuracies, start=1):
         if accuracy > threshold:
             return epoch

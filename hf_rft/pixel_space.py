@@ -21,11 +21,15 @@ class PixelNormalization:
             Likewise, positive.
         source (`str`):
             The processor's own values, for error messages.
+        rescales (`bool`):
+            Whether the processor itself divides bytes by 255. If not, a batch without any pixel above 1/255 is
+            refused: it was scaled before.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     source: str = ""
+    rescales: bool = True
     # Copies of mean and std on the devices seen so far: creating them anew would wait for the device at each call.
     _tensors: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -57,11 +61,14 @@ class PixelNormalization:
             mean = _per_channel(processor, "image_mean", getattr(processor, "image_mean", None))
             std = _per_channel(processor, "image_std", getattr(processor, "image_std", None))
             source += f", image_mean={list(mean)}, image_std={list(std)}"
-            if getattr(processor, "include_top", False):  # EfficientNet divides by the standard deviation twice
-                std = tuple(value**2 for value in std)
         else:
             source += ", do_normalize=False"
-        return cls(tuple((m - offset) / scale for m in mean), tuple(s / scale for s in std), source)
+        if getattr(processor, "include_top", False):  # EfficientNet divides by the standard deviation once more
+            again = _per_channel(processor, "image_std", getattr(processor, "image_std", None))
+            mean, std = _broadcast(mean, again), _broadcast(std, again)
+            std = tuple(value * more for value, more in zip(std, again, strict=True))
+        rescales = bool(getattr(processor, "do_rescale", False))
+        return cls(tuple((m - offset) / scale for m in mean), tuple(s / scale for s in std), source, rescales)
 
     def to_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Undo the normalisation.
@@ -79,7 +86,12 @@ class PixelNormalization:
         mean, std = self._mean_and_std(pixel_values)
         pixels = pixel_values.to(mean.dtype) * std + mean
         lowest, highest = torch.stack(torch.aminmax(pixels.detach())).tolist()
-        if not (lowest >= -RANGE_TOLERANCE and highest <= 1 + RANGE_TOLERANCE):  # also catches NaN
+        # Half precision rounds pixel values, which are as large as (|mean| + 1) / std, by more than the tolerance.
+        epsilon = torch.finfo(pixel_values.dtype).eps if pixel_values.is_floating_point() else 0.0
+        rounding = epsilon * (max(map(abs, self.mean)) + max(self.std))
+        tolerance = max(RANGE_TOLERANCE, rounding)
+        in_range = lowest >= -tolerance and highest <= 1 + tolerance  # False for NaN
+        if not in_range or (not self.rescales and 0 < highest <= 1.01 / 255):
             raise ValueError(self._out_of_range(pixel_values, lowest, highest))
         return pixels.clamp(0, 1)
 
@@ -97,16 +109,19 @@ class PixelNormalization:
             )
         key = (images.device, torch.promote_types(images.dtype, torch.float32))
         if key not in self._tensors:
-            self._tensors[key] = tuple(
-                torch.tensor(values, device=key[0], dtype=key[1]).reshape(1, -1, 1, 1)
-                for values in (self.mean, self.std)
-            )
+            with torch.inference_mode(False):  # or the copies could not take part in a later attack
+                self._tensors[key] = tuple(
+                    torch.tensor(values, device=key[0], dtype=key[1]).reshape(1, -1, 1, 1)
+                    for values in (self.mean, self.std)
+                )
         return self._tensors[key]
 
     def _out_of_range(self, pixel_values: torch.Tensor, lowest: float, highest: float) -> str:
         raw_lowest, raw_highest = pixel_values.min().item(), pixel_values.max().item()
         if lowest != lowest or highest != highest:
             hint = "There are NaN values in the images."
+        elif not self.rescales and highest <= 1:
+            hint = "With `do_rescale=False` bytes 0..255 are expected; set `do_rescale=True`, or pass bytes."
         elif raw_lowest >= 0 and 2 < raw_highest <= 255:
             hint = "They look like bytes 0..255: the processor's `do_rescale` or `rescale_factor` was not applied."
         elif raw_lowest >= 0 and raw_highest <= 1:
@@ -120,6 +135,10 @@ class PixelNormalization:
             f"`pixel_values` in [{raw_lowest:.4g}, {raw_highest:.4g}] become pixels in [{lowest:.4g}, {highest:.4g}] "
             f"when the processor ({self.source}) is undone, but pixels must lie in [0, 1]. {hint}"
         )
+
+
+def _broadcast(values: tuple[float, ...], like: tuple[float, ...]) -> tuple[float, ...]:
+    return values * len(like) if len(values) == 1 else values
 
 
 def _per_channel(processor, name: str, value) -> tuple[float, ...]:

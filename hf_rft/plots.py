@@ -1,5 +1,6 @@
 """Figures: accuracy over epsilon, and training histories."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -51,7 +52,7 @@ def plot_comparison(runs: Mapping[str, Sequence[Mapping]], path: str | Path, nor
     figure = _figure(figsize=(15, 4.5))
     curve_axes, validation_axes, epsilon_axes = figure.subplots(1, 3)
     curves = {}
-    for color, (name, of_seeds) in zip(_colors(), runs.items(), strict=False):
+    for color, (name, of_seeds) in zip(itertools.cycle(_colors()), runs.items(), strict=False):
         written = list(of_seeds[0]["accuracies"])
         means = [sum(one["accuracies"][epsilon] for one in of_seeds) / len(of_seeds) for epsilon in written]
         curves[name] = ([parse_epsilon(epsilon) for epsilon in written], means)

@@ -11,6 +11,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 import numpy as np
 from transformers.utils.generic import ExplicitEnum
@@ -41,7 +42,7 @@ def _ramp(progress: float, start: float, end: float) -> float:
 
 def _check_hinges(start: float, end: float) -> None:
     for name, value in (("start", start), ("end", end)):
-        if not 0.0 <= value <= 1.0:
+        if not isinstance(value, Real) or not 0 <= value <= 1:
             raise ValueError(f"`{name}={value}` is not a share of training; give a number in [0, 1].")
     if start > end:
         raise ValueError(f"`start={start}` is after `end={end}`; the ramp of epsilon must not end before it starts.")
@@ -49,7 +50,7 @@ def _check_hinges(start: float, end: float) -> None:
 
 def constant(*, multiplier: float = 1.0) -> EpsilonSchedule:
     """The same multiplier throughout: `1` is adversarial training as usual, `0` is plain fine-tuning."""
-    if not 0.0 <= multiplier <= 1.0:
+    if not isinstance(multiplier, Real) or not 0 <= multiplier <= 1:
         raise ValueError(f"`multiplier={multiplier}` is outside [0, 1]; raise `epsilon` to train beyond it.")
     return lambda progress: float(multiplier)
 
@@ -80,10 +81,10 @@ def smoothed(*, start: float = 0.25, end: float = 0.75, middle: float = 0.25, po
     Known from certified training (Zhang et al., CROWN-IBP, https://huggingface.co/papers/1906.06316).
     """
     _check_hinges(start, end)
-    if not 0.0 < middle < 1.0:
+    if not isinstance(middle, Real) or not 0 < middle < 1:
         raise ValueError(f"`middle={middle}` must lie strictly between 0 and 1: it is a share of the ramp.")
-    if power < 1.0:
-        raise ValueError(f"`power={power}` must be at least 1, or epsilon jumps at the start of the ramp.")
+    if not isinstance(power, Real) or not 1 <= power <= 100:
+        raise ValueError(f"`power={power}` must be at least 1, or epsilon jumps at the start, and at most 100.")
     scale = 1.0 / (middle**power + power * middle ** (power - 1.0) * (1.0 - middle))
 
     def schedule(progress: float) -> float:
@@ -97,12 +98,15 @@ def smoothed(*, start: float = 0.25, end: float = 0.75, middle: float = 0.25, po
 
 def piecewise(*, points: Sequence[tuple[float, float]]) -> EpsilonSchedule:
     """Linear between `points`, a list of `(progress, multiplier)`; constant before the first and after the last."""
-    if len(points) == 0 or any(len(point) != 2 for point in points):
-        raise ValueError(f"`points={points}` must be a non-empty list of (progress, multiplier) pairs.")
-    progress_points, multipliers = (np.array(column, dtype=float) for column in zip(*points, strict=True))
-    if np.any(np.diff(progress_points) <= 0) or progress_points[0] < 0 or progress_points[-1] > 1:
+    try:
+        progress_points, multipliers = np.array(points, dtype=float).reshape(len(points), 2).T
+        if len(points) == 0:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ValueError(f"`points={points}` must be a non-empty list of (progress, multiplier) pairs.") from None
+    if not (np.all(np.diff(progress_points) > 0) and progress_points[0] >= 0 and progress_points[-1] <= 1):
         raise ValueError(f"`points={points}`: progress must increase strictly and stay in [0, 1].")
-    if np.any(multipliers < 0) or np.any(multipliers > 1):
+    if not np.all((multipliers >= 0) & (multipliers <= 1)):
         raise ValueError(f"`points={points}`: multipliers must lie in [0, 1]; raise `epsilon` to train beyond it.")
     return lambda progress: float(np.interp(progress, progress_points, multipliers))
 

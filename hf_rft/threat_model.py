@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import torch
 
-from .noise import Generators, rand, randn
+from .noise import Generators, default_generator, rand, randn
 
 
 NORMS = ("linf", "l2", "l1")
@@ -72,7 +72,7 @@ class ThreatModel:
             `"linf"`, `"l2"` or `"l1"`.
         epsilon (`str`, number, `Fraction`, or `torch.Tensor` of shape `(batch,)`):
             Radius of the ball, in pixels scaled to [0, 1]. Kept as an exact `Fraction`; a tensor gives every example a
-            radius of its own.
+            radius of its own, and its values are not looked at.
 
     Raises:
         ValueError: for an unknown norm, or an epsilon that is no non-negative number, or above 1 for `"linf"`.
@@ -90,9 +90,8 @@ class ThreatModel:
         else:
             written, epsilon = epsilon, parse_epsilon(epsilon)
             if norm == "linf" and epsilon > 1:
-                raise ValueError(
-                    f"`epsilon={written!r}` is above 1, but pixels lie in [0, 1]; did you mean '{written}/255'?"
-                )
+                remedy = f"did you mean '{written}/255'?" if epsilon in range(256) else "write it as a fraction x/255."
+                raise ValueError(f"`epsilon={written!r}` is above 1, but pixels lie in [0, 1]; {remedy}")
         object.__setattr__(self, "norm", norm)
         object.__setattr__(self, "epsilon", epsilon)
 
@@ -115,6 +114,7 @@ class ThreatModel:
 
     def random_start(self, pixels: torch.Tensor, generator: Generators = None) -> torch.Tensor:
         """A point drawn uniformly from the ball, then moved into the box."""
+        generator = default_generator(pixels.device) if generator is None else generator
         if self.norm == "linf":
             direction = 2 * rand(pixels, generator) - 1
         elif self.norm == "l2":
@@ -201,9 +201,12 @@ def _shrink_l2(size: torch.Tensor, room: torch.Tensor, radius: torch.Tensor) -> 
     budget = radius.double().square()
     # With exactly the first k entries at their bounds: fixed_before[k] + s^2 free_from[k] = radius^2.
     factor = ((budget - fixed_before).clamp_min(0) / free_from.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
-    # The right k is the first at which that factor does not push the k-th entry over its bound.
-    k = (factor <= bounds.double()).double().argmax(dim=1, keepdim=True)
-    shrunk = torch.minimum(size * factor.gather(1, k).to(size.dtype).clamp_max(1), room)
+    # The right k is the first at which that factor does not push the k-th entry over its bound. There may be none, up
+    # to rounding: then the ball just touches the corner of the box, and all entries are at their bounds.
+    fits = factor <= bounds.double()
+    k = fits.double().argmax(dim=1, keepdim=True)
+    factor = torch.where(fits.any(dim=1, keepdim=True), factor.gather(1, k), 1.0)
+    shrunk = torch.minimum(size * factor.to(size.dtype).clamp_max(1), room)
     # The last bit: rounding must not leave the ball.
     length = torch.linalg.vector_norm(shrunk, dim=1, keepdim=True)
     shrunk = shrunk * (radius / length.clamp_min(torch.finfo(size.dtype).tiny)).clamp_max(1)

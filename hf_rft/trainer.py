@@ -25,7 +25,7 @@ from .checks import check_batch, check_dataset
 from .evaluation import adversarial_predictions, evaluation_settings, robust_metrics
 from .losses import LOSSES, RobustLoss
 from .model_state import batch_norm_frozen, in_mode, parameters_frozen
-from .noise import example_generators
+from .noise import TRAINING_ATTACK, example_generators
 from .pixel_space import PixelNormalization
 from .schedules import EpsilonSchedule
 from .threat_model import ThreatModel
@@ -205,7 +205,11 @@ class RobustTrainer(Trainer):
         # The position of the first example in the global batch: neither accumulation nor processes change it.
         first = (self._micro_batch * self.args.world_size + self.args.process_index) * self._train_batch_size
         generator = example_generators(
-            pixels.device, range(first, first + len(pixels)), self.args.seed, self.state.global_step
+            pixels.device,
+            range(first, first + len(pixels)),
+            TRAINING_ATTACK,
+            self.args.seed,
+            self.state.global_step,
         )
         with self._attacked(training=self.args.attack_model_mode == "train"):
             forward = partial(self._forward, **extra_inputs)

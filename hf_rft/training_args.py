@@ -216,6 +216,11 @@ class RobustTrainingArguments(TrainingArguments):
                 f"`robust_loss='mart'` does not define `label_smoothing_factor={self.label_smoothing_factor}`; set it "
                 "to 0."
             )
+        if LOSSES[self.robust_loss].attack_objective == "kl" and self.attack == "apgd_dlr":
+            raise ValueError(
+                f"`attack='apgd_dlr'` brings its own objective, but `robust_loss={self.robust_loss!r}` attacks a "
+                "divergence of its own; set `attack='apgd'`."
+            )
         if LOSSES[self.robust_loss].attack_objective == "kl" and not self.attack_random_start:
             raise ValueError(
                 f"`robust_loss={self.robust_loss!r}` needs `attack_random_start=True`: the divergence it increases "

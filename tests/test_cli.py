@@ -142,7 +142,7 @@ def test_config_in_one_word_and_default_config(parse, tmp_path):
         ("", [], "must hold `name: value` lines, got NoneType"),
         ("a: [1\n", [], "is not valid YAML"),
         (None, ["--config", "missing.yaml"], "No such file or directory: 'missing.yaml'"),
-        (None, ["--config"], "`--config` needs the name of a YAML file"),
+        (None, ["--config"], "argument --config: expected one argument"),
     ],
 )
 def test_bad_input(fails, yaml, flags, message):

@@ -67,6 +67,7 @@ def test_numbers_are_accepted_where_yaml_gives_them(make_args):
         ({"robust_loss": "trades", "robust_loss_weight": -1.0}, "`robust_loss_weight=-1.0` must be 0 or more"),
         ({"robust_loss": "mart", "label_smoothing_factor": 0.1}, "does not define `label_smoothing_factor=0.1`"),
         ({"robust_loss": "trades", "attack_random_start": False}, "needs `attack_random_start=True`"),
+        ({"robust_loss": "trades", "attack": "apgd_dlr"}, "`attack='apgd_dlr'` brings its own objective"),
         ({"epsilon_schedule_type": "ramp"}, r"`epsilon_schedule_type='ramp'` is unknown; choose one of \['constant'"),
         ({"epsilon_schedule_kwargs": {"start": 0.8, "end": 0.2}}, "`start=0.8` is after `end=0.2`"),
         ({"epsilon_schedule_kwargs": {"start": -0.1}}, "`start=-0.1` is not a share of training"),

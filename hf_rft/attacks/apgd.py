@@ -10,7 +10,7 @@ import torch
 from ..noise import Generators
 from ..threat_model import ThreatModel
 from .base import Forward, Passes, check_inputs, evaluate, per_example, states_passes
-from .objectives import Objective, cross_entropy
+from .objectives import Objective, cross_entropy, dlr
 
 
 MOMENTUM = 0.75
@@ -37,7 +37,7 @@ def apgd(
     """Ascent with momentum whose step size halves, per example, whenever progress stalls.
 
     See [`Attack`] for the common arguments. Passes: `steps + 1` forward, `steps` backward (the last iterate is looked
-    at, its gradient is not needed); for L1 with 10 steps and more two forward passes more.
+    at, its gradient is not needed); for L1 with 10 steps and more, two forward passes more.
 
     Args:
         random_start (`bool`, *optional*, defaults to `True`):
@@ -46,7 +46,7 @@ def apgd(
             Length of the first step relative to epsilon. Defaults to 2 (L-inf, L2) or 1 (L1).
         objective (`Callable`, *optional*):
             Maps logits and labels to the values, one an example, to be increased. Defaults to cross-entropy;
-            [`dlr`][hf_rft.attacks.objectives.dlr] is the other choice of the paper.
+            [`apgd_dlr`] has the other choice of the paper.
         early_stop (`bool`, *optional*, defaults to `False`):
             Return, for each example, the first iterate that is misclassified, and stop when all are. Otherwise the
             iterate with the largest objective is returned.
@@ -63,6 +63,14 @@ def apgd(
         adversarial = _ascend(forward, pixels, labels, adversarial, wider, phase_steps, early_stop=False, **options)
     adversarial = threat_model.project(adversarial, pixels)
     return _ascend(forward, pixels, labels, adversarial, threat_model, last_steps, early_stop=early_stop, **options)
+
+
+@states_passes(apgd.passes)
+def apgd_dlr(
+    forward: Forward, pixels: torch.Tensor, labels: torch.Tensor, *, objective: Objective = dlr, **options
+) -> torch.Tensor:
+    """[`apgd`] on the difference-of-logits ratio, the other objective of the paper, blind to the logits' scale."""
+    return apgd(forward, pixels, labels, objective=objective, **options)
 
 
 def _phases(steps: int, norm: str) -> list[tuple[int, int]]:

@@ -81,6 +81,9 @@ def evaluate(
         values = objective(logits, labels)
         # The sum, not the mean: an example's gradient must not depend on the size of its batch.
         input_gradient = torch.autograd.grad(values.sum(), adversarial)[0] if gradient else None
+    if input_gradient is not None:
+        # A step along NaN would leave the ball; where the model gives no direction, the image stays.
+        input_gradient = input_gradient.nan_to_num()
     return Evaluation(values.detach(), input_gradient, logits.detach().argmax(dim=1) != labels)
 
 

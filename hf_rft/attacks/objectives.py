@@ -17,17 +17,27 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def _true_and_other_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The true class's logit, and all logits with that one at minus infinity."""
+    logits = at_least_float32(logits)
+    is_true = F.one_hot(labels, logits.shape[1]).bool()
+    return logits.gather(1, labels.unsqueeze(1)).squeeze(1), logits.masked_fill(is_true, -torch.inf)
+
+
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the true class."""
-    return F.cross_entropy(at_least_float32(logits), labels, reduction="none")
+    """Cross-entropy of the true class, `log(1 + exp(logsumexp of the others - true logit))`.
+
+    Written like this because the usual form is flat in float32 once the true logit leads by 17: the probability rounds
+    to 1, the gradient loses the true class, and a confident model looks robust.
+    """
+    true_logit, others = _true_and_other_logits(logits, labels)
+    return F.softplus(others.logsumexp(dim=1) - true_logit)
 
 
 def margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Largest other logit minus the true one: positive exactly when the example is misclassified."""
-    logits = at_least_float32(logits)
-    true_logit = logits.gather(1, labels.unsqueeze(1)).squeeze(1)
-    is_true = F.one_hot(labels, logits.shape[1]).bool()
-    return logits.masked_fill(is_true, -torch.inf).amax(dim=1) - true_logit
+    true_logit, others = _true_and_other_logits(logits, labels)
+    return others.amax(dim=1) - true_logit
 
 
 def dlr(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -39,7 +49,8 @@ def dlr(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     if logits.shape[1] < 3:
         return margin(logits, labels)
     top = at_least_float32(logits).topk(3, dim=1).values
-    return margin(logits, labels) / (top[:, 0] - top[:, 2] + 1e-12)
+    # The bound keeps the gradient of tied logits finite in float16.
+    return margin(logits, labels) / (top[:, 0] - top[:, 2]).clamp_min(1e-4)
 
 
 class KLDivergence:

@@ -6,7 +6,7 @@ from fractions import Fraction
 import torch
 
 from ..attacks.base import Attack, Forward
-from ..noise import example_generators
+from ..noise import EVALUATION_ATTACK, example_generators
 from ..threat_model import ThreatModel
 
 
@@ -61,7 +61,7 @@ def adversarial_predictions(
                 labels[standing],
                 threat_model=threat_model,
                 steps=steps,
-                generator=example_generators(pixels.device, positions, seed),
+                generator=example_generators(pixels.device, positions, EVALUATION_ATTACK, seed),
             )
             with torch.no_grad():
                 current[standing] = forward(adversarial).argmax(dim=1)

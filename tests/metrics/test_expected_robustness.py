@@ -140,8 +140,13 @@ def test_epsilon_zero_alone_is_the_accuracy(metric):
     ("predictions", "references", "epsilons", "message"),
     [
         ([], [], [0, 1], "`references` is empty"),
-        ([0, 1], [0, 1], [0], r"one list of predicted labels per example.*got shape \(2,\) for 2 references"),
-        ([[0, 0]], [0, 1], [0, 1], r"got shape \(1, 2\) for 2 references"),
+        (
+            [0, 1],
+            [0, 1],
+            [0],
+            r"one list of predicted labels per example.*got 2 entries of lengths \[1\] for 2 references",
+        ),
+        ([[0, 0]], [0, 1], [0, 1], r"got 1 entries of lengths \[2\] for 2 references"),
         ([[0, 0], [0]], [0, 0], [0, 1], "one label per epsilon"),
         ([[0, 0]], [0], [0, 0.5, 1], "`epsilons` has 3 values, but every example has 2 predictions"),
         ([[0, 0]], [0], 0.5, "`epsilons` has 1 values, but every example has 2"),

@@ -75,44 +75,30 @@ def still_correct(predictions, references) -> np.ndarray:
     return np.logical_and.accumulate(correct, axis=1)
 
 
-def _check(predictions: np.ndarray, references: np.ndarray, epsilons) -> None:
+def _check(predictions, references, epsilons) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The inputs as arrays, or an error that names the one at fault."""
     if len(references) == 0:
         raise ValueError("`references` is empty; expected robustness needs at least one example.")
-    if predictions.ndim != 2 or len(predictions) != len(references):
+    lengths = {np.size(row) for row in predictions}
+    if len(predictions) != len(references) or len(lengths) > 1 or any(np.ndim(row) != 1 for row in predictions):
         raise ValueError(
-            "`predictions` must hold one list of predicted labels per example, one label per epsilon; got shape "
-            f"{predictions.shape} for {len(references)} references."
+            "`predictions` must hold one list of predicted labels per example, one label per epsilon; got "
+            f"{len(predictions)} entries of lengths {sorted(lengths)} for {len(references)} references."
         )
-    epsilons = np.asarray(epsilons, dtype=float)
-    if epsilons.ndim != 1 or len(epsilons) != predictions.shape[1]:
-        raise ValueError(
-            f"`epsilons` has {epsilons.size} values, but every example has {predictions.shape[1]} predictions."
-        )
-    if not np.all(np.isfinite(epsilons)) or epsilons[0] != 0 or np.any(np.diff(epsilons) <= 0):
+    try:
+        epsilons = np.asarray(epsilons, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`epsilons={epsilons}` must be numbers, for example 8 / 255.") from error
+    if epsilons.ndim != 1 or lengths != {epsilons.size}:
+        raise ValueError(f"`epsilons` has {epsilons.size} values, but every example has {lengths.pop()} predictions.")
+    if epsilons.size == 0 or not np.all(np.isfinite(epsilons)) or epsilons[0] != 0 or np.any(np.diff(epsilons) <= 0):
         raise ValueError(f"`epsilons={epsilons.tolist()}` must start with 0 and increase strictly.")
-
-
-@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
-class ExpectedRobustness(evaluate.Metric):
-    def _info(self):
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            inputs_description=_KWARGS_DESCRIPTION,
-            features=datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
-            ),
-            reference_urls=["https://huggingface.co/papers/2509.23325"],
-        )
-
-    def _compute(self, predictions, references, epsilons):
-        return robustness_summary(predictions, references, epsilons)
+    return np.asarray(predictions), np.asarray(references), epsilons
 
 
 def robustness_summary(predictions, references, epsilons, *, seed: int = 0) -> dict:
     """All values of the metric, from predictions of shape `(examples, epsilons)`."""
-    predictions, references = np.asarray(predictions), np.asarray(references)
-    _check(predictions, references, epsilons)
+    predictions, references, epsilons = _check(predictions, references, epsilons)
     correct = still_correct(predictions, references)
     accuracies = correct.mean(axis=0)
     lower_bound, upper_bound = bracket(epsilons, accuracies)
@@ -132,3 +118,20 @@ def robustness_summary(predictions, references, epsilons, *, seed: int = 0) -> d
         "upper_bound": upper_bound,
         "confidence_interval": [float(bound) for bound in interval],
     }
+
+
+@evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
+class ExpectedRobustness(evaluate.Metric):
+    def _info(self):
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation=_CITATION,
+            inputs_description=_KWARGS_DESCRIPTION,
+            features=datasets.Features(
+                {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
+            ),
+            reference_urls=["https://huggingface.co/papers/2509.23325"],
+        )
+
+    def _compute(self, predictions, references, epsilons):
+        return robustness_summary(predictions, references, epsilons)
