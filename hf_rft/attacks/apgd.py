@@ -20,7 +20,19 @@ MIN_INCREASE = 0.75
 L1_PHASES = ((3, 0.3), (2, 0.3), (1, 0.4))
 
 
-@states_passes(lambda steps, norm="linf": Passes(steps + len(_phases(steps, norm)), steps))
+def _phases(steps: int, norm: str) -> list[tuple[int, int]]:
+    """`(factor of epsilon, steps)` of each phase. Fewer than 10 steps are too few to divide."""
+    if norm != "l1" or steps < 10:
+        return [(1, steps)]
+    phases = [(factor, int(share * steps)) for factor, share in L1_PHASES[:-1]]
+    return [*phases, (1, steps - sum(phase_steps for _, phase_steps in phases))]
+
+
+def _passes(steps: int, norm: str = "linf") -> Passes:
+    return Passes(forward=steps + len(_phases(steps, norm)), backward=steps)
+
+
+@states_passes(_passes)
 def apgd(
     forward: Forward,
     pixels: torch.Tensor,
@@ -65,20 +77,12 @@ def apgd(
     return _ascend(forward, pixels, labels, adversarial, threat_model, last_steps, early_stop=early_stop, **options)
 
 
-@states_passes(apgd.passes)
+@states_passes(_passes)
 def apgd_dlr(
     forward: Forward, pixels: torch.Tensor, labels: torch.Tensor, *, objective: Objective = dlr, **options
 ) -> torch.Tensor:
     """[`apgd`] on the difference-of-logits ratio, the other objective of the paper, blind to the logits' scale."""
     return apgd(forward, pixels, labels, objective=objective, **options)
-
-
-def _phases(steps: int, norm: str) -> list[tuple[int, int]]:
-    """`(factor of epsilon, steps)` of each phase. Fewer than 10 steps are too few to divide."""
-    if norm != "l1" or steps < 10:
-        return [(1, steps)]
-    phases = [(factor, int(share * steps)) for factor, share in L1_PHASES[:-1]]
-    return [*phases, (1, steps - sum(phase_steps for _, phase_steps in phases))]
 
 
 def _ascend(
