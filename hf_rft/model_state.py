@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 
@@ -49,3 +50,21 @@ def batch_norm_frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for module in frozen:
             module.training = True
+
+
+@contextlib.contextmanager
+def under_attack(model: nn.Module, *, training: bool) -> Iterator[None]:
+    """Everything an attack on `model` needs: input gradients but no parameter gradients, one mode for all modules.
+
+    Neither the model nor the global random number generators have changed afterwards: in training mode, where dropout
+    draws from them, they are set back, and modules with running statistics stay in evaluation mode all the same.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(parameters_frozen(model))
+        stack.enter_context(in_mode(model, training=training))
+        if training:
+            devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+            stack.enter_context(torch.random.fork_rng(devices=list(devices)))
+            stack.enter_context(batch_norm_frozen(model))
+        yield

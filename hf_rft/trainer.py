@@ -24,7 +24,7 @@ from .checkpoints import restore_weights
 from .checks import check_batch, check_dataset
 from .evaluation import adversarial_predictions, evaluation_settings, robust_metrics
 from .losses import LOSSES, RobustLoss
-from .model_state import batch_norm_frozen, in_mode, parameters_frozen
+from .model_state import batch_norm_frozen, under_attack
 from .noise import TRAINING_ATTACK, example_generators
 from .pixel_space import PixelNormalization
 from .schedules import EpsilonSchedule
@@ -211,7 +211,7 @@ class RobustTrainer(Trainer):
             self.args.seed,
             self.state.global_step,
         )
-        with self._attacked(training=self.args.attack_model_mode == "train"):
+        with under_attack(self.model, training=self.args.attack_model_mode == "train"):
             forward = partial(self._forward, **extra_inputs)
             options = {}
             if self.robust_loss.attack_objective == "kl":
@@ -227,19 +227,6 @@ class RobustTrainer(Trainer):
                 **options,
             )
         return self.pixel_normalization.from_pixels(adversarial).to(pixel_values.dtype)
-
-    @contextlib.contextmanager
-    def _attacked(self, *, training: bool):
-        """The model while it is attacked: no parameter gradients, and nothing about it or the RNG changes."""
-        device = self.args.device
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(parameters_frozen(self.model))
-            stack.enter_context(in_mode(self.model, training=training))
-            if training:  # dropout draws from the global generator; running statistics must stay
-                stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
-                stack.enter_context(batch_norm_frozen(self.model))
-            yield
 
     def _forward(self, pixels: torch.Tensor, **extra_inputs) -> torch.Tensor:
         """Pixels in [0, 1] to logits, through the bare model: crafting must not trigger gradient synchronisation."""
@@ -262,7 +249,7 @@ class RobustTrainer(Trainer):
         pixel_values, _ = inputs.pop("pixel_values"), inputs.pop("labels")
         first = (self._eval_batch * self.args.world_size + self.args.process_index) * self.args.eval_batch_size
         self._eval_batch += 1
-        with self._attacked(training=False):
+        with under_attack(self.model, training=False):
             predictions = adversarial_predictions(
                 partial(self._forward, **inputs),
                 self.pixel_normalization.to_pixels(pixel_values),

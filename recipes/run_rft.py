@@ -100,6 +100,9 @@ class RecipeTrainingArguments(RobustTrainingArguments):
     head_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the new classification head. Default: learning_rate."}
     )
+    dataloader_pin_memory: bool = field(
+        default=torch.accelerator.is_available(), metadata={"help": "Pin the memory of batches, for a GPU."}
+    )
 
 
 def parse_arguments(

@@ -67,6 +67,16 @@ def make_model(family: str, seed: int = 0):
     return AutoModelForImageClassification.from_config(CONFIGS[family]())
 
 
+def without_dropout(model):
+    """Dropout draws other masks for other batch sizes."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if hasattr(model, "timm_model"):
+        model.timm_model.drop_rate = 0.0
+    return model
+
+
 @pytest.fixture
 def processor():
     """mean and std 0.5: pixel values lie in [-1, 1]."""
@@ -87,8 +97,3 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         return {"pixel_values": (self.pixels[index] - 0.5) / 0.5, "labels": int(self.labels[index])}
-
-
-@pytest.fixture
-def images():
-    return Images

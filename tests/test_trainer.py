@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_LABELS, Images, make_model
+from conftest import NUM_LABELS, Images, make_model, without_dropout
 from transformers import TrainerCallback
 
 from hf_rft import EpsilonScheduleCallback, RobustTrainer, RobustTrainingArguments
@@ -52,16 +52,6 @@ def assert_close(actual, expected, name, **tolerances):
     torch.testing.assert_close(actual, expected, **tolerances, msg=lambda text: f"{name}: {text}")
 
 
-def without_dropout(family):
-    model = make_model(family)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    if hasattr(model, "timm_model"):
-        model.timm_model.drop_rate = 0.0
-    return model
-
-
 # --- The loss and its gradient ---
 
 
@@ -74,7 +64,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_large_batch(
     """4 x 8 against 32, and 8 + 8 + 5 against 21, with a random start. One SGD step with rate 1 shows the gradient."""
     updates, losses = [], []
     for batch_size, steps in ((8, accumulation), (count, 1)):
-        model = without_dropout(family)
+        model = without_dropout(make_model(family))
         before = weights(model)
         trainer = make_trainer(
             model,
@@ -99,7 +89,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_large_batch(
 
 @pytest.mark.parametrize("robust_loss", ["at", "trades", "mart"])
 def test_loss_equals_formula_on_its_own_adversarial_examples(make_trainer, robust_loss):
-    trainer = make_trainer(without_dropout("vit"), robust_loss=robust_loss, label_smoothing_factor=0.0)
+    trainer = make_trainer(without_dropout(make_model("vit")), robust_loss=robust_loss, label_smoothing_factor=0.0)
     made = {}
 
     def recording_attack(forward, pixels, labels, **options):
@@ -122,10 +112,12 @@ def test_label_smoothing_is_honoured(make_trainer):
     inputs = make_trainer().data_collator([Images(8)[i] for i in range(8)])
     losses = []
     for smoothing in (0.0, 0.3):
-        trainer = make_trainer(without_dropout("vit"), label_smoothing_factor=smoothing, robust_loss="standard")
+        trainer = make_trainer(
+            without_dropout(make_model("vit")), label_smoothing_factor=smoothing, robust_loss="standard"
+        )
         trainer.model.train()
         losses.append(trainer.compute_loss(trainer.model, dict(inputs)))
-    logits = without_dropout("vit")(inputs["pixel_values"]).logits
+    logits = without_dropout(make_model("vit"))(inputs["pixel_values"]).logits
     expected = torch.nn.functional.cross_entropy(logits, inputs["labels"], label_smoothing=0.3)
     torch.testing.assert_close(losses[1], expected)
     assert losses[0] != losses[1]
@@ -140,7 +132,7 @@ def test_no_attack_runs_at_epsilon_zero(make_trainer):
     inputs = make_trainer().data_collator([Images(8)[i] for i in range(8)])
     for robust_loss in ("at", "trades"):
         trainer = make_trainer(
-            without_dropout("vit"),
+            without_dropout(make_model("vit")),
             robust_loss=robust_loss,
             epsilon_schedule_kwargs={"multiplier": 0.0},
             trainer_options={"attack": no_attack},
@@ -285,7 +277,7 @@ def test_activation_checkpointing_changes_nothing(make_trainer, family):
 def test_torch_compile_changes_nothing(make_trainer, family):
     results = []
     for backend in (None, "aot_eager"):
-        trainer = make_trainer(without_dropout(family), max_steps=2, torch_compile_backend=backend)
+        trainer = make_trainer(without_dropout(make_model(family)), max_steps=2, torch_compile_backend=backend)
         trainer.train()
         results.append((weights(trainer.model), trainer.evaluate()["eval_expected_robustness"]))
     for name, tensor in results[0][0].items():
