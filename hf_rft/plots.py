@@ -23,12 +23,17 @@ def draw_curves(axes, curves: Mapping[str, Curve], norm: str) -> None:
     """Accuracy in percent over epsilon, one line a name."""
     for name, (epsilons, accuracies) in curves.items():
         axes.plot([float(e) for e in epsilons], [100 * a for a in accuracies], marker="o", markersize=4, label=name)
-    grid = sorted({epsilon for epsilons, _ in curves.values() for epsilon in epsilons})
-    axes.set_xticks([float(epsilon) for epsilon in grid], [format_epsilon(epsilon) for epsilon in grid])
+    _set_epsilon_ticks(axes.xaxis, curves)
     axes.set(xlabel=f"epsilon ({norm}, pixels in [0, 1])", ylabel="accuracy (%)", ylim=(0, 100))
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend()
+
+
+def _set_epsilon_ticks(axis, curves: Mapping[str, Curve]) -> None:
+    """Ticks at the epsilons of the curves, written as the field does."""
+    grid = sorted({epsilon for epsilons, _ in curves.values() for epsilon in epsilons})
+    axis.set_ticks([float(epsilon) for epsilon in grid], [format_epsilon(epsilon) for epsilon in grid])
 
 
 def plot_robustness_curve(curves: Mapping[str, Curve], norm: str, path: str | Path, title: str = "") -> None:
@@ -40,7 +45,7 @@ def plot_robustness_curve(curves: Mapping[str, Curve], norm: str, path: str | Pa
     figure.savefig(path, dpi=150)
 
 
-def plot_comparison(runs: Mapping[str, Sequence[Mapping]], path: str | Path, norm: str = "linf") -> None:
+def plot_comparison(runs: Mapping[str, Sequence[Mapping]], path: str | Path, norm: str) -> None:
     """Robustness curves, and training histories with the onset of task adaptation, of several recipes.
 
     Args:
@@ -65,12 +70,13 @@ def plot_comparison(runs: Mapping[str, Sequence[Mapping]], path: str | Path, nor
                 validation_axes.plot(epochs[one["onset"] - 1], at, "*", color=color, markersize=11)
         if of_seeds[0]["epsilon"]:
             epochs, epsilons = zip(*of_seeds[0]["epsilon"], strict=True)
-            epsilon_axes.plot(epochs, [255 * epsilon for epsilon in epsilons], color=color, label=name)
+            epsilon_axes.plot(epochs, epsilons, color=color, label=name)
     draw_curves(curve_axes, curves, norm)
     curve_axes.set_title("robustness (mean over seeds)")
     validation_axes.set(xlabel="epoch", ylabel="clean validation accuracy (%)", ylim=(0, 100))
     validation_axes.set_title("adaptation (star: onset)")
-    epsilon_axes.set(xlabel="epoch", ylabel="training epsilon (x 255)", title="schedule")
+    _set_epsilon_ticks(epsilon_axes.yaxis, curves)
+    epsilon_axes.set(xlabel="epoch", ylabel="training epsilon", title="schedule")
     for axes in (validation_axes, epsilon_axes):
         axes.grid(alpha=0.3)
         if axes.lines:

@@ -117,7 +117,7 @@ def main() -> None:
     print(f"\nMean ± standard deviation over seeds {args.seeds}, in %; onset is an epoch for each seed\n\n{table}")
     (args.output_dir / "comparison.md").write_text(table + "\n")
     (args.output_dir / "comparison.json").write_text(json.dumps(runs, indent=2))
-    plot_comparison(runs, args.output_dir / "comparison.png")
+    plot_comparison(runs, args.output_dir / "comparison.png", norm=runs[args.configs[0].stem][0]["norm"])
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def drawn(monkeypatch):
 def test_comparison_is_written(tmp_path, drawn):
     path = tmp_path / "comparison.png"
     second = make_run(onset=None) | {"accuracies": {"0": 0.6, "2/255": 0.4, "4/255": 0.2}}
-    plots.plot_comparison({"fixed": [make_run(epsilon=())], "hinge": [make_run(), second]}, path)
+    plots.plot_comparison({"fixed": [make_run(epsilon=())], "hinge": [make_run(), second]}, path, "linf")
     assert path.read_bytes().startswith(PNG)
     curves, validation, epsilons = drawn[0].axes
     assert [line.get_label() for line in curves.lines] == ["fixed", "hinge"]
@@ -72,11 +72,11 @@ def test_comparison_is_written(tmp_path, drawn):
     stars = [line for line in validation.lines if line.get_marker() == "*"]
     assert len(validation.lines) - len(stars) == 3
     assert [(star.get_xdata()[0], star.get_ydata()[0]) for star in stars] == [(2, 50.0), (2, 50.0)]
-    assert list(epsilons.lines[0].get_ydata()) == pytest.approx([0, 2.55, 5.1])
+    assert list(epsilons.lines[0].get_ydata()) == pytest.approx([0, 0.01, 0.02])
 
 
 def test_comparison_shows_every_recipe(tmp_path, drawn):
-    plots.plot_comparison({f"recipe {number}": [make_run()] for number in range(12)}, tmp_path / "many.png")
+    plots.plot_comparison({f"recipe {number}": [make_run()] for number in range(12)}, tmp_path / "many.png", "linf")
     assert len(drawn[0].axes[0].lines) == 12
 
 

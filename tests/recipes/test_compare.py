@@ -33,7 +33,7 @@ def test_table_and_figure(tmp_path):
     table = compare.markdown_table(runs)
     assert "| good | 85.0 ± 7.1 | 70.0 ± 0.0 | 50.0 ± 14.1 | 50.0 ± 0.0 | 2, 1 | 2.0 ± 0.0 |" in table
     assert "| failed | 10.0 | 10.0 | 10.0 | 50.0 | never | 2.0 |" in table
-    compare.plot_comparison(runs, tmp_path / "figure.png")
+    compare.plot_comparison(runs, tmp_path / "figure.png", norm="linf")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
