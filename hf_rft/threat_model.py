@@ -6,6 +6,7 @@ All tensors are images of shape `(batch, channels, height, width)` with pixels i
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
 
@@ -63,7 +64,7 @@ def format_epsilon(epsilon: Fraction) -> str:
     return str(epsilon)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ThreatModel:
     """All images within `epsilon` of the original in `norm`, and inside the box [0, 1].
 
@@ -79,21 +80,21 @@ class ThreatModel:
     """
 
     norm: str
-    epsilon: Fraction | torch.Tensor
+    epsilon: Any  # becomes a `Fraction`, or stays a tensor
 
-    def __init__(self, norm: str, epsilon: str | int | float | Fraction | torch.Tensor):
-        if norm not in NORMS:
-            raise ValueError(f"`norm={norm!r}` is unknown; choose one of {list(NORMS)}.")
-        if isinstance(epsilon, torch.Tensor):
-            if epsilon.dim() != 1:
-                raise ValueError(f"An `epsilon` tensor holds one value per example; got shape {tuple(epsilon.shape)}.")
-        else:
-            written, epsilon = epsilon, parse_epsilon(epsilon)
-            if norm == "linf" and epsilon > 1:
-                remedy = f"did you mean '{written}/255'?" if epsilon in range(256) else "write it as a fraction x/255."
-                raise ValueError(f"`epsilon={written!r}` is above 1, but pixels lie in [0, 1]; {remedy}")
-        object.__setattr__(self, "norm", norm)
-        object.__setattr__(self, "epsilon", epsilon)
+    def __post_init__(self):
+        if self.norm not in NORMS:
+            raise ValueError(f"`norm={self.norm!r}` is unknown; choose one of {list(NORMS)}.")
+        if isinstance(self.epsilon, torch.Tensor):
+            if self.epsilon.dim() != 1:
+                shape = tuple(self.epsilon.shape)
+                raise ValueError(f"An `epsilon` tensor holds one value per example; got shape {shape}.")
+            return
+        written, self.epsilon = self.epsilon, parse_epsilon(self.epsilon)
+        if self.norm == "linf" and self.epsilon > 1:
+            is_level = self.epsilon in range(256)
+            remedy = f"did you mean '{written}/255'?" if is_level else "write it as a fraction x/255."
+            raise ValueError(f"`epsilon={written!r}` is above 1, but pixels lie in [0, 1]; {remedy}")
 
     @property
     def is_trivial(self) -> bool:

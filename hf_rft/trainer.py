@@ -18,10 +18,11 @@ from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, Trainer
 
 from .attacks import ATTACKS, Attack
+from .attacks.base import checked, takes
 from .attacks.objectives import KLDivergence
 from .callbacks import DatasetEpochCallback, EpsilonScheduleCallback
 from .checkpoints import restore_weights
-from .checks import check_batch, check_dataset
+from .checks import check_batch, check_dataset, check_model
 from .evaluation import adversarial_predictions, evaluation_settings, robust_metrics
 from .losses import LOSSES, RobustLoss
 from .model_state import batch_norm_frozen, under_attack
@@ -54,7 +55,8 @@ class RobustTrainer(Trainer):
 
     `evaluate` returns, besides the loss, `eval_accuracy`, `eval_robust_accuracy` (at `args.epsilon`),
     `eval_expected_robustness` and `eval_accuracy_at_<epsilon>` for each epsilon of the grid; `predict` returns the
-    pair (clean logits, predicted label at each epsilon). A `compute_metrics` gets the clean logits, as usual.
+    pair (clean logits, predicted label at each epsilon), or the logits alone if the dataset has no labels. A
+    `compute_metrics` gets the clean logits, as usual.
     """
 
     args: RobustTrainingArguments
@@ -85,12 +87,12 @@ class RobustTrainer(Trainer):
         check_dataset("eval_dataset", self.eval_dataset, num_labels)
 
         self.threat_model = ThreatModel(args.norm, args.epsilon)
-        self.attack = attack or partial(
-            ATTACKS[args.attack], random_start=args.attack_random_start, step_size=args.attack_step_size
-        )
-        self.eval_attack = eval_attack or partial(ATTACKS[args.eval_attack], early_stop=True)
+        options = {"random_start": args.attack_random_start, "step_size": args.attack_step_size}
+        self.attack = checked(attack) if attack else partial(ATTACKS[args.attack], **options)
+        self.eval_attack = checked(eval_attack) if eval_attack else partial(ATTACKS[args.eval_attack], early_stop=True)
         robust_loss = robust_loss or LOSSES[args.robust_loss]
         self.robust_loss = robust_loss if isinstance(robust_loss, RobustLoss) else RobustLoss(robust_loss)
+        self._check_loss(attack)
 
         self.add_callback(DatasetEpochCallback())
         if self._epsilon_callback is None:
@@ -102,8 +104,7 @@ class RobustTrainer(Trainer):
         # A user's function sees what it would see in a plain Trainer: the clean logits.
         self._user_compute_metrics, self.compute_metrics = self.compute_metrics, self._compute_metrics
         if self.preprocess_logits_for_metrics is not None:
-            preprocess = self.preprocess_logits_for_metrics
-            self.preprocess_logits_for_metrics = lambda logits, labels: (preprocess(logits[0], labels), logits[1])
+            self.preprocess_logits_for_metrics = partial(_preprocess_clean, self.preprocess_logits_for_metrics)
 
         self._train_epsilon: float | None = None  # of the last training step, for the log
         self._micro_batch = 0  # within the optimizer step
@@ -117,12 +118,26 @@ class RobustTrainer(Trainer):
                 "`processing_class` is None; pass the model's image processor, "
                 "`AutoImageProcessor.from_pretrained(...)`: perturbations are measured in its pixels."
             )
+        check_model(self.model)
         if self.compute_loss_func is not None:
             raise ValueError("`compute_loss_func` would replace the robust loss; pass `robust_loss` instead.")
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process (DataParallel) are not supported; start one process a GPU "
                 "with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
+            )
+
+    def _check_loss(self, attack: Attack | None) -> None:
+        weight = self.args.robust_loss_weight
+        if weight is not None and self.robust_loss in LOSSES.values() and self.robust_loss.weight is None:
+            raise ValueError(
+                f"`robust_loss_weight={weight}` has no meaning for `robust_loss={self.args.robust_loss!r}`; leave it "
+                "out, or choose 'trades' or 'mart'."
+            )
+        if self.robust_loss.attack_objective == "kl" and attack is not None and not takes(attack, "objective"):
+            raise ValueError(
+                f"`attack={attack!r}` takes no `objective`, but this `robust_loss` chooses what its attack increases; "
+                "add the argument `objective`, a function of logits and labels."
             )
 
     # --- Training ---
@@ -198,9 +213,10 @@ class RobustTrainer(Trainer):
         callback = self._epsilon_callback
         multiplier = callback.multiplier(self.state) if callback is not None else 1.0
         threat_model = ThreatModel(self.args.norm, multiplier * float(self.threat_model.epsilon))
-        self._train_epsilon = float(threat_model.epsilon)
         pixels = self.pixel_normalization.to_pixels(pixel_values)
-        if threat_model.is_trivial or not self.robust_loss.needs_adversarial:
+        is_attacked = self.robust_loss.needs_adversarial and not threat_model.is_trivial
+        self._train_epsilon = float(threat_model.epsilon) if is_attacked else 0.0
+        if not is_attacked:
             return None
         # The position of the first example in the global batch: neither accumulation nor processes change it.
         first = (self._micro_batch * self.args.world_size + self.args.process_index) * self._train_batch_size
@@ -226,7 +242,9 @@ class RobustTrainer(Trainer):
                 generator=generator,
                 **options,
             )
-        return self.pixel_normalization.from_pixels(adversarial).to(pixel_values.dtype)
+        adversarial_values = self.pixel_normalization.from_pixels(adversarial)
+        # Bytes (a processor that does nothing) cannot hold a perturbation: those stay float.
+        return adversarial_values.to(pixel_values.dtype) if pixel_values.is_floating_point() else adversarial_values
 
     def _forward(self, pixels: torch.Tensor, **extra_inputs) -> torch.Tensor:
         """Pixels in [0, 1] to logits, through the bare model: crafting must not trigger gradient synchronisation."""
@@ -274,8 +292,8 @@ class RobustTrainer(Trainer):
         logits, predictions = cast(tuple[np.ndarray, np.ndarray], evaluation.predictions)
         metrics = {}
         if self._user_compute_metrics is not None:
-            evaluation.predictions = logits
-            metrics.update(self._user_compute_metrics(evaluation))
+            of_clean_logits = EvalPrediction(logits, evaluation.label_ids, evaluation.inputs, evaluation.losses)
+            metrics.update(self._user_compute_metrics(of_clean_logits))
         metrics.update(robust_metrics(predictions, evaluation.label_ids, self._evaluated_epsilons, self.threat_model))
         return metrics
 
@@ -303,3 +321,10 @@ class RobustTrainer(Trainer):
     @property
     def _is_sharded(self) -> bool:
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+
+def _preprocess_clean(preprocess: Callable, logits: Any, labels: torch.Tensor | None) -> Any:
+    """Apply a user's `preprocess_logits_for_metrics` to the clean logits only."""
+    if labels is None:  # nothing was attacked
+        return preprocess(logits, labels)
+    return preprocess(logits[0], labels), logits[1]

@@ -42,7 +42,8 @@ class RobustTrainingArguments(TrainingArguments):
         attack_model_mode (`str`, *optional*, defaults to `"eval"`):
             Mode of the model while it is attacked: `"eval"` (no dropout) or `"train"`.
         freeze_batch_norm (`bool`, *optional*, defaults to `True`):
-            Keep BatchNorm in evaluation mode while training.
+            Keep BatchNorm in evaluation mode while training. If False, the clean and adversarial examples of TRADES
+            and MART share their batch statistics.
 
         > Parameters that control the loss
 
@@ -72,6 +73,9 @@ class RobustTrainingArguments(TrainingArguments):
         eval_attack_during_training (`bool`, *optional*, defaults to `True`):
             Attack in the evaluations that happen while training runs. If False those report clean accuracy only,
             which is cheap; calling `evaluate` always attacks.
+
+    Activation checkpointing and `torch_compile` apply to the update, not to the attack before it, which runs in
+    evaluation mode on the bare model.
 
     > [!NOTE]
     > `remove_unused_columns` has another default than in [`~transformers.TrainingArguments`]: `False`, because image
@@ -162,6 +166,8 @@ class RobustTrainingArguments(TrainingArguments):
         # Build once: a bad epsilon or schedule is an error now, not after the model was loaded.
         ThreatModel(self.norm, self.epsilon)
         EpsilonScheduleCallback(self.make_epsilon_schedule(), self.epsilon_schedule_interval)
+        if isinstance(self.eval_epsilons, str):
+            raise ValueError(f"`eval_epsilons={self.eval_epsilons!r}` must be a list such as ['0', '4/255', '8/255'].")
         if self.eval_epsilons is not None:
             self.eval_epsilons = [str(epsilon) for epsilon in self.eval_epsilons]
         self._check_eval_epsilons()
@@ -203,14 +209,8 @@ class RobustTrainingArguments(TrainingArguments):
             )
 
     def _check_loss(self) -> None:
-        if self.robust_loss_weight is not None:
-            if LOSSES[self.robust_loss].weight is None:
-                raise ValueError(
-                    f"`robust_loss_weight={self.robust_loss_weight}` has no meaning for "
-                    f"`robust_loss={self.robust_loss!r}`; leave it out or choose 'trades' or 'mart'."
-                )
-            if not self.robust_loss_weight >= 0:
-                raise ValueError(f"`robust_loss_weight={self.robust_loss_weight}` must be 0 or more.")
+        if self.robust_loss_weight is not None and not self.robust_loss_weight >= 0:
+            raise ValueError(f"`robust_loss_weight={self.robust_loss_weight}` must be 0 or more.")
         if self.robust_loss == "mart" and self.label_smoothing_factor:
             raise ValueError(
                 f"`robust_loss='mart'` does not define `label_smoothing_factor={self.label_smoothing_factor}`; set it "
@@ -252,12 +252,15 @@ class RobustTrainingArguments(TrainingArguments):
 
     def _check_supported(self) -> None:
         """Refuse what would silently train or measure something else."""
-        checkpointing = self.activation_checkpointing_kwargs
-        if self.activation_checkpointing and isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
+        # The older names: transformers before 5.23 has no others, and later versions keep them equal to the new ones.
+        checkpointing = self.gradient_checkpointing_kwargs
+        if self.gradient_checkpointing and isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
             raise ValueError(
-                "`activation_checkpointing_kwargs={'use_reentrant': True}` cannot work: reentrant checkpointing does "
-                "not support `torch.autograd.grad`, which attacks use. Set `use_reentrant` to False."
+                "Activation checkpointing with `use_reentrant=True` does not support `torch.autograd.grad`, which "
+                "attacks use. Set `use_reentrant` to False."
             )
+        if not self.eval_do_concat_batches:
+            raise ValueError("`eval_do_concat_batches=False` is not supported: robust metrics need all predictions.")
         if self.batch_eval_metrics:
             raise ValueError("`batch_eval_metrics=True` is not supported: robust metrics need the whole grid at once.")
 

@@ -51,8 +51,8 @@ def read(folder: Path) -> dict:
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     config = json.loads((folder / "config.json").read_text())
     num_classes = len(config.get("label_names") or config["id2label"])  # timm's name, transformers' name
-    # The last entry is the final evaluation, on other data.
-    validation = [entry for entry in log if "eval_accuracy" in entry and f"{PREFIX}0" not in entry]
+    # The state was saved before the final evaluation, which is on other data.
+    validation = [entry for entry in log if "eval_accuracy" in entry]
     return {
         "accuracies": {key.removeprefix(PREFIX): value for key, value in results.items() if key.startswith(PREFIX)},
         "robust": results["eval_robust_accuracy"],
@@ -104,6 +104,9 @@ def main() -> None:
         if not config.is_file():
             parser.error(f"{config} is not a file")
 
+    if len({config.stem for config in args.configs}) < len(args.configs):
+        parser.error("two configurations have the same file name, under which results are kept")
+
     work = [(config, seed) for seed in args.seeds for config in args.configs]
     threads = max(1, (os.cpu_count() or 1) // args.jobs)  # runs at the same time share the cores
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -113,6 +116,11 @@ def main() -> None:
     for (config, _), folder in zip(work, folders, strict=True):
         runs[config.stem].append(read(folder))
 
+    measured = {(one["norm"], *one["accuracies"]) for of_seeds in runs.values() for one in of_seeds}
+    if len(measured) > 1:
+        parser.error(
+            f"the runs were evaluated at different norms or epsilons and cannot be compared: {sorted(measured)}"
+        )
     table = markdown_table(runs)
     print(f"\nMean ± standard deviation over seeds {args.seeds}, in %; onset is an epoch for each seed\n\n{table}")
     (args.output_dir / "comparison.md").write_text(table + "\n")

@@ -8,14 +8,15 @@
     accelerate launch recipes/run_rft.py --train_dir my_images/train --validation_dir my_images/validation
 
 Writes into `--output_dir`: the model and its processor, all_results.json, trainer_state.json, README.md (model card)
-and robustness_curve.png.
+and robustness_curve.png. Without --config, --model_name_or_path, --dataset_name and --train_dir the bundled recipe
+recipes/fashion_mnist/efficientnet_lite0_hinge.yaml applies, under all other flags.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from torchvision import transforms
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, set_seed
 
@@ -88,6 +89,11 @@ class DataTrainingArguments:
             self.dataset_name = bundled.DATASET
         if not 0 < self.train_val_split < 1:
             raise ValueError(f"--train_val_split {self.train_val_split} must lie between 0 and 1.")
+        if not 0 <= self.horizontal_flip <= 1:
+            raise ValueError(f"--horizontal_flip {self.horizontal_flip} is no probability; give a number in [0, 1].")
+        for name in ("color_jitter", "rotation"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)} must be 0 (off) or more.")
         for name in ("max_train_samples", "max_eval_samples", "max_test_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
@@ -116,6 +122,7 @@ def parse_arguments(
         default_config=lambda given: (
             None if given & {"model_name_or_path", "dataset_name", "train_dir"} else DEFAULT_CONFIG
         ),
+        tied={"epsilon_schedule_type": "epsilon_schedule_kwargs"},
     )
 
 
@@ -149,8 +156,13 @@ def load_splits(model_args: ModelArguments, data_args: DataTrainingArguments, se
             raise ValueError(f"--{flag} {column!r} is not a column of the dataset; its columns are {columns}.")
     if len(splits["train"]) == 0:
         raise ValueError("The training split is empty; robust fine-tuning needs at least one example.")
-    if not isinstance(splits["train"].features[data_args.label_column_name], ClassLabel):
-        splits = splits.class_encode_column(data_args.label_column_name)
+    image_type = splits["train"].features[data_args.image_column_name]
+    if not isinstance(image_type, Image):
+        raise ValueError(
+            f"--image_column_name {data_args.image_column_name!r} holds {image_type}, not images; cast it with "
+            "`cast_column(..., datasets.Image())` if it holds paths or bytes."
+        )
+    splits = encode_labels(splits, data_args.label_column_name)
 
     if "validation" not in splits:
         try:
@@ -176,6 +188,27 @@ def load_splits(model_args: ModelArguments, data_args: DataTrainingArguments, se
         "test": data_args.max_test_samples,
     }
     return DatasetDict({split: subset(splits[split], limit, seed) for split, limit in limits.items()})
+
+
+def encode_labels(splits: DatasetDict, column: str) -> DatasetDict:
+    """Labels as indices of the training split's classes, the same in all splits."""
+    feature = splits["train"].features[column]
+    if not isinstance(feature, ClassLabel):
+        classes = sorted(splits["train"].unique(column))
+        feature = ClassLabel(names=[str(name) for name in classes])
+        for split, dataset in splits.items():
+            unknown = sorted(set(dataset.unique(column)) - set(classes))
+            if unknown:
+                raise ValueError(f"Split {split!r} has labels {unknown} that the training split has not: {classes}.")
+        features = Features({**splits["train"].features, column: feature})
+        splits = splits.map(lambda example: {column: feature.str2int(str(example[column]))}, features=features)
+    for split, dataset in splits.items():
+        if dataset.features[column].names != feature.names:
+            raise ValueError(
+                f"Split {split!r} has the classes {dataset.features[column].names}, the training split "
+                f"{feature.names}; give all splits the same classes in the same order."
+            )
+    return splits
 
 
 def subset(dataset: Dataset, limit: int | None, seed: int) -> Dataset:
@@ -208,43 +241,50 @@ def load_model(model_args: ModelArguments, class_names: list[str]):
             config.pretrained_cfg["input_size"] = [3, size, size]
             processor = type(processor)(pretrained_cfg=config.pretrained_cfg, architecture=config.architecture)
     elif size is not None:
-        square = {"height": size, "width": size}
-        processor = AutoImageProcessor.from_pretrained(name_or_path, size=square, crop_size=square, **hub_options)
+        if "shortest_edge" in processor.to_dict()["size"]:
+            processor.size = {"shortest_edge": size}
+        else:
+            processor.size = {"height": size, "width": size}
+        if getattr(processor, "crop_size", None) is not None:
+            processor.crop_size = {"height": size, "width": size}
         if hasattr(config, "image_size"):
             config.image_size = size
-    model = AutoModelForImageClassification.from_pretrained(
-        name_or_path, config=config, ignore_mismatched_sizes=model_args.ignore_mismatched_sizes, **hub_options
+    model, report = AutoModelForImageClassification.from_pretrained(
+        name_or_path,
+        config=config,
+        ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
+        output_loading_info=True,
+        **hub_options,
     )
+    head_tensors = head_parameters(model)
+    head = {name for name, parameter in model.named_parameters() if parameter in head_tensors}
+    lost = sorted({str(key[0]) for key in report["mismatched_keys"]} - head)
+    if lost:
+        raise ValueError(
+            f"The pretrained weights {lost} do not fit {name_or_path} with --image_size {size}, and fine-tuning must "
+            "not start from random ones; leave --image_size out, or use a model that takes any size."
+        )
     if model_args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return processor, model
 
 
-def make_optimizer(model, args: RecipeTrainingArguments):
-    """The optimizer of the arguments with another learning rate for the head; None where the default will do."""
-    if args.head_learning_rate is None:
-        return None
-    optimizer_class, options = RobustTrainer.get_optimizer_cls_and_kwargs(args, model)
+def head_parameters(model) -> set[torch.nn.Parameter]:
+    """The parameters of the classification head."""
     if hasattr(model, "timm_model"):
-        head = {id(parameter) for parameter in model.timm_model.get_classifier().parameters()}
-    else:
-        head = {id(parameter) for parameter in set(model.parameters()) - set(model.base_model.parameters())}
-    decayed = set(RobustTrainer.get_decay_parameter_names(None, model))
-    groups = {}
-    for name, parameter in model.named_parameters():
-        group = groups.setdefault((id(parameter) in head, name in decayed), [])
-        group.append(parameter)
-    return optimizer_class(
-        [
-            {
-                "params": parameters,
-                "lr": args.head_learning_rate if is_head else args.learning_rate,
-                "weight_decay": args.weight_decay if is_decayed else 0.0,
-            }
-            for (is_head, is_decayed), parameters in groups.items()
-        ],
-        **options,
-    )
+        return set(model.timm_model.get_classifier().parameters())
+    return set(model.parameters()) - set(model.base_model.parameters())
+
+
+def set_head_learning_rate(optimizer: torch.optim.Optimizer, model, learning_rate: float) -> None:
+    """Move the head's parameters to groups of their own, with another learning rate."""
+    head = head_parameters(model)
+    for group in list(optimizer.param_groups):
+        parameters = group["params"]
+        group["params"] = [parameter for parameter in parameters if parameter not in head]
+        moved = [parameter for parameter in parameters if parameter in head]
+        if moved:
+            optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
 
 
 def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
@@ -314,8 +354,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         eval_dataset=splits["validation"].with_transform(prepare_batch),
         data_collator=collate,
         processing_class=processor,
-        optimizers=(make_optimizer(model, training_args), None),
     )
+    if training_args.head_learning_rate is not None:
+        set_head_learning_rate(trainer.create_optimizer(), model, training_args.head_learning_rate)
     result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)

@@ -37,8 +37,14 @@ def test_weights_are_the_published_ones(folder):
     """Every tensor of the package's file is in the checkpoint, in timm's order."""
     model = AutoModelForImageClassification.from_pretrained(folder)
     published = bundled._verified_weights()
-    for tensor, expected in zip(model.timm_model.state_dict().values(), published.values(), strict=True):
-        assert torch.equal(tensor, expected)
+    for (name, tensor), (key, expected) in zip(model.timm_model.state_dict().items(), published.items(), strict=True):
+        assert name.split(".")[-1] == key.split(".")[-1]
+        assert torch.equal(tensor, expected), name
+
+
+def test_weights_in_another_order_are_refused():
+    with pytest.raises(ValueError, match="The weight 'a.weight' is not timm's 'b.bias'"):
+        bundled._with_timm_names({"a.weight": torch.zeros(1)}, ["b.bias"])
 
 
 def test_other_weights_are_refused(monkeypatch):

@@ -28,3 +28,16 @@ def test_memory_format_and_sharing_stay(tmp_path):
     assert restore_weights(model, tmp_path)
     assert parameter.is_contiguous(memory_format=torch.channels_last)
     assert any(parameter is other for other in model.parameters())
+
+
+def test_missing_and_mismatched_weights_are_refused(tmp_path):
+    model = make_model("vit")
+    state = model.state_dict()
+    del state["classifier.weight"]
+    state["classifier.bias"] = torch.zeros(7)
+    model.save_pretrained(tmp_path, state_dict=state)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match="does not hold the weights of this ViTForImageClassification.*classifier"):
+        restore_weights(model, tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name

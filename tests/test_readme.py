@@ -49,3 +49,7 @@ def test_file_tree_is_complete():
     tree = README.split("## Where things are")[1].split("## ")[0]
     for path in (Path(__file__).parents[1] / "hf_rft").glob("*.py"):
         assert path.name == "__init__.py" or path.name in tree, path.name
+
+
+def test_nothing_is_left_to_fill_in():
+    assert "@@" not in README

@@ -4,8 +4,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_LABELS, Images, make_model, without_dropout
-from transformers import TrainerCallback
+from conftest import NUM_LABELS, SIZE, Images, make_model, without_dropout
+from transformers import TrainerCallback, ViTImageProcessor
 
 from hf_rft import EpsilonScheduleCallback, RobustTrainer, RobustTrainingArguments
 from hf_rft.attacks import pgd
@@ -263,11 +263,18 @@ def test_trains_and_evaluates(make_trainer, family, options):
 @pytest.mark.parametrize("family", ["vit", "swin", "timm"])
 def test_activation_checkpointing_changes_nothing(make_trainer, family):
     """BatchNorm stays frozen while backward runs the forward pass again."""
-    results = []
+    results, forwards = [], []
     for checkpointing in (False, True):
-        trainer = make_trainer(family, max_steps=2, activation_checkpointing=checkpointing)
+        trainer = make_trainer(family, max_steps=2, gradient_checkpointing=checkpointing)
+        calls = []
+        deepest = [
+            module for module in trainer.model.modules() if isinstance(module, (torch.nn.LayerNorm, torch.nn.Conv2d))
+        ]
+        deepest[-2].register_forward_hook(lambda *_, calls=calls: calls.append(1))
         trainer.train()
         results.append(weights(trainer.model))
+        forwards.append(len(calls))
+    assert forwards[1] > forwards[0]
     for name, tensor in results[0].items():
         assert_close(results[1][name], tensor, name)
 
@@ -390,8 +397,10 @@ def test_predict_returns_logits_and_the_label_at_each_epsilon(make_trainer):
 
 def test_user_compute_metrics_sees_clean_logits(make_trainer):
     def compute_metrics(evaluation):
-        assert evaluation.predictions.shape == (13, 2)
-        return {"largest": float(evaluation.predictions.max())}
+        logits, labels = evaluation
+        assert evaluation.predictions is logits
+        assert (logits.shape, labels.shape) == ((13, 2), (13,))
+        return {"largest": float(logits.max())}
 
     trainer = make_trainer(
         trainer_options={
@@ -419,6 +428,18 @@ def test_several_evaluation_datasets(make_trainer):
     assert {"eval_one_robust_accuracy", "eval_two_expected_robustness"} <= set(metrics)
 
 
+def test_predict_without_labels_returns_plain_logits(make_trainer):
+    class Unlabelled(Images):
+        def __getitem__(self, index):
+            return {"pixel_values": super().__getitem__(index)["pixel_values"]}
+
+    options = {"preprocess_logits_for_metrics": lambda logits, labels: 2 * logits}
+    logits = make_trainer(trainer_options=options).predict(Unlabelled(5)).predictions
+    expected = make_trainer().predict(Unlabelled(5)).predictions
+    assert logits.shape == (5, NUM_LABELS)
+    assert np.allclose(logits, 2 * expected)
+
+
 # --- Resume and best model ---
 
 
@@ -436,7 +457,7 @@ class Augmented(torch.utils.data.Dataset):
 
 
 @pytest.mark.parametrize("family", ["vit", "swin", "timm"])
-@pytest.mark.parametrize("save_steps", [4, 3], ids=["at an epoch's end", "within an epoch"])
+@pytest.mark.parametrize("save_steps", [4, 3, 6], ids=["at an epoch's end", "within an epoch", "in the second epoch"])
 def test_resume_is_exact(make_trainer, tmp_path, family, save_steps):
     """With dropout and random augmentation on, and an attack with a random start, to the last bit."""
     options = {
@@ -454,6 +475,7 @@ def test_resume_is_exact(make_trainer, tmp_path, family, save_steps):
     expected = weights(whole.model)
     for name, tensor in weights(resumed.model).items():
         assert torch.equal(tensor, expected[name]), name
+    assert len(resumed.state.log_history) == len(whole.state.log_history)
     for one, other in zip(whole.state.log_history[-4:-1], resumed.state.log_history[-4:-1], strict=True):
         assert {**one, "grad_norm": 0} == {**other, "grad_norm": 0}
 
@@ -568,3 +590,76 @@ def test_trainer_does_not_modify_its_arguments(make_trainer):
     trainer.train()
     trainer.evaluate()
     assert trainer.args.to_dict() == before
+
+
+def test_refuses_what_is_no_classifier(make_trainer):
+    with pytest.raises(ValueError, match="at least 2 classes, one of which is right; got Linear with num_labels=None"):
+        make_trainer(torch.nn.Linear(2, 2))
+    for setting in ("regression", "multi_label_classification"):
+        model = make_model("vit")
+        model.config.problem_type = setting
+        with pytest.raises(ValueError, match=f"problem_type='{setting}'"):
+            make_trainer(model)
+
+
+def test_refuses_a_weight_the_loss_does_not_have(make_trainer):
+    with pytest.raises(ValueError, match="`robust_loss_weight=1.0` has no meaning for `robust_loss='at'`"):
+        make_trainer(robust_loss="at", robust_loss_weight=1.0)
+
+
+def test_own_loss_gets_the_weight(make_trainer):
+    seen = []
+
+    def robust_loss(clean_logits, adversarial_logits, labels, *, weight, label_smoothing):
+        seen.append(weight)
+        return trades_loss(clean_logits, adversarial_logits, labels, weight=weight)
+
+    make_trainer(max_steps=1, robust_loss_weight=3.0, trainer_options={"robust_loss": robust_loss}).train()
+    assert seen == [3.0]
+
+
+def test_own_attack_must_take_the_objective_of_trades(make_trainer):
+    def attack(forward, pixels, labels, *, threat_model, steps, generator=None):
+        return pixels
+
+    with pytest.raises(ValueError, match="takes no `objective`, but this `robust_loss` chooses"):
+        make_trainer(robust_loss="trades", trainer_options={"attack": attack})
+
+
+def test_own_attack_must_stay_in_the_ball(make_trainer):
+    def attack(forward, pixels, labels, **options):
+        return 1 - pixels
+
+    for name in ("attack", "eval_attack"):
+        trainer = make_trainer(max_steps=1, trainer_options={name: attack})
+        with pytest.raises(ValueError, match="outside the linf ball of radius .*; end it with `threat_model.pro"):
+            trainer.train()
+            trainer.evaluate()
+
+
+def test_epoch_interval_needs_a_dataset_with_a_length(make_trainer):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            images = Images(32)
+            return (images[index] for index in range(32))
+
+    options = {"trainer_options": {"train_dataset": Stream()}, "max_steps": 1}
+    make_trainer(**options).train()
+    with pytest.raises(ValueError, match="`epsilon_schedule_interval='epoch'` needs a training dataset with a length"):
+        make_trainer(epsilon_schedule_interval="epoch", **options).train()
+
+
+def test_plain_fine_tuning_logs_epsilon_zero(make_trainer):
+    trainer = make_trainer(robust_loss="standard", max_steps=1)
+    trainer.train()
+    assert trainer.state.log_history[0]["epsilon"] == 0
+
+
+def test_perturbation_of_bytes_is_not_rounded(make_trainer):
+    """A processor that neither rescales nor normalises returns bytes, which cannot hold a perturbation."""
+    processor = ViTImageProcessor(do_rescale=False, do_normalize=False)
+    trainer = make_trainer(trainer_options={"processing_class": processor})
+    pixel_values = torch.randint(0, 256, (8, 3, SIZE, SIZE), dtype=torch.uint8)
+    adversarial = trainer._adversarial_pixel_values(pixel_values, torch.zeros(8, dtype=torch.long), {})
+    distance = (adversarial - pixel_values).abs().amax()
+    assert 0 < distance <= 8 + 1e-3

@@ -1,5 +1,7 @@
 """What all attacks share: their signature, the input gradient, and the care they take of the model's inputs."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -29,6 +31,9 @@ class Attack(Protocol):
             Number of gradient evaluations.
         generator (`torch.Generator`, or a list of them, one per example, *optional*):
             Source of the random start. None draws from a generator seeded with 0, never from the global one.
+        objective (`Callable`):
+            Only for losses that choose what their attack increases (TRADES): maps logits and labels to the values, one
+            an example, to be increased.
 
     Returns:
         `torch.Tensor`: adversarial pixels, inside the ball and inside [0, 1].
@@ -44,6 +49,30 @@ class Attack(Protocol):
         steps: int,
         generator: Generators = None,
     ) -> torch.Tensor: ...
+
+
+def takes(attack: Callable, argument: str) -> bool:
+    """Whether an attack accepts a keyword argument."""
+    parameters = inspect.signature(attack).parameters
+    return argument in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+
+
+def checked(attack: Attack) -> Attack:
+    """A user's attack, whose results are refused if they leave the ball or the box."""
+
+    @functools.wraps(attack, updated=())
+    def wrapper(forward, pixels, labels, *, threat_model, **options):
+        adversarial = attack(forward, pixels, labels, threat_model=threat_model, **options)
+        excess = (threat_model.distance(adversarial, pixels) - threat_model.radius(pixels).flatten()).max()
+        lowest, highest = adversarial.aminmax()
+        if not (excess <= 1e-4 and lowest >= 0 and highest <= 1):
+            raise ValueError(
+                f"`attack={attack!r}` returned images in [{lowest:.4g}, {highest:.4g}], up to {excess:.4g} outside "
+                f"the {threat_model.norm} ball of radius {threat_model.epsilon}; end it with `threat_model.project`."
+            )
+        return adversarial
+
+    return wrapper
 
 
 class Passes(NamedTuple):
@@ -74,14 +103,25 @@ class Evaluation(NamedTuple):
 def evaluate(
     forward: Forward, adversarial: torch.Tensor, labels: torch.Tensor, objective: Objective, *, gradient: bool = True
 ) -> Evaluation:
-    """One pass through the model. Only the input gets a gradient; no `.grad` field is touched."""
+    """One pass through the model. Only the input gets a gradient; no `.grad` field is touched.
+
+    The gradient has the right direction for each example, not the right length: that of the logits is scaled to 1
+    before it goes back through the model, or it would underflow there in half precision once the model is confident.
+    """
     with torch.set_grad_enabled(gradient):
         adversarial = adversarial.detach().requires_grad_(gradient)
         logits = forward(adversarial)
-        values = objective(logits, labels)
-        # The sum, not the mean: an example's gradient must not depend on the size of its batch.
-        input_gradient = torch.autograd.grad(values.sum(), adversarial)[0] if gradient else None
-    if input_gradient is not None:
+    if not gradient:
+        values, input_gradient = objective(logits, labels), None
+    else:
+        with torch.enable_grad():
+            leaf = at_least_float32(logits.detach()).requires_grad_()
+            values = objective(leaf, labels)
+            # The sum, not the mean: an example's gradient must not depend on the size of its batch.
+            of_logits = torch.autograd.grad(values.sum(), leaf)[0]
+        largest = of_logits.abs().amax(dim=1, keepdim=True)
+        of_logits = of_logits / largest.clamp_min(torch.finfo(of_logits.dtype).tiny)
+        input_gradient = torch.autograd.grad(logits, adversarial, of_logits.to(logits.dtype))[0]
         # A step along NaN would leave the ball; where the model gives no direction, the image stays.
         input_gradient = input_gradient.nan_to_num()
     return Evaluation(values.detach(), input_gradient, logits.detach().argmax(dim=1) != labels)

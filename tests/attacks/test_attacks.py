@@ -338,3 +338,21 @@ def test_refuses_bad_input(name):
         attack(name, model, pixels, labels, epsilon=torch.full((4,), 0.1))
     with pytest.raises(ValueError, match="`generator` holds 4 generators for a batch of 5 images"):
         attack(name, model, pixels, labels, generator=example_generators("cpu", range(4), 0))
+
+
+def test_half_precision_does_not_weaken_an_attack_on_a_confident_model():
+    """Gradients of the cross-entropy underflow on their way back through a float16 model, unless they are scaled."""
+    model = make_model(classes=4).requires_grad_(False)
+    pixels = make_batch(count=64)[0]
+    labels = model(pixels).argmax(dim=1)
+    fooled = {}
+    for scale in (1, 300):  # the logits' scale changes confidence, but no prediction
+
+        def forward(images, scale=scale):
+            with torch.autocast("cpu", torch.float16):
+                return scale * model(images)
+
+        adversarial = attack("apgd", forward, pixels, labels, epsilon=0.05, steps=10)
+        fooled[scale] = (model(adversarial).argmax(dim=1) != labels).float().mean().item()
+    assert fooled[1] > 0.2
+    assert fooled[300] >= fooled[1] - 0.05

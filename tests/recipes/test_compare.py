@@ -16,7 +16,7 @@ def fake_run(folder, accuracies, validation, epsilon=0.03):
     results["eval_settings"] = {"norm": "linf"}
     (folder / "all_results.json").write_text(json.dumps(results))
     log = [{"epoch": epoch, "eval_accuracy": accuracy} for epoch, accuracy in enumerate(validation, start=1)]
-    log += [{"epoch": 1.0, "loss": 1.0, "epsilon": epsilon}, {"epoch": 2, **results, "eval_accuracy": accuracies[0]}]
+    log += [{"epoch": 1.0, "loss": 1.0, "epsilon": epsilon}]
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     (folder / "config.json").write_text(json.dumps({"label_names": list("abcdefghij")}))
     return folder
@@ -37,6 +37,20 @@ def test_table_and_figure(tmp_path):
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_without_validation_is_drawn_too(tmp_path):
+    run = compare.read(fake_run(tmp_path / "a", (0.8, 0.7, 0.6), []))
+    assert (run["validation"], run["onset"]) == ([], None)
+    compare.plot_comparison({"only": [run]}, tmp_path / "figure.png", norm="linf")
+    assert (tmp_path / "figure.png").is_file()
+
+
+def test_equal_file_names_are_refused(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["compare.py", str(CONFIG), str(CONFIG)])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "two configurations have the same file name" in capsys.readouterr().err
+
+
 def test_unreadable_config(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["compare.py", "missing.yaml"])
     with pytest.raises(SystemExit):
@@ -55,6 +69,8 @@ def test_runs_recipes_as_processes_and_does_not_repeat_them(tmp_path, monkeypatc
     first = capsys.readouterr().out
     assert "| efficientnet_lite0_linear |" in first
     assert {"comparison.md", "comparison.json", "comparison.png"} <= {path.name for path in tmp_path.iterdir()}
+    run = json.loads((tmp_path / "comparison.json").read_text())[CONFIG.stem][0]
+    assert len(run["validation"]) == 1
     monkeypatch.setattr(compare.subprocess, "run", None)
     compare.main()
     assert "already finished" in capsys.readouterr().out

@@ -1,15 +1,18 @@
 """The main recipe as a user runs it, on the bundled model and data with few steps, and on a folder of images."""
 
 import json
+import re
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import run_rft
 import torch
+from conftest import make_model
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, pipeline
+from transformers import AutoModelForImageClassification, ConvNextImageProcessor, ViTImageProcessor, pipeline
 
 
 RECIPES = Path(run_rft.__file__).parent
@@ -103,17 +106,67 @@ def test_own_folder_of_images_with_resume(image_folder, tmp_path):
 
 
 def test_head_learning_rate_reaches_the_head_only():
-    _, _, args = run_rft.parse_arguments(["--head_learning_rate", "0.5", "--learning_rate", "0.25"])
     _, model = run_rft.load_model(run_rft.ModelArguments(), ["a", "b", "c"])
-    rates = {
-        parameter: group["lr"]
-        for group in run_rft.make_optimizer(model, args).param_groups
-        for parameter in group["params"]
-    }
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.25, weight_decay=0.1)
+    run_rft.set_head_learning_rate(optimizer, model, 0.5)
+    groups = optimizer.param_groups
+    rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
     head = set(model.timm_model.get_classifier().parameters())
     assert {rates[parameter] for parameter in head} == {0.5}
     assert {rates[parameter] for parameter in set(model.parameters()) - head} == {0.25}
     assert len(rates) == len(list(model.parameters()))
+    assert all(group["weight_decay"] == 0.1 for group in groups)
+
+
+@pytest.mark.parametrize("family", ["vit", "resnet", "convnext"])
+def test_transformers_models_and_their_image_size(tmp_path, family):
+    """Models that take any size get the new one; others refuse rather than lose pretrained weights."""
+    make_model(family).save_pretrained(tmp_path)
+    name = {"vit": ViTImageProcessor, "resnet": ConvNextImageProcessor, "convnext": ConvNextImageProcessor}[family]
+    name().save_pretrained(tmp_path)
+    arguments = run_rft.ModelArguments(model_name_or_path=str(tmp_path), image_size=32)
+    if family == "vit":
+        with pytest.raises(ValueError, match="position_embeddings.*leave --image_size out"):
+            run_rft.load_model(arguments, ["a", "b"])
+        arguments.image_size = None
+    processor, model = run_rft.load_model(arguments, ["a", "b"])
+    assert model.config.id2label == {0: "a", 1: "b"}
+    if family != "vit":
+        pixel_values = processor(Image.new("RGB", (50, 40)), return_tensors="pt")["pixel_values"]
+        assert pixel_values.shape == (1, 3, 32, 32)
+        assert model(pixel_values).logits.shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "names"),
+    [
+        (["cat", "dog", "owl"], ["owl", "dog"], ["cat", "dog", "owl"]),
+        ([3, 5, 10], [10, 5], ["3", "5", "10"]),
+    ],
+    ids=["strings", "integers"],
+)
+def test_raw_labels_mean_the_same_class_in_every_split(train, test, names):
+    splits = datasets.DatasetDict(
+        {split: datasets.Dataset.from_dict({"label": rows}) for split, rows in (("train", train), ("test", test))}
+    )
+    encoded = run_rft.encode_labels(splits, "label")
+    assert encoded["train"].features["label"].names == encoded["test"].features["label"].names == names
+    assert encoded["train"]["label"][:] == [0, 1, 2]
+    assert encoded["test"]["label"][:] == [2, 1]
+
+
+def test_labels_unknown_to_training_are_refused():
+    splits = {"train": ["cat"], "test": ["cat", "dog"]}
+    splits = {name: datasets.Dataset.from_dict({"label": rows}) for name, rows in splits.items()}
+    with pytest.raises(ValueError, match=r"Split 'test' has labels \['dog'\] that the training split has not"):
+        run_rft.encode_labels(datasets.DatasetDict(splits), "label")
+
+
+def test_a_schedule_flag_replaces_the_whole_schedule_of_the_recipe():
+    _, _, args = run_rft.parse_arguments(["--epsilon_schedule_type", "linear"])
+    assert (args.epsilon_schedule_type, args.epsilon_schedule_kwargs) == ("linear", None)
+    _, _, args = run_rft.parse_arguments([])
+    assert args.epsilon_schedule_kwargs == {"start": 0.25, "end": 0.75}
 
 
 @pytest.mark.parametrize(
@@ -125,10 +178,12 @@ def test_head_learning_rate_reaches_the_head_only():
             ValueError,
             r"--image_column_name 'picture' is not a column of the dataset; its columns are \['image', 'label'\]",
         ),
+        (["--image_column_name", "label"], ValueError, "--image_column_name 'label' holds ClassLabel.*not images"),
+        (["--test_split", "hidden"], ValueError, "--test_split 'hidden' is not a split of the data"),
         (["--label_column_name", "class"], ValueError, "--label_column_name 'class' is not a column"),
         (["--train_dir", "no_such_folder"], FileNotFoundError, "no_such_folder is not a folder"),
     ],
-    ids=["dataset", "image column", "label column", "folder"],
+    ids=["dataset", "image column", "no images", "split", "label column", "folder"],
 )
 def test_bad_data_is_refused(tmp_path, arguments, error, message):
     with pytest.raises(error, match=message):
@@ -146,6 +201,8 @@ def test_bad_data_is_refused(tmp_path, arguments, error, message):
         (["--train_val_split", "1.5"], "--train_val_split 1.5 must lie between 0 and 1"),
         (["--train_dir", "a", "--dataset_name", "b"], "Give either --dataset_name or --train_dir"),
         (["--config", "missing.yaml"], "missing.yaml"),
+        (["--rotation", "-5"], "--rotation -5.0 must be 0 (off) or more"),
+        (["--horizontal_flip", "2"], "--horizontal_flip 2.0 is no probability"),
     ],
 )
 def test_bad_arguments_end_with_a_message(capsys, arguments, message):
@@ -160,7 +217,8 @@ def test_every_recipe_parses_and_says_what_it_is(config):
     run_rft.parse_arguments(["--config", str(config)])
     header = config.read_text().split("\n\n")[0]
     assert f"--config recipes/{config.relative_to(RECIPES)}" in header
-    assert "Result:" in header
+    assert re.search(r"# Result: +clean \d+\.\d", header), header
+    assert re.search(r"# Time: +\d", header), header
 
 
 def test_the_four_recipes_differ_in_the_schedule_only():
