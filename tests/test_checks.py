@@ -22,7 +22,7 @@ def test_good_datasets_pass():
     [
         (rows(), "`train_dataset` is empty"),
         (rows(0, 3), r"`train_dataset` holds labels from 0 to 3, but the model has 3 classes \(0 to 2\)"),
-        (rows(-1, 2, column="labels"), "labels down to -1; negative ones mark unlabelled images, leave them out"),
+        (rows(-1, 2, column="labels"), "labels down to -1; negative ones mark unlabelled examples, leave them out"),
         (rows(0, 7).with_transform(lambda batch: batch), "load it with `num_labels=8`"),
         (SeededAugmentation(rows(0, 3), lambda example: example, seed=0), "labels from 0 to 3"),
         ({"a": rows(0), "b": rows(5)}, r"`train_dataset\['b'\]` holds labels from 5 to 5"),

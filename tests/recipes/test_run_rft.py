@@ -4,15 +4,14 @@ import json
 import re
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import run_rft
 import torch
-from conftest import make_model
+from model_and_data import ModelArguments, load_model
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, ConvNextImageProcessor, ViTImageProcessor, pipeline
+from transformers import AutoModelForImageClassification, pipeline
 
 
 RECIPES = Path(run_rft.__file__).parent
@@ -106,7 +105,7 @@ def test_own_folder_of_images_with_resume(image_folder, tmp_path):
 
 
 def test_head_learning_rate_reaches_the_head_only():
-    _, model = run_rft.load_model(run_rft.ModelArguments(), ["a", "b", "c"])
+    _, model = load_model(ModelArguments(), ["a", "b", "c"])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.25, weight_decay=0.1)
     run_rft.set_head_learning_rate(optimizer, model, 0.5)
     groups = optimizer.param_groups
@@ -116,50 +115,6 @@ def test_head_learning_rate_reaches_the_head_only():
     assert {rates[parameter] for parameter in set(model.parameters()) - head} == {0.25}
     assert len(rates) == len(list(model.parameters()))
     assert all(group["weight_decay"] == 0.1 for group in groups)
-
-
-@pytest.mark.parametrize("family", ["vit", "resnet", "convnext"])
-def test_transformers_models_and_their_image_size(tmp_path, family):
-    """Models that take any size get the new one; others refuse rather than lose pretrained weights."""
-    make_model(family).save_pretrained(tmp_path)
-    name = {"vit": ViTImageProcessor, "resnet": ConvNextImageProcessor, "convnext": ConvNextImageProcessor}[family]
-    name().save_pretrained(tmp_path)
-    arguments = run_rft.ModelArguments(model_name_or_path=str(tmp_path), image_size=32)
-    if family == "vit":
-        with pytest.raises(ValueError, match="position_embeddings.*leave --image_size out"):
-            run_rft.load_model(arguments, ["a", "b"])
-        arguments.image_size = None
-    processor, model = run_rft.load_model(arguments, ["a", "b"])
-    assert model.config.id2label == {0: "a", 1: "b"}
-    if family != "vit":
-        pixel_values = processor(Image.new("RGB", (50, 40)), return_tensors="pt")["pixel_values"]
-        assert pixel_values.shape == (1, 3, 32, 32)
-        assert model(pixel_values).logits.shape == (1, 2)
-
-
-@pytest.mark.parametrize(
-    ("train", "test", "names"),
-    [
-        (["cat", "dog", "owl"], ["owl", "dog"], ["cat", "dog", "owl"]),
-        ([3, 5, 10], [10, 5], ["3", "5", "10"]),
-    ],
-    ids=["strings", "integers"],
-)
-def test_raw_labels_mean_the_same_class_in_every_split(train, test, names):
-    splits = datasets.DatasetDict(
-        {split: datasets.Dataset.from_dict({"label": rows}) for split, rows in (("train", train), ("test", test))}
-    )
-    encoded = run_rft.encode_labels(splits, "label")
-    assert encoded["train"].features["label"].names == encoded["test"].features["label"].names == names
-    assert encoded["train"]["label"][:] == [0, 1, 2]
-    assert encoded["test"]["label"][:] == [2, 1]
-
-
-def test_labels_unknown_to_training_are_refused():
-    splits = {"train": ["cat"], "test": ["cat", "dog"]}
-    splits = {name: datasets.Dataset.from_dict({"label": rows}) for name, rows in splits.items()}
-    with pytest.raises(ValueError, match=r"Split 'test' has labels \['dog'\] that the training split has not"):
-        run_rft.encode_labels(datasets.DatasetDict(splits), "label")
 
 
 def test_a_schedule_flag_replaces_the_whole_schedule_of_the_recipe():
