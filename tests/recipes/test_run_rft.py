@@ -54,8 +54,11 @@ def test_default_run_is_the_hinge_recipe(default_run):
     folder, _ = default_run
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     assert [entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry]
-    args = torch.load(folder / "training_args.bin", weights_only=False)  # written by this very test
-    assert (args.epsilon, args.epsilon_schedule_type, args.seed) == ("8/255", "hinge", 1)
+    settings = json.loads((folder / "all_results.json").read_text())["eval_settings"]
+    assert (settings["epsilon"], settings["seed"], settings["split"]) == ("8/255", 1, "test")
+    default, hinge = (run_rft.parse_arguments(flags) for flags in ([], ["--config", str(run_rft.DEFAULT_CONFIG)]))
+    assert default == hinge
+    assert default[2].epsilon_schedule_type == "hinge"
 
 
 def test_labels_survive_save_reload_and_pipeline(default_run, tmp_path):
