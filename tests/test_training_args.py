@@ -86,7 +86,7 @@ def test_numbers_are_accepted_where_yaml_gives_them(make_args):
             "`metric_for_best_model='eval_robust_accuracy'` is not measured",
         ),
         (
-            {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+            {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
             "`use_reentrant=True` does not support `torch.autograd.grad`.*Set `use_reentrant` to False",
         ),
         ({"batch_eval_metrics": True}, "`batch_eval_metrics=True` is not supported"),

@@ -63,9 +63,11 @@ def checked(attack: Attack) -> Attack:
     @functools.wraps(attack, updated=())
     def wrapper(forward, pixels, labels, *, threat_model, **options):
         adversarial = attack(forward, pixels, labels, threat_model=threat_model, **options)
-        excess = (threat_model.distance(adversarial, pixels) - threat_model.radius(pixels).flatten()).max()
+        radius = threat_model.radius(pixels).flatten()
+        excess = (threat_model.distance(adversarial, pixels) - radius).max()
         lowest, highest = adversarial.aminmax()
-        if not (excess <= 1e-4 and lowest >= 0 and highest <= 1):
+        rounding = 1e-4 * (1 + radius.max())  # of a sum over all pixels, in L1
+        if not (excess <= rounding and lowest >= 0 and highest <= 1):
             raise ValueError(
                 f"`attack={attack!r}` returned images in [{lowest:.4g}, {highest:.4g}], up to {excess:.4g} outside "
                 f"the {threat_model.norm} ball of radius {threat_model.epsilon}; end it with `threat_model.project`."
