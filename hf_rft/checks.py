@@ -1,25 +1,61 @@
-"""Checks of user data, before anything is computed from it."""
+"""Checks of what a user hands over, before anything is computed from it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
+from transformers import Trainer
 
+from .attacks.base import takes
 from .augmentation import SeededAugmentation
+from .losses import LOSSES, RobustLoss
+from .training_args import RobustTrainingArguments
 
 
 LABEL_COLUMNS = ("labels", "label")
 
 
-def check_model(model: Any) -> None:
-    """Refuse what is no classifier with one right class out of several."""
-    config = getattr(model, "config", None)
+def check_setup(trainer: Trainer) -> None:
+    """Refuse a model, processor or parallelism with which robust training would be wrong.
+
+    Raises:
+        ValueError: naming the argument, what was found, and the remedy.
+    """
+    if trainer.processing_class is None:
+        raise ValueError(
+            "`processing_class` is None; pass the model's image processor, "
+            "`AutoImageProcessor.from_pretrained(...)`: perturbations are measured in its pixels."
+        )
+    config = getattr(trainer.model, "config", None)
     num_labels, problem_type = getattr(config, "num_labels", None), getattr(config, "problem_type", None)
     if num_labels is None or num_labels < 2 or problem_type not in (None, "single_label_classification"):
         raise ValueError(
             "`model` must be an image classifier with a `config` of at least 2 classes, one of which is right; got "
-            f"{type(model).__name__} with num_labels={num_labels} and problem_type={problem_type!r}."
+            f"{type(trainer.model).__name__} with num_labels={num_labels} and problem_type={problem_type!r}."
+        )
+    if trainer.compute_loss_func is not None:
+        raise ValueError("`compute_loss_func` would replace the robust loss; pass `robust_loss` instead.")
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"{trainer.args.n_gpu} GPUs in one process (DataParallel) are not supported; start one process a GPU "
+            "with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
+        )
+
+
+def check_loss(robust_loss: RobustLoss, args: RobustTrainingArguments, attack: Callable | None) -> None:
+    """Refuse a weight that the loss does not have, and a user's attack that cannot serve the loss."""
+    weight = args.robust_loss_weight
+    if weight is not None and robust_loss in LOSSES.values() and robust_loss.weight is None:
+        raise ValueError(
+            f"`robust_loss_weight={weight}` has no meaning for `robust_loss={args.robust_loss!r}`; leave it out, or "
+            "choose 'trades' or 'mart'."
+        )
+    if robust_loss.attack_objective == "kl" and attack is not None and not takes(attack, "objective"):
+        raise ValueError(
+            f"`attack={attack!r}` takes no `objective`, but this `robust_loss` chooses what its attack increases; add "
+            "the argument `objective`, a function of logits and labels."
         )
 
 

@@ -27,7 +27,7 @@ def draw_curves(axes, curves: Mapping[str, Curve], norm: str) -> None:
     axes.set(xlabel=f"epsilon ({norm}, pixels in [0, 1])", ylabel="accuracy (%)", ylim=(0, 100))
     axes.grid(alpha=0.3)
     if len(curves) > 1:
-        axes.legend()
+        axes.legend(fontsize="small")
 
 
 def _set_epsilon_ticks(axis, curves: Mapping[str, Curve]) -> None:
@@ -82,7 +82,7 @@ def plot_comparison(runs: Mapping[str, Sequence[Mapping]], path: str | Path, nor
     for axes in (validation_axes, epsilon_axes):
         axes.grid(alpha=0.3)
         if axes.lines:
-            axes.legend()
+            axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
 
 

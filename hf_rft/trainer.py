@@ -18,11 +18,11 @@ from torch import nn
 from transformers import EvalPrediction, PreTrainedModel, Trainer
 
 from .attacks import ATTACKS, Attack
-from .attacks.base import checked, takes
+from .attacks.base import checked
 from .attacks.objectives import KLDivergence
 from .callbacks import DatasetEpochCallback, EpsilonScheduleCallback
 from .checkpoints import restore_weights
-from .checks import check_batch, check_dataset, check_model
+from .checks import check_batch, check_dataset, check_loss, check_setup
 from .evaluation import adversarial_predictions, evaluation_settings, robust_metrics
 from .losses import LOSSES, RobustLoss
 from .model_state import batch_norm_frozen, under_attack
@@ -80,7 +80,7 @@ class RobustTrainer(Trainer):
         if not isinstance(args, RobustTrainingArguments):
             raise ValueError(f"`args` must be RobustTrainingArguments, got {type(args).__name__}.")
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
-        self._refuse_unsupported()
+        check_setup(self)
         self.pixel_normalization = PixelNormalization.from_processor(self.processing_class)
         num_labels = self.model.config.num_labels
         check_dataset("train_dataset", self.train_dataset, num_labels)
@@ -92,7 +92,7 @@ class RobustTrainer(Trainer):
         self.eval_attack = checked(eval_attack) if eval_attack else partial(ATTACKS[args.eval_attack], early_stop=True)
         robust_loss = robust_loss or LOSSES[args.robust_loss]
         self.robust_loss = robust_loss if isinstance(robust_loss, RobustLoss) else RobustLoss(robust_loss)
-        self._check_loss(attack)
+        check_loss(self.robust_loss, args, attack)
 
         self.add_callback(DatasetEpochCallback())
         if self._epsilon_callback is None:
@@ -111,34 +111,6 @@ class RobustTrainer(Trainer):
         self._examples_in_step: int | None = None  # over all micro-batches and processes
         self._eval_batch = 0  # within the evaluation
         self._until_backward_ends: contextlib.ExitStack | None = None
-
-    def _refuse_unsupported(self) -> None:
-        if self.processing_class is None:
-            raise ValueError(
-                "`processing_class` is None; pass the model's image processor, "
-                "`AutoImageProcessor.from_pretrained(...)`: perturbations are measured in its pixels."
-            )
-        check_model(self.model)
-        if self.compute_loss_func is not None:
-            raise ValueError("`compute_loss_func` would replace the robust loss; pass `robust_loss` instead.")
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"{self.args.n_gpu} GPUs in one process (DataParallel) are not supported; start one process a GPU "
-                "with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
-            )
-
-    def _check_loss(self, attack: Attack | None) -> None:
-        weight = self.args.robust_loss_weight
-        if weight is not None and self.robust_loss in LOSSES.values() and self.robust_loss.weight is None:
-            raise ValueError(
-                f"`robust_loss_weight={weight}` has no meaning for `robust_loss={self.args.robust_loss!r}`; leave it "
-                "out, or choose 'trades' or 'mart'."
-            )
-        if self.robust_loss.attack_objective == "kl" and attack is not None and not takes(attack, "objective"):
-            raise ValueError(
-                f"`attack={attack!r}` takes no `objective`, but this `robust_loss` chooses what its attack increases; "
-                "add the argument `objective`, a function of logits and labels."
-            )
 
     # --- Training ---
 
