@@ -109,6 +109,10 @@ class ThreatModel:
             raise ValueError(f"`epsilon` holds {len(self.epsilon)} values for a batch of {len(pixels)} images.")
         return self.epsilon.to(pixels).reshape(-1, 1, 1, 1)
 
+    def select(self, indices: torch.Tensor) -> "ThreatModel":
+        """The threat model of some of the examples."""
+        return ThreatModel(self.norm, self.epsilon[indices]) if isinstance(self.epsilon, torch.Tensor) else self
+
     def distance(self, adversarial: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         """Size of each perturbation in the norm, shape `(batch,)`."""
         return _norm(adversarial - pixels, self.norm).flatten()

@@ -60,8 +60,8 @@ def apgd(
             Maps logits and labels to the values, one an example, to be increased. Defaults to cross-entropy;
             [`apgd_dlr`] has the other choice of the paper.
         early_stop (`bool`, *optional*, defaults to `False`):
-            Return, for each example, the first iterate that is misclassified, and stop when all are. Otherwise the
-            iterate with the largest objective is returned.
+            Return, for each example, the first iterate that is misclassified, and spend no pass on it any more.
+            Otherwise the iterate with the largest objective is returned.
     """
     pixels = check_inputs(pixels, labels, steps)
     if threat_model.is_trivial or len(pixels) == 0:
@@ -101,11 +101,13 @@ def _ascend(
     current = evaluate(forward, start, labels, objective)
     previous = adversarial = best = start
     best_objective, best_gradient, gradient = current.objective, current.gradient, current.gradient
-    fooled, fooling = current.fooled, start
+    fooled, fooling, standing = current.fooled, start, None
 
     for step in range(1, steps + 1):
-        if early_stop and fooled.all():
-            break
+        if early_stop:
+            standing = (~fooled).nonzero().flatten()
+            if len(standing) == 0:
+                break
         moved = threat_model.project(adversarial + step_rule.move(gradient), pixels)
         if step_rule.momentum and step > 1:
             blend = adversarial + MOMENTUM * (moved - adversarial) + (1 - MOMENTUM) * (adversarial - previous)
@@ -113,7 +115,7 @@ def _ascend(
         previous, adversarial = adversarial, moved
 
         last = current
-        current = evaluate(forward, adversarial, labels, objective, gradient=step < steps)
+        current = evaluate(forward, adversarial, labels, objective, gradient=step < steps, standing=standing)
         fooling = torch.where(per_example(current.fooled & ~fooled), adversarial, fooling)
         fooled = fooled | current.fooled
         is_better = current.objective > best_objective

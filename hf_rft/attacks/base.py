@@ -103,16 +103,29 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    forward: Forward, adversarial: torch.Tensor, labels: torch.Tensor, objective: Objective, *, gradient: bool = True
+    forward: Forward,
+    adversarial: torch.Tensor,
+    labels: torch.Tensor,
+    objective: Objective,
+    *,
+    gradient: bool = True,
+    standing: torch.Tensor | None = None,
 ) -> Evaluation:
     """One pass through the model. Only the input gets a gradient; no `.grad` field is touched.
+
+    With `standing`, the indices of the examples still of interest, only those pass through the model; what is returned
+    for the others means nothing.
 
     The gradient has the right direction for each example, not the right length: that of the logits is scaled to 1
     before it goes back through the model, or it would underflow there in half precision once the model is confident.
     """
     with torch.set_grad_enabled(gradient):
         adversarial = adversarial.detach().requires_grad_(gradient)
-        logits = forward(adversarial)
+        if standing is None or len(standing) == len(adversarial):
+            logits = forward(adversarial)
+        else:
+            of_standing = forward(adversarial[standing])
+            logits = of_standing.new_zeros(len(adversarial), of_standing.shape[1]).index_copy(0, standing, of_standing)
     if not gradient:
         values, input_gradient = objective(logits, labels), None
     else:
@@ -139,6 +152,13 @@ def check_inputs(pixels: torch.Tensor, labels: torch.Tensor, steps: int) -> torc
             f"{tuple(pixels.shape)} and {tuple(labels.shape)}."
         )
     return at_least_float32(pixels.detach())
+
+
+def select_generators(generator: Generators, indices: torch.Tensor) -> Generators:
+    """The generators of some of the examples; a single generator serves any of them."""
+    if generator is None or isinstance(generator, torch.Generator):
+        return generator
+    return [generator[index] for index in indices.tolist()]
 
 
 def per_example(mask: torch.Tensor) -> torch.Tensor:

@@ -53,6 +53,28 @@ def dlr(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return margin(logits, labels) / (top[:, 0] - top[:, 2]).clamp_min(1e-4)
 
 
+class TargetedDLR:
+    """Lead of a target class over the true one, over the gap between first logit and mean of third and fourth.
+
+    Croce and Hein 2020, eq. 7. With fewer than four classes there is no fourth logit: the plain lead is used.
+
+    Args:
+        targets (`torch.Tensor` of shape `(batch,)`):
+            Class that each example shall be taken for.
+    """
+
+    def __init__(self, targets: torch.Tensor):
+        self.targets = targets
+
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = at_least_float32(logits)
+        lead = (logits.gather(1, self.targets.unsqueeze(1)) - logits.gather(1, labels.unsqueeze(1))).squeeze(1)
+        if logits.shape[1] < 4:
+            return lead
+        top = logits.topk(4, dim=1).values
+        return lead / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp_min(1e-4)
+
+
 class KLDivergence:
     """`KL(p || softmax(logits))` to a fixed distribution `p`, here the model's own on the clean images (TRADES).
 

@@ -41,8 +41,8 @@ def pgd(
         objective (`Callable`, *optional*):
             Maps logits and labels to the values, one an example, to be increased. Defaults to cross-entropy.
         early_stop (`bool`, *optional*, defaults to `False`):
-            Return, for each example, the first iterate that is misclassified, and stop when all are. For evaluation:
-            in training a misclassified example is worth improving further.
+            Return, for each example, the first iterate that is misclassified, and spend no pass on it any more. For
+            evaluation: in training a misclassified example is worth improving further.
     """
     pixels = check_inputs(pixels, labels, steps)
     if threat_model.is_trivial or len(pixels) == 0:
@@ -50,11 +50,13 @@ def pgd(
     step = threat_model.radius(pixels) * (PATH_LENGTH[threat_model.norm] / steps if step_size is None else step_size)
     adversarial = threat_model.random_start(pixels, generator) if random_start else pixels
     stopped = torch.zeros_like(labels, dtype=torch.bool)
+    standing = None
     for _ in range(steps):
-        current = evaluate(forward, adversarial, labels, objective)
+        current = evaluate(forward, adversarial, labels, objective, standing=standing)
         if early_stop:
             stopped = stopped | current.fooled
-            if stopped.all():
+            standing = (~stopped).nonzero().flatten()
+            if len(standing) == 0:
                 break
         moved = threat_model.project(adversarial + threat_model.step(current.gradient, step), pixels)
         adversarial = torch.where(per_example(stopped), adversarial, moved)

@@ -250,18 +250,22 @@ def test_passes_states_the_cost(name, norm, steps):
 
 @every_attack
 @every_norm
-def test_early_stop_returns_the_first_misclassified_iterate(name, norm):
+def test_early_stop_returns_the_first_misclassified_iterate_and_spends_no_more(name, norm):
     pixels, labels = make_batch(count=12)
     model = make_model()
     labels[:9] = model(pixels)[:9].argmax(dim=1)
     generator = example_generators("cpu", range(12), 3)
     recorded = Recorded(model)
     adversarial = attack(name, recorded, pixels, labels, norm, generator=generator, steps=9, early_stop=True)
-    iterates = torch.stack(recorded.images)
-    wrong = torch.stack([model(images).argmax(dim=1) != labels for images in recorded.images])
-    assert wrong.any() and not wrong[0].all()
-    for i in wrong.any(dim=0).nonzero().flatten().tolist():
-        assert torch.equal(adversarial[i], iterates[wrong[:, i].long().argmax(), i])
+    standing, first_wrong = torch.arange(12), {}
+    for images in recorded.images:
+        assert len(images) == len(standing)  # decided examples cost no pass
+        wrong = model(images).argmax(dim=1) != labels[standing]
+        first_wrong |= dict(zip(standing[wrong].tolist(), images[wrong], strict=True))
+        standing = standing[~wrong]
+    assert first_wrong
+    for i, image in first_wrong.items():
+        assert torch.equal(adversarial[i], image)
 
 
 @every_attack

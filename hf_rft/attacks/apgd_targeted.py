@@ -1,0 +1,84 @@
+"""Targeted Auto-PGD: one run of APGD for each of the classes an example is most easily taken for.
+
+Croce and Hein 2020, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks"
+(https://huggingface.co/papers/2003.01690), section 4.
+"""
+
+import torch
+
+from ..noise import Generators
+from ..threat_model import ThreatModel
+from .apgd import apgd
+from .base import Forward, Passes, check_inputs, select_generators, states_passes
+from .objectives import TargetedDLR
+
+
+def _passes(steps: int, norm: str = "linf", targets: int = 9) -> Passes:
+    forward, backward = apgd.passes(steps, norm)  # pyright: ignore[reportFunctionMemberAccess]
+    return Passes(forward=1 + targets * forward, backward=targets * backward)
+
+
+@states_passes(_passes)
+def apgd_targeted(
+    forward: Forward,
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    threat_model: ThreatModel,
+    steps: int,
+    generator: Generators = None,
+    random_start: bool = True,
+    step_size: float | None = None,
+    targets: int = 9,
+) -> torch.Tensor:
+    """APGD towards the wrong classes with the largest clean logits, one after the other, until an example is fooled.
+
+    See [`Attack`] for the common arguments. Passes per example that withstands everything: one forward for the clean
+    logits, then those of `targets` runs of [`apgd`]; an example that is fooled costs nothing any more.
+
+    Args:
+        steps (`int`):
+            Gradient evaluations for each target.
+        random_start (`bool`, *optional*, defaults to `True`):
+            Start each run from a uniform point of the ball, a new one for each target.
+        step_size (`float`, *optional*):
+            As in [`apgd`].
+        targets (`int`, *optional*, defaults to 9):
+            How many classes to aim at; at most the number of classes less one.
+
+    Returns:
+        `torch.Tensor`: the first misclassified image found for each example; for an example that withstands all
+        targets, the one that came closest to the last.
+    """
+    pixels = check_inputs(pixels, labels, steps)
+    if targets < 1:
+        raise ValueError(f"`targets={targets}` must be at least 1.")
+    if threat_model.is_trivial or len(pixels) == 0:
+        return pixels
+    with torch.no_grad():
+        clean_logits = forward(pixels)
+    fooled = clean_logits.argmax(dim=1) != labels
+    wrong = clean_logits.scatter(1, labels.unsqueeze(1), -torch.inf)
+    classes = wrong.topk(min(targets, wrong.shape[1] - 1), dim=1).indices
+
+    adversarial = pixels.clone()
+    for target in classes.unbind(dim=1):
+        standing = (~fooled).nonzero().flatten()
+        if len(standing) == 0:
+            break
+        found = apgd(
+            forward,
+            pixels[standing],
+            labels[standing],
+            threat_model=threat_model.select(standing),
+            steps=steps,
+            generator=select_generators(generator, standing),
+            random_start=random_start,
+            step_size=step_size,
+            objective=TargetedDLR(target[standing]),
+            early_stop=True,
+        )
+        adversarial[standing] = found
+        with torch.no_grad():
+            fooled[standing] = forward(found).argmax(dim=1) != labels[standing]
+    return adversarial
