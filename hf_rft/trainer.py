@@ -168,8 +168,8 @@ class RobustTrainer(Trainer):
                 label_smoothing=self.args.label_smoothing_factor,
             )
         examples = self._examples_in_step if self._until_backward_ends is not None else None
-        if examples is None:  # called by hand, not by the training loop
-            return (loss.mean(), outputs) if return_outputs else loss.mean()
+        if examples is None:  # called by hand, not by the training loop: this batch is the whole step
+            examples = len(labels) * self.args.world_size
         loss = loss.sum() * self.args.world_size / examples  # DDP averages gradients over processes
         return (loss, outputs) if return_outputs else loss
 

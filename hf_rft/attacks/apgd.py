@@ -28,11 +28,12 @@ def _phases(steps: int, norm: str) -> list[tuple[int, int]]:
     return [*phases, (1, steps - sum(phase_steps for _, phase_steps in phases))]
 
 
-def _passes(steps: int, norm: str = "linf") -> Passes:
+def apgd_passes(steps: int, norm: str = "linf") -> Passes:
+    """Cost of one run; a phase looks at its last iterate without asking for the gradient there."""
     return Passes(forward=steps + len(_phases(steps, norm)), backward=steps)
 
 
-@states_passes(_passes)
+@states_passes(apgd_passes)
 def apgd(
     forward: Forward,
     pixels: torch.Tensor,
@@ -73,11 +74,12 @@ def apgd(
         wider = ThreatModel(threat_model.norm, threat_model.epsilon * factor)
         adversarial = wider.project(adversarial, pixels)
         adversarial = _ascend(forward, pixels, labels, adversarial, wider, phase_steps, early_stop=False, **options)
-    adversarial = threat_model.project(adversarial, pixels)
+    if wider_phases:
+        adversarial = threat_model.project(adversarial, pixels)
     return _ascend(forward, pixels, labels, adversarial, threat_model, last_steps, early_stop=early_stop, **options)
 
 
-@states_passes(_passes)
+@states_passes(apgd_passes)
 def apgd_dlr(
     forward: Forward, pixels: torch.Tensor, labels: torch.Tensor, *, objective: Objective = dlr, **options
 ) -> torch.Tensor:

@@ -8,13 +8,13 @@ import torch
 
 from ..noise import Generators
 from ..threat_model import ThreatModel
-from .apgd import apgd
+from .apgd import apgd, apgd_passes
 from .base import Forward, Passes, check_inputs, select_generators, states_passes
 from .objectives import TargetedDLR
 
 
 def _passes(steps: int, norm: str = "linf", targets: int = 9) -> Passes:
-    forward, backward = apgd.passes(steps, norm)  # pyright: ignore[reportFunctionMemberAccess]
+    forward, backward = apgd_passes(steps, norm)
     return Passes(forward=1 + targets * forward, backward=targets * backward)
 
 
