@@ -1,6 +1,8 @@
 """Robust fine-tuning of image classifiers with Hugging Face tools."""
 
 from .callbacks import EpsilonScheduleCallback
+from .evaluation.evaluate import evaluate_robustness
+from .evaluation.report import RobustnessReport
 from .pixel_space import PixelNormalization
 from .schedules import EpsilonScheduleType, get_epsilon_schedule
 from .threat_model import ThreatModel
@@ -14,6 +16,8 @@ __all__ = [
     "PixelNormalization",
     "RobustTrainer",
     "RobustTrainingArguments",
+    "RobustnessReport",
     "ThreatModel",
+    "evaluate_robustness",
     "get_epsilon_schedule",
 ]

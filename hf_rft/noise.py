@@ -41,14 +41,19 @@ def randn(images: torch.Tensor, generator: Generators = None) -> torch.Tensor:
     return _draw(torch.randn, images, generator)
 
 
+def check_generators(generator: Generators, count: int) -> None:
+    """Refuse a list of generators that is not one for each of `count` images."""
+    if generator is not None and not isinstance(generator, torch.Generator) and len(generator) != count:
+        raise ValueError(f"`generator` holds {len(generator)} generators for a batch of {count} images.")
+
+
 def _draw(sample, images: torch.Tensor, generator: Generators) -> torch.Tensor:
     options = {"dtype": images.dtype, "device": images.device}
     if generator is None:
         generator = default_generator(images.device)
     if isinstance(generator, torch.Generator):
         return sample(images.shape, generator=generator, **options)
-    if len(generator) != len(images):
-        raise ValueError(f"`generator` holds {len(generator)} generators for a batch of {len(images)} images.")
+    check_generators(generator, len(images))
     if len(generator) == 0:
         return torch.empty_like(images)
     return torch.stack([sample(images.shape[1:], generator=one, **options) for one in generator])

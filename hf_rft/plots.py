@@ -4,9 +4,13 @@ import itertools
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .threat_model import format_epsilon, parse_epsilon
 
+
+if TYPE_CHECKING:
+    from .evaluation.report import AdversarialExamples
 
 Curve = tuple[Sequence[Fraction], Sequence[float]]  # epsilons, accuracies in [0, 1]
 
@@ -36,13 +40,68 @@ def _set_epsilon_ticks(axis, curves: Mapping[str, Curve]) -> None:
     axis.set_ticks([float(epsilon) for epsilon in grid], [format_epsilon(epsilon) for epsilon in grid])
 
 
-def plot_robustness_curve(curves: Mapping[str, Curve], norm: str, path: str | Path, title: str = "") -> None:
-    """Write the accuracy-versus-epsilon curves to `path`; its ending says the format."""
+def plot_robustness_curve(
+    curves: Mapping[str, Curve],
+    norm: str,
+    path: str | Path,
+    title: str = "",
+    intervals: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> None:
+    """Write the accuracy-versus-epsilon curves to `path`; its ending says the format.
+
+    `intervals` holds, for some of the curves, the confidence interval at each epsilon; they are shaded.
+    """
     figure = _figure(figsize=(6, 4))
     axes = figure.subplots()
     draw_curves(axes, curves, norm)
+    for line, (name, (epsilons, _)) in zip(list(axes.lines), curves.items(), strict=True):
+        if intervals and name in intervals:
+            low, high = ([100 * bound for bound in side] for side in zip(*intervals[name], strict=True))
+            at = [float(epsilon) for epsilon in epsilons]
+            axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_title(title)
     figure.savefig(path, dpi=150)
+
+
+def plot_adversarial_examples(
+    examples: "AdversarialExamples", labels: Sequence[int], names: Mapping[int, str], path: str | Path
+) -> None:
+    """Write a page of adversarial examples: clean image, perturbation magnified, adversarial image.
+
+    Args:
+        examples ([`~hf_rft.evaluation.report.AdversarialExamples`]):
+            One row each.
+        labels (`Sequence[int]`):
+            True classes of the whole dataset, by position.
+        names (`Mapping[int, str]`):
+            The model's name of each class.
+        path (`str` or `Path`):
+            Its ending says the format.
+    """
+    figure = _figure(figsize=(7.5, 2.6 * len(examples.positions)))
+    grid = figure.subplots(len(examples.positions), 3, squeeze=False)
+    probabilities = examples.logits.softmax(dim=1), examples.adversarial_logits.softmax(dim=1)
+    for row, position in enumerate(examples.positions):
+        clean, adversarial = examples.pixels[row], examples.adversarial[row]
+        change = adversarial - clean
+        largest = change.abs().max().item() or 0.5  # of no perturbation: shown plain grey
+        images = (clean, 0.5 + change / (2 * largest), adversarial)
+        predicted = []
+        for of_image in probabilities:
+            confidence, label = of_image[row].max(dim=0)
+            predicted.append(f"{names.get(int(label), int(label))} ({confidence.item():.0%})")
+        true = names.get(int(labels[position]), int(labels[position]))
+        titles = (
+            f"number {position}, a {true}\ntaken for {predicted[0]}",
+            f"perturbation x {1 / (2 * largest):.0f}\nlargest {255 * largest:.2g}/255",
+            f"adversarial\ntaken for {predicted[1]}",
+        )
+        for axes, image, title in zip(grid[row], images, titles, strict=True):
+            shown = image.movedim(0, -1).clamp(0, 1).float().numpy()
+            axes.imshow(shown, cmap="gray" if shown.shape[-1] == 1 else None, vmin=0, vmax=1)
+            axes.set_title(title, fontsize="small")
+            axes.set_axis_off()
+    figure.savefig(path, dpi=100)
 
 
 def plot_comparison(runs: Mapping[str, Sequence[Mapping]], path: str | Path, norm: str) -> None:

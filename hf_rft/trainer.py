@@ -23,7 +23,10 @@ from .attacks.objectives import KLDivergence
 from .callbacks import DatasetEpochCallback, EpsilonScheduleCallback
 from .checkpoints import restore_weights
 from .checks import check_batch, check_dataset, check_loss, check_setup
-from .evaluation import adversarial_predictions, evaluation_settings, robust_metrics
+from .evaluation.metrics import robust_metrics
+from .evaluation.search import find_breaking_points
+from .evaluation.tiers import make_tier
+from .evaluation.versions import versions
 from .losses import LOSSES, RobustLoss
 from .model_state import batch_norm_frozen, under_attack
 from .noise import TRAINING_ATTACK, example_generators
@@ -89,7 +92,7 @@ class RobustTrainer(Trainer):
         self.threat_model = ThreatModel(args.norm, args.epsilon)
         options = {"random_start": args.attack_random_start, "step_size": args.attack_step_size}
         self.attack = checked(attack) if attack else partial(ATTACKS[args.attack], **options)
-        self.eval_attack = checked(eval_attack) if eval_attack else partial(ATTACKS[args.eval_attack], early_stop=True)
+        self.eval_tier = make_tier([(eval_attack or args.eval_attack, args.eval_attack_steps)])
         robust_loss = robust_loss or LOSSES[args.robust_loss]
         self.robust_loss = robust_loss if isinstance(robust_loss, RobustLoss) else RobustLoss(robust_loss)
         check_loss(self.robust_loss, args, attack)
@@ -239,20 +242,20 @@ class RobustTrainer(Trainer):
         pixel_values, _ = inputs.pop("pixel_values"), inputs.pop("labels")
         first = (self._eval_batch * self.args.world_size + self.args.process_index) * self.args.eval_batch_size
         self._eval_batch += 1
+        epsilons = self._evaluated_epsilons
         with under_attack(self.model, training=False):
-            predictions = adversarial_predictions(
+            broken = find_breaking_points(
                 partial(self._forward, **inputs),
                 self.pixel_normalization.to_pixels(pixel_values),
                 labels,
-                clean_predictions=logits.argmax(dim=1),
                 norm=self.args.norm,
-                epsilons=self._evaluated_epsilons,
-                attack=self.eval_attack,
-                steps=self.args.eval_attack_steps,
+                epsilons=epsilons,
+                tier=self.eval_tier,
                 seed=self.args.seed,
-                first=first,
+                positions=range(first, first + len(labels)),
+                clean_predictions=logits.argmax(dim=1),
             )
-        return loss, (logits, predictions), labels
+        return loss, (logits, broken.predictions(len(epsilons))), labels
 
     @property
     def _evaluated_epsilons(self) -> list[Fraction]:
@@ -271,7 +274,14 @@ class RobustTrainer(Trainer):
 
     def evaluation_settings(self) -> dict[str, Any]:
         """What the numbers of `evaluate` depend on, besides model and data, to be kept with them."""
-        return evaluation_settings(self.args, self.eval_attack)
+        return {
+            "norm": self.args.norm,
+            "epsilon": self.args.epsilon,
+            "epsilons": self.args.epsilons_as_text,
+            **self.eval_tier.describe(),
+            "seed": self.args.seed,
+            "versions": versions(),
+        }
 
     # --- Logging ---
 

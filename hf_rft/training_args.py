@@ -6,7 +6,7 @@ from typing import Any, ClassVar, cast
 
 from transformers import TrainingArguments
 
-from .attacks import ATTACKS
+from .attacks import ATTACKS, TRAINING_ATTACKS
 from .callbacks import EpsilonScheduleCallback
 from .losses import LOSSES
 from .schedules import EpsilonSchedule, get_epsilon_schedule
@@ -99,7 +99,7 @@ class RobustTrainingArguments(TrainingArguments):
     )
 
     # --- Training attack ---
-    attack: str = field(default="apgd", metadata={"help": f"Training attack, one of {', '.join(ATTACKS)}."})
+    attack: str = field(default="apgd", metadata={"help": f"Training attack, one of {', '.join(TRAINING_ATTACKS)}."})
     attack_steps: int = field(default=7, metadata={"help": "Gradient evaluations of the training attack."})
     attack_step_size: float | None = field(
         default=None, metadata={"help": "Step size relative to the current epsilon. Default: the attack's own rule."}
@@ -188,7 +188,7 @@ class RobustTrainingArguments(TrainingArguments):
 
     def _check_choices(self) -> None:
         for name, valid in (
-            ("attack", list(ATTACKS)),
+            ("attack", list(TRAINING_ATTACKS)),
             ("eval_attack", list(ATTACKS)),
             ("robust_loss", list(LOSSES)),
             ("attack_model_mode", ["eval", "train"]),

@@ -24,6 +24,7 @@ from hf_rft import RobustTrainer, RobustTrainingArguments, bundled
 from hf_rft.augmentation import SeededAugmentation
 from hf_rft.checks import check_labels
 from hf_rft.cli import parse_with_config
+from hf_rft.evaluation.examples import num_image_channels
 from hf_rft.plots import plot_robustness_curve
 
 
@@ -103,7 +104,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     processor, model = load_model(model_args, class_names)
 
     # --- Transforms ---
-    mode = "L" if getattr(model.config, "num_channels", 3) == 1 else "RGB"
+    mode = "L" if num_image_channels(model.config) == 1 else "RGB"
     augmentation = transforms.Compose(
         [
             transforms.RandomHorizontalFlip(data_args.horizontal_flip),

@@ -1,9 +1,13 @@
 from fractions import Fraction
 
+import numpy as np
 import pytest
+import torch
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from hf_rft import plots
+from hf_rft.evaluation.report import AdversarialExamples
 
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -85,3 +89,66 @@ def test_nothing_is_left_in_the_global_state_of_pyplot(tmp_path):
 
     plots.plot_robustness_curve(CURVES, "linf", tmp_path / "curve.png")
     assert pyplot.get_fignums() == []
+
+
+def test_intervals_are_shaded(tmp_path, drawn):
+    bounds = [(0.85, 0.95), (0.6, 0.8), (0.1, 0.3)]
+    plots.plot_robustness_curve(CURVES, "linf", tmp_path / "curve.png", intervals={"scheduled": bounds})
+    axes = drawn[0].axes[0]
+    (shade,) = axes.collections
+    corners = shade.get_paths()[0].vertices
+    for epsilon, (low, high) in zip(CURVES["scheduled"][0], bounds, strict=True):
+        there = np.isclose(corners[:, 0], float(epsilon))
+        assert (corners[there, 1].min(), corners[there, 1].max()) == pytest.approx((100 * low, 100 * high))
+    assert tuple(shade.get_facecolor()[0][:3]) == to_rgb(axes.lines[1].get_color())
+    assert (tmp_path / "curve.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("intervals", [None, {}, {"another": [(0, 1)]}])
+def test_without_intervals_nothing_is_shaded(tmp_path, drawn, intervals):
+    plots.plot_robustness_curve(CURVES, "linf", tmp_path / "curve.png", intervals=intervals)
+    assert len(drawn[0].axes[0].collections) == 0
+
+
+def adversarial_examples(channels=3, size=(6, 5), epsilon=2 / 255):
+    """Two examples, numbers 4 and 1 of a dataset: class 0 taken for 2, class 1 taken for 0."""
+    pixels = torch.rand((2, channels, *size), generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
+    sign = torch.where(torch.arange(size[1]) % 2 == 0, 1.0, -1.0)
+    logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]])
+    return AdversarialExamples([4, 1], pixels, pixels + epsilon * sign, logits, torch.tensor([[0.0, 0, 9], [9, 0, 0]]))
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_adversarial_examples_are_shown(tmp_path, drawn, channels):
+    path = tmp_path / "examples.png"
+    examples = adversarial_examples(channels)
+    plots.plot_adversarial_examples(examples, [0, 1, 2, 0, 0], {0: "cat", 1: "dog"}, path)
+    assert path.read_bytes().startswith(PNG)
+
+    axes = drawn[0].axes
+    assert len(axes) == 6
+    titles = [one.get_title() for one in axes]
+    assert (
+        titles[0] == "number 4, a cat\ntaken for cat (100%)" and titles[3] == "number 1, a dog\ntaken for dog (100%)"
+    )
+    assert titles[1] == titles[4] == "perturbation x 64\nlargest 2/255"
+    assert titles[2] == "adversarial\ntaken for 2 (100%)" and titles[5] == "adversarial\ntaken for cat (100%)"
+    for row in range(2):
+        shown = [np.asarray(one.images[0].get_array()).reshape(6, 5, channels) for one in axes[3 * row : 3 * row + 3]]
+        np.testing.assert_allclose(shown[0], examples.pixels[row].movedim(0, -1), atol=1e-6)
+        np.testing.assert_allclose(shown[2], examples.adversarial[row].movedim(0, -1), atol=1e-6)
+        # The largest change is white or black, no change is grey.
+        np.testing.assert_allclose(np.unique(shown[1].round(3)), [0, 1])
+    assert axes[0].images[0].get_clim() == (0, 1)
+
+
+def test_one_adversarial_example_in_half_precision(tmp_path):
+    one = AdversarialExamples([0], *(part[:1].bfloat16() for part in adversarial_examples()[1:]))
+    plots.plot_adversarial_examples(one, np.array([0]), {}, tmp_path / "one.png")
+    assert (tmp_path / "one.png").read_bytes().startswith(PNG)
+
+
+def test_perturbation_of_zero_is_shown_grey(tmp_path, drawn):
+    plots.plot_adversarial_examples(adversarial_examples(epsilon=0.0), [0, 1, 2, 0, 0], {}, tmp_path / "examples.png")
+    shown = np.asarray(drawn[0].axes[1].images[0].get_array())
+    np.testing.assert_allclose(shown, 0.5)

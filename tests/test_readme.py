@@ -45,6 +45,33 @@ def test_quick_start(tmp_path, processor, local_dataset, capsys):
     assert "eval_expected_robustness" in capsys.readouterr().out
 
 
+def test_measure_robustness(tmp_path, processor, local_dataset, capsys, monkeypatch):
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "report.table()" in block)
+    checkpoint = tmp_path / "checkpoint"
+    make_model("vit").save_pretrained(checkpoint)
+    processor.save_pretrained(checkpoint)
+    for hub_name, local in (("ILSVRC/imagenet-1k", local_dataset), ("google/vit-base-patch16-224", checkpoint)):
+        assert hub_name in code
+        code = code.replace(hub_name, str(local))
+    assert "select(range(500))" in code
+    code = code.replace("range(500)", "range(4)")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "expected robustness" in capsys.readouterr().out
+    assert {"robustness.json", "robustness_curve.png", "robustness-cache"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
+
+
+def test_metrics(monkeypatch):
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "evaluate.load" in block)
+    monkeypatch.chdir(Path(__file__).parents[1])
+    names = {}
+    exec(compile(code.replace("metric.compute", "results = metric.compute"), "README.md", "exec"), names)
+    # The first example is right throughout, the second up to 4/255: accuracies 1, 1 and 1/2.
+    assert names["results"]["expected_robustness"] == pytest.approx(0.875)
+
+
 def test_file_tree_is_complete():
     tree = README.split("## Where things are")[1].split("## ")[0]
     for path in (Path(__file__).parents[1] / "hf_rft").glob("*.py"):

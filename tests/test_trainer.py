@@ -1,4 +1,5 @@
 import copy
+import json
 import math
 
 import numpy as np
@@ -344,7 +345,7 @@ def test_callables_override_the_arguments(make_trainer):
         return pixels
 
     def eval_attack(forward, pixels, labels, *, threat_model, steps, generator=None):
-        calls.append(("eval_attack", float(threat_model.epsilon), steps, len(generator)))
+        calls.append(("eval_attack", threat_model.epsilon.tolist(), steps, len(generator)))
         return pixels
 
     def robust_loss(clean_logits, adversarial_logits, labels, *, weight, label_smoothing):
@@ -364,7 +365,10 @@ def test_callables_override_the_arguments(make_trainer):
     assert calls == [("attack", pytest.approx(2 / 255), 2, 8), ("robust_loss", None, 0.0)]
     calls.clear()
     metrics = trainer.evaluate()
-    assert {name for name, *_ in calls} == {"eval_attack"}
+    # What withstands the largest epsilon needs no other: one call for each of the batches.
+    counts = [count for *_, count in calls]
+    assert calls == [("eval_attack", pytest.approx(count * [8 / 255]), 2, count) for count in counts]
+    assert 1 <= len(calls) <= 2 and sum(counts) == round(13 * metrics["eval_accuracy"])
     assert metrics["eval_robust_accuracy"] == metrics["eval_accuracy"]
 
 
@@ -411,6 +415,28 @@ def test_user_compute_metrics_sees_clean_logits(make_trainer):
     metrics = trainer.evaluate()
     assert "eval_largest" in metrics
     assert "eval_robust_accuracy" in metrics
+
+
+def test_evaluation_settings_name_everything_and_are_json(make_trainer):
+    def own_attack(forward, pixels, labels, *, threat_model, steps, generator=None):
+        return pixels
+
+    settings = make_trainer(norm="l2", epsilon="0.5", eval_attack_steps=20, seed=3).evaluation_settings()
+    assert json.loads(json.dumps(settings)) == settings
+    versions = settings.pop("versions")
+    assert {"hf_rft", "torch", "transformers"} <= set(versions)
+    assert torch.__version__.startswith(versions["torch"])
+    assert settings == {
+        "norm": "l2",
+        "epsilon": "0.5",
+        "epsilons": ["0", "0.125", "0.25", "0.375", "0.5"],
+        "tier": "custom",
+        "attacks": [{"attack": "apgd", "steps": 20, "restarts": 1}],
+        "guess_steps": 0,
+        "seed": 3,
+    }
+    named = make_trainer(trainer_options={"eval_attack": own_attack}).evaluation_settings()
+    assert named["attacks"] == [{"attack": "own_attack", "steps": 2, "restarts": 1}]
 
 
 def test_cheap_evaluation_during_training(make_trainer):

@@ -4,10 +4,34 @@ from .apgd import apgd, apgd_dlr
 from .apgd_targeted import apgd_targeted
 from .base import Attack
 from .fgsm import fgsm
+from .fmn import fmn
 from .pgd import pgd
+from .square import square
 
 
 # The names the command line knows. In Python, pass any callable with the signature of `Attack` instead.
-ATTACKS = {"fgsm": fgsm, "pgd": pgd, "apgd": apgd, "apgd_dlr": apgd_dlr}
+ATTACKS = {
+    "fgsm": fgsm,
+    "pgd": pgd,
+    "apgd": apgd,
+    "apgd_dlr": apgd_dlr,
+    "apgd_targeted": apgd_targeted,
+    "fmn": fmn,
+    "square": square,
+}
 
-__all__ = ["ATTACKS", "Attack", "apgd", "apgd_dlr", "apgd_targeted", "fgsm", "pgd"]
+# Those that go on increasing a loss; the others stop once an example is misclassified, which teaches a model little.
+TRAINING_ATTACKS = ("fgsm", "pgd", "apgd", "apgd_dlr")
+
+__all__ = [
+    "ATTACKS",
+    "TRAINING_ATTACKS",
+    "Attack",
+    "apgd",
+    "apgd_dlr",
+    "apgd_targeted",
+    "fgsm",
+    "fmn",
+    "pgd",
+    "square",
+]

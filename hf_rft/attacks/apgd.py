@@ -9,8 +9,8 @@ import torch
 
 from ..noise import Generators
 from ..threat_model import ThreatModel
-from .base import Forward, Passes, check_inputs, evaluate, per_example, states_passes
-from .objectives import Objective, cross_entropy, dlr
+from .base import Forward, Passes, check_inputs, evaluate, per_example, states_passes, where
+from .objectives import Objective, dlr, log_odds
 
 
 MOMENTUM = 0.75
@@ -44,7 +44,7 @@ def apgd(
     generator: Generators = None,
     random_start: bool = True,
     step_size: float | None = None,
-    objective: Objective = cross_entropy,
+    objective: Objective = log_odds,
     early_stop: bool = False,
 ) -> torch.Tensor:
     """Ascent with momentum whose step size halves, per example, whenever progress stalls.
@@ -58,7 +58,8 @@ def apgd(
         step_size (`float`, *optional*):
             Length of the first step relative to epsilon. Defaults to 2 (L-inf, L2) or 1 (L1).
         objective (`Callable`, *optional*):
-            Maps logits and labels to the values, one an example, to be increased. Defaults to cross-entropy;
+            Maps logits and labels to the values, one an example, to be increased. Defaults to the log-odds,
+            whose ascent is that of cross-entropy;
             [`apgd_dlr`] has the other choice of the paper.
         early_stop (`bool`, *optional*, defaults to `False`):
             Return, for each example, the first iterate that is misclassified, and spend no pass on it any more.
@@ -81,10 +82,16 @@ def apgd(
 
 @states_passes(apgd_passes)
 def apgd_dlr(
-    forward: Forward, pixels: torch.Tensor, labels: torch.Tensor, *, objective: Objective = dlr, **options
+    forward: Forward,
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    objective: Objective = dlr,
+    early_stop: bool = False,
+    **options,
 ) -> torch.Tensor:
     """[`apgd`] on the difference-of-logits ratio, the other objective of the paper, blind to the logits' scale."""
-    return apgd(forward, pixels, labels, objective=objective, **options)
+    return apgd(forward, pixels, labels, objective=objective, early_stop=early_stop, **options)
 
 
 def _ascend(
@@ -118,24 +125,24 @@ def _ascend(
 
         last = current
         current = evaluate(forward, adversarial, labels, objective, gradient=step < steps, standing=standing)
-        fooling = torch.where(per_example(current.fooled & ~fooled), adversarial, fooling)
+        fooling = where(current.fooled & ~fooled, adversarial, fooling)
         fooled = fooled | current.fooled
         is_better = current.objective > best_objective
         best_objective = torch.where(is_better, current.objective, best_objective)
-        best = torch.where(per_example(is_better), adversarial, best)
+        best = where(is_better, adversarial, best)
         if step == steps:
             break
         gradient = current.gradient
-        best_gradient = torch.where(per_example(is_better), gradient, best_gradient)
+        best_gradient = where(is_better, gradient, best_gradient)
 
         restart = step_rule.update(current.objective > last.objective, best_objective, best, pixels)
         if restart is not None:  # at a checkpoint: examples that stalled go on from their best point, without momentum
-            adversarial = torch.where(per_example(restart), best, adversarial)
-            previous = torch.where(per_example(restart), best, previous)
-            gradient = torch.where(per_example(restart), best_gradient, gradient)
+            adversarial = where(restart, best, adversarial)
+            previous = where(restart, best, previous)
+            gradient = where(restart, best_gradient, gradient)
             current = current._replace(objective=torch.where(restart, best_objective, current.objective))
     if early_stop:
-        return torch.where(per_example(fooled), fooling, best)
+        return where(fooled, fooling, best)
     return best
 
 

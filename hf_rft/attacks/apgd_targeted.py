@@ -6,7 +6,7 @@ Croce and Hein 2020, "Reliable evaluation of adversarial robustness with an ense
 
 import torch
 
-from ..noise import Generators
+from ..noise import Generators, check_generators
 from ..threat_model import ThreatModel
 from .apgd import apgd, apgd_passes
 from .base import Forward, Passes, check_inputs, select_generators, states_passes
@@ -15,7 +15,7 @@ from .objectives import TargetedDLR
 
 def _passes(steps: int, norm: str = "linf", targets: int = 9) -> Passes:
     forward, backward = apgd_passes(steps, norm)
-    return Passes(forward=1 + targets * forward, backward=targets * backward)
+    return Passes(forward=1 + targets * (forward + 1), backward=targets * backward)
 
 
 @states_passes(_passes)
@@ -34,7 +34,8 @@ def apgd_targeted(
     """APGD towards the wrong classes with the largest clean logits, one after the other, until an example is fooled.
 
     See [`Attack`] for the common arguments. Passes per example that withstands everything: one forward for the clean
-    logits, then those of `targets` runs of [`apgd`]; an example that is fooled costs nothing any more.
+    logits, then those of `targets` runs of [`apgd`] and a forward to look at what each of them found; an example that
+    is fooled costs nothing any more.
 
     Args:
         steps (`int`):
@@ -55,6 +56,8 @@ def apgd_targeted(
         raise ValueError(f"`targets={targets}` must be at least 1.")
     if threat_model.is_trivial or len(pixels) == 0:
         return pixels
+    threat_model.radius(pixels)  # refuses an epsilon or a generator too many, which a selection of them would not
+    check_generators(generator, len(pixels))
     with torch.no_grad():
         clean_logits = forward(pixels)
     fooled = clean_logits.argmax(dim=1) != labels

@@ -95,10 +95,11 @@ def states_passes(passes: Callable[..., Passes]):
 
 
 class Evaluation(NamedTuple):
-    """The model at one point of the attack: objective and its gradient, and whether the prediction is wrong."""
+    """The model at one point of the attack: objective and its gradient, predicted class, and whether it is wrong."""
 
     objective: torch.Tensor  # (batch,)
     gradient: Any  # like pixels; None if it was not asked for
+    prediction: torch.Tensor  # (batch,)
     fooled: torch.Tensor  # (batch,), bool
 
 
@@ -139,7 +140,8 @@ def evaluate(
         input_gradient = torch.autograd.grad(logits, adversarial, of_logits.to(logits.dtype))[0]
         # A step along NaN would leave the ball; where the model gives no direction, the image stays.
         input_gradient = input_gradient.nan_to_num()
-    return Evaluation(values.detach(), input_gradient, logits.detach().argmax(dim=1) != labels)
+    prediction = logits.detach().argmax(dim=1)
+    return Evaluation(values.detach(), input_gradient, prediction, prediction != labels)
 
 
 def check_inputs(pixels: torch.Tensor, labels: torch.Tensor, steps: int) -> torch.Tensor:
@@ -161,6 +163,11 @@ def select_generators(generator: Generators, indices: torch.Tensor) -> Generator
     return [generator[index] for index in indices.tolist()]
 
 
-def per_example(mask: torch.Tensor) -> torch.Tensor:
+def per_example(values: torch.Tensor) -> torch.Tensor:
     """Reshape `(batch,)` so that it broadcasts against images."""
-    return mask.reshape(-1, 1, 1, 1)
+    return values.reshape(-1, 1, 1, 1)
+
+
+def where(mask: torch.Tensor, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """`images` for the examples of a mask of shape `(batch,)`, `others` for the rest."""
+    return torch.where(per_example(mask), images, others)

@@ -5,7 +5,7 @@ import torch
 from ..noise import Generators
 from ..threat_model import ThreatModel
 from .base import Forward, Passes, states_passes
-from .objectives import Objective, cross_entropy
+from .objectives import Objective, log_odds
 from .pgd import pgd
 
 
@@ -20,7 +20,7 @@ def fgsm(
     generator: Generators = None,
     random_start: bool = True,
     step_size: float | None = None,
-    objective: Objective = cross_entropy,
+    objective: Objective = log_odds,
     early_stop: bool = False,
 ) -> torch.Tensor:
     """One steepest step. See [`Attack`] for the common arguments and [`pgd`], of which it is the first step.

@@ -24,14 +24,15 @@ def _true_and_other_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[
     return logits.gather(1, labels.unsqueeze(1)).squeeze(1), logits.masked_fill(is_true, -torch.inf)
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the true class, `log(1 + exp(logsumexp of the others - true logit))`.
+def log_odds(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Log-odds that the true class is wrong, `logsumexp of the others - true logit`.
 
-    Written like this because the usual form is flat in float32 once the true logit leads by 17: the probability rounds
-    to 1, the gradient loses the true class, and a confident model looks robust.
+    Cross-entropy is `log(1 + exp(log_odds))`. It rises with the log-odds, so that to increase one is to increase the
+    other, and gradients have the same direction. But its own gradient vanishes in float32 once the true class is
+    certain (a lead of 100 in the logits), and a confident model looks robust.
     """
     true_logit, others = _true_and_other_logits(logits, labels)
-    return F.softplus(others.logsumexp(dim=1) - true_logit)
+    return others.logsumexp(dim=1) - true_logit
 
 
 def margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -43,7 +44,7 @@ def margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def dlr(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Difference of logits ratio: the margin over the gap between first and third logit (Croce and Hein 2020, eq. 6).
 
-    Blind to the scale of the logits, which cross-entropy is not. With two classes there is no third logit: the plain
+    Blind to the scale of the logits, which log-odds are not. With two classes there is no third logit: the plain
     margin is used.
     """
     if logits.shape[1] < 3:
@@ -53,10 +54,8 @@ def dlr(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return margin(logits, labels) / (top[:, 0] - top[:, 2]).clamp_min(1e-4)
 
 
-class TargetedDLR:
-    """Lead of a target class over the true one, over the gap between first logit and mean of third and fourth.
-
-    Croce and Hein 2020, eq. 7. With fewer than four classes there is no fourth logit: the plain lead is used.
+class Lead:
+    """Lead of the logit of a target class over the true one.
 
     Args:
         targets (`torch.Tensor` of shape `(batch,)`):
@@ -68,7 +67,18 @@ class TargetedDLR:
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         logits = at_least_float32(logits)
-        lead = (logits.gather(1, self.targets.unsqueeze(1)) - logits.gather(1, labels.unsqueeze(1))).squeeze(1)
+        return (logits.gather(1, self.targets.unsqueeze(1)) - logits.gather(1, labels.unsqueeze(1))).squeeze(1)
+
+
+class TargetedDLR(Lead):
+    """[`Lead`] over the gap between the first logit and the mean of the third and fourth.
+
+    Croce and Hein 2020, eq. 7. With fewer than four classes there is no fourth logit: the plain lead is used.
+    """
+
+    def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = at_least_float32(logits)
+        lead = super().__call__(logits, labels)
         if logits.shape[1] < 4:
             return lead
         top = logits.topk(4, dim=1).values

@@ -4,8 +4,8 @@ import torch
 
 from ..noise import Generators
 from ..threat_model import ThreatModel
-from .base import Forward, Passes, check_inputs, evaluate, per_example, states_passes
-from .objectives import Objective, cross_entropy
+from .base import Forward, Passes, check_inputs, evaluate, states_passes, where
+from .objectives import Objective, log_odds
 
 
 # Default length of all steps together, relative to epsilon. 2.5 (Madry et al.) crosses the ball from any start. On the
@@ -25,7 +25,7 @@ def pgd(
     generator: Generators = None,
     random_start: bool = True,
     step_size: float | None = None,
-    objective: Objective = cross_entropy,
+    objective: Objective = log_odds,
     early_stop: bool = False,
 ) -> torch.Tensor:
     """Steepest ascent steps of fixed length, each followed by the projection onto ball and box.
@@ -39,7 +39,8 @@ def pgd(
         step_size (`float`, *optional*):
             Length of a step relative to epsilon. Defaults to `2.5 / steps`, for L2 to `4 / steps`.
         objective (`Callable`, *optional*):
-            Maps logits and labels to the values, one an example, to be increased. Defaults to cross-entropy.
+            Maps logits and labels to the values, one an example, to be increased. Defaults to the log-odds,
+            whose ascent is that of cross-entropy.
         early_stop (`bool`, *optional*, defaults to `False`):
             Return, for each example, the first iterate that is misclassified, and spend no pass on it any more. For
             evaluation: in training a misclassified example is worth improving further.
@@ -59,5 +60,5 @@ def pgd(
             if len(standing) == 0:
                 break
         moved = threat_model.project(adversarial + threat_model.step(current.gradient, step), pixels)
-        adversarial = torch.where(per_example(stopped), adversarial, moved)
+        adversarial = where(stopped, adversarial, moved)
     return adversarial

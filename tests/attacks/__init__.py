@@ -40,6 +40,25 @@ def linear_problem(norm: str, seed: int, shape=(3, 5, 7), count: int = 8, scale:
     return LinearProblem(forward, flat.reshape(count, *shape), labels, distances)
 
 
+def linear_classifier(classes: int, norm: str, count: int = 8, shape=(3, 5, 7)) -> LinearProblem:
+    """Several classes; the distance to the nearest of the planes that divide the true class from another."""
+    generator = torch.Generator().manual_seed(classes)
+    pixels = 0.4 + 0.2 * torch.rand((count, *shape), generator=generator, dtype=torch.float64)
+    weight = torch.randn((classes, pixels[0].numel()), generator=generator, dtype=torch.float64)
+    bias = -(pixels.flatten(1) @ weight.T).mean(dim=0)
+
+    def forward(images):
+        return images.flatten(1) @ weight.to(images).T + bias.to(images)
+
+    logits = forward(pixels)
+    labels = logits.argmax(dim=1)
+    lead = logits.gather(1, labels.unsqueeze(1)) - logits
+    dual = {"linf": 1, "l2": 2, "l1": torch.inf}[norm]
+    slope = torch.linalg.vector_norm(weight[labels].unsqueeze(1) - weight, ord=dual, dim=2)
+    distances = (lead / slope.clamp_min(1e-12)).scatter(1, labels.unsqueeze(1), torch.inf).amin(dim=1)
+    return LinearProblem(forward, pixels, labels, distances)
+
+
 def fools(problem: LinearProblem, adversarial: torch.Tensor) -> torch.Tensor:
     """Which adversarial examples are misclassified, in float64."""
     return problem.forward(adversarial.double()).argmax(dim=1) != problem.labels

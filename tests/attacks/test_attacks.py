@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_rft.attacks import ATTACKS
+from hf_rft.attacks.base import takes
 from hf_rft.noise import example_generators
 from hf_rft.threat_model import NORMS, ThreatModel
 
@@ -19,6 +20,14 @@ from . import fools, linear_problem
 EPSILONS = {"linf": 0.1, "l2": 0.5, "l1": 3.0}
 every_attack = pytest.mark.parametrize("name", ATTACKS)
 every_norm = pytest.mark.parametrize("norm", NORMS)
+# Those that go on when an example is fooled, unless asked to stop. The others always stop.
+ASCENTS = [name for name in ATTACKS if takes(ATTACKS[name], "early_stop")]
+every_ascent = pytest.mark.parametrize("name", ASCENTS)
+every_way = pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {}) for name in ATTACKS] + [(name, {"early_stop": True}) for name in ASCENTS],
+    ids=str,
+)
 
 
 def make_model(channels=3, height=6, width=5, classes=4, seed=0, dtype=torch.float32):
@@ -43,6 +52,15 @@ def make_batch(count=5, channels=3, height=6, width=5, classes=4, seed=0, dtype=
     return pixels.to(dtype), torch.randint(classes, (count,), generator=generator)
 
 
+def make_problem(count=5, channels=3, height=6, width=5, classes=4, seed=0, dtype=torch.float32, wrong=1):
+    """A model and a batch that it classifies correctly, but for the first examples, which have random labels."""
+    model = make_model(channels, height, width, classes, seed, torch.promote_types(dtype, torch.float32))
+    pixels, labels = make_batch(count, channels, height, width, classes, seed, dtype)
+    with torch.no_grad():
+        labels[wrong:] = model(pixels.to(model[0].weight)).argmax(dim=1)[wrong:]
+    return model, pixels, labels
+
+
 def steps_of(name, steps=3):
     return 1 if name == "fgsm" else steps
 
@@ -52,6 +70,11 @@ def attack(name, model, pixels, labels, norm="linf", epsilon=None, steps=3, gene
     return ATTACKS[name](
         model, pixels, labels, threat_model=threat_model, steps=steps_of(name, steps), generator=generator, **options
     )
+
+
+def taken(name, **options):
+    """Those of the options that the attack has."""
+    return {option: value for option, value in options.items() if takes(ATTACKS[name], option)}
 
 
 class Recorded:
@@ -71,17 +94,15 @@ class Recorded:
         return logits
 
 
-@every_attack
+@every_way
 @every_norm
-@pytest.mark.parametrize("early_stop", [False, True])
-def test_attack_is_pure(name, norm, early_stop):
-    model = make_model()
+def test_attack_is_pure(name, options, norm):
+    model, pixels, labels = make_problem()
     model[0].train()  # modes and flags are mixed, so that none is right by chance
     model[3].weight.requires_grad_(False)
     for number, parameter in enumerate(model.parameters()):
         if number % 2 and parameter.requires_grad:
             parameter.grad = torch.full_like(parameter, float(number))
-    pixels, labels = make_batch()
 
     def snapshot():
         return (
@@ -95,7 +116,7 @@ def test_attack_is_pure(name, norm, early_stop):
         )
 
     before = snapshot()
-    adversarial = attack(name, model, pixels, labels, norm, early_stop=early_stop)
+    adversarial = attack(name, model, pixels, labels, norm, **options)
     assert snapshot() == before
     assert not adversarial.requires_grad and adversarial.grad_fn is None
     assert not torch.equal(adversarial, pixels)
@@ -116,14 +137,14 @@ def test_attack_is_pure(name, norm, early_stop):
 @settings(deadline=None, max_examples=30)
 def test_result_is_in_ball_and_box(name, norm, shape, classes, dtype, strength, memory_format, options, steps, seed):
     count, channels, height, width = shape
-    pixels, labels = make_batch(count, channels, height, width, classes, seed, dtype)
+    model, pixels, labels = make_problem(count, channels, height, width, classes, seed, dtype)
     pixels = pixels.to(memory_format=memory_format)
     wide = torch.promote_types(dtype, torch.float32)
-    model = make_model(channels, height, width, classes, seed, wide)
     largest = min(1.0, strength * EPSILONS[norm]) if norm == "linf" else strength * EPSILONS[norm]
     epsilon = largest * torch.rand(count, generator=torch.Generator().manual_seed(seed))
-    epsilon[0] = 0
+    epsilon[-1] = 0
     generator = example_generators("cpu", range(count), seed)
+    options = taken(name, **options)
     adversarial = attack(name, model, pixels, labels, norm, epsilon, steps, generator, **options)
 
     assert adversarial.shape == pixels.shape and adversarial.dtype == wide
@@ -153,8 +174,7 @@ def test_empty_batch(name):
 @every_attack
 @every_norm
 def test_same_generator_same_result(name, norm):
-    pixels, labels = make_batch()
-    model = make_model()
+    model, pixels, labels = make_problem()
     for make in (
         lambda seed: None,
         torch.Generator().manual_seed,
@@ -162,22 +182,20 @@ def test_same_generator_same_result(name, norm):
     ):
         first, again, other = (attack(name, model, pixels, labels, norm, generator=make(seed)) for seed in (1, 1, 2))
         assert torch.equal(first, again)
-        assert torch.equal(first, other) == (make(1) is None)
+        assert torch.equal(first, other) == (make(1) is None or name == "fmn")  # which has no use for noise
         torch.rand(3)
 
 
-@every_attack
+@every_way
 @every_norm
-@pytest.mark.parametrize("early_stop", [False, True])
 @pytest.mark.parametrize("cuts", [[1, 2, 3, 4], [2], [4]])
-def test_result_does_not_depend_on_how_the_batch_is_divided(name, norm, early_stop, cuts):
-    pixels, labels = make_batch(dtype=torch.float64)
-    model = make_model(dtype=torch.float64)
+def test_result_does_not_depend_on_how_the_batch_is_divided(name, options, norm, cuts):
+    model, pixels, labels = make_problem(dtype=torch.float64)
     epsilon = EPSILONS[norm] * torch.linspace(0.2, 1, 5, dtype=torch.float64)
 
     def run(a, b):
         generator = example_generators("cpu", range(a, b), 7)
-        return attack(name, model, pixels[a:b], labels[a:b], norm, epsilon[a:b], 11, generator, early_stop=early_stop)
+        return attack(name, model, pixels[a:b], labels[a:b], norm, epsilon[a:b], 11, generator, **options)
 
     bounds = [0, *cuts, 5]
     parts = [run(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
@@ -187,10 +205,9 @@ def test_result_does_not_depend_on_how_the_batch_is_divided(name, norm, early_st
 @every_attack
 @every_norm
 def test_an_example_does_not_see_its_batch_mates(name, norm):
-    pixels, labels = make_batch(dtype=torch.float64)
+    model, pixels, labels = make_problem(dtype=torch.float64)
     others, other_labels = make_batch(seed=1, dtype=torch.float64)
     others[2], other_labels[2] = pixels[2], labels[2]
-    model = make_model(dtype=torch.float64)
     generators = [example_generators("cpu", positions, 0) for positions in ([0, 1, 2, 3, 4], [8, 9, 2, 6, 7])]
     first = attack(name, model, pixels, labels, norm, generator=generators[0], steps=11)
     second = attack(name, model, others, other_labels, norm, generator=generators[1], steps=11)
@@ -200,8 +217,7 @@ def test_an_example_does_not_see_its_batch_mates(name, norm):
 @every_attack
 @every_norm
 def test_works_under_autocast(name, norm):
-    pixels, labels = make_batch()
-    model = make_model()
+    model, pixels, labels = make_problem()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model(pixels).dtype == torch.bfloat16
         adversarial = attack(name, model, pixels, labels, norm)
@@ -216,8 +232,7 @@ def test_works_under_autocast(name, norm):
 @every_attack
 @every_norm
 def test_works_where_gradients_are_disabled(name, norm):
-    pixels, labels = make_batch()
-    model = make_model()
+    model, pixels, labels = make_problem()
     expected = attack(name, model, pixels, labels, norm)
     with torch.no_grad():
         assert torch.equal(attack(name, model, pixels, labels, norm), expected)
@@ -229,8 +244,7 @@ def test_works_where_gradients_are_disabled(name, norm):
 @every_attack
 @every_norm
 def test_channels_last_gives_the_same_result(name, norm):
-    pixels, labels = make_batch(dtype=torch.float64)
-    model = make_model(dtype=torch.float64)
+    model, pixels, labels = make_problem(dtype=torch.float64)
     expected = attack(name, model, pixels, labels, norm)
     adversarial = attack(name, model, pixels.to(memory_format=torch.channels_last), labels, norm)
     torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-9)
@@ -240,15 +254,18 @@ def test_channels_last_gives_the_same_result(name, norm):
 @every_norm
 @pytest.mark.parametrize("steps", [1, 2, 9, 10, 23])
 def test_passes_states_the_cost(name, norm, steps):
-    pixels, labels = make_batch()
-    model = Recorded(make_model())
-    attack(name, model, pixels, labels, norm, steps=steps)
-    stated = getattr(ATTACKS[name], "func", ATTACKS[name]).passes(steps_of(name, steps), norm)
-    assert (model.count["forward"], model.count["backward"]) == stated
-    assert stated.backward == steps_of(name, steps)
+    """Of an example that withstands: here epsilon is too small to fool anything."""
+    model, pixels, labels = make_problem(wrong=0)
+    recorded, options = Recorded(model), {"targets": 3} if name in ("apgd_targeted", "fmn") else {}
+    adversarial = attack(name, recorded, pixels, labels, norm, 1e-4, steps, **options)
+    assert torch.equal(model(adversarial).argmax(dim=1), labels)
+    stated = ATTACKS[name].passes(steps_of(name, steps), norm, **options)
+    assert (recorded.count["forward"], recorded.count["backward"]) == stated
+    if name in ASCENTS:
+        assert stated.backward == steps_of(name, steps)
 
 
-@every_attack
+@every_ascent
 @every_norm
 def test_early_stop_returns_the_first_misclassified_iterate_and_spends_no_more(name, norm):
     pixels, labels = make_batch(count=12)
@@ -268,7 +285,7 @@ def test_early_stop_returns_the_first_misclassified_iterate_and_spends_no_more(n
         assert torch.equal(adversarial[i], image)
 
 
-@every_attack
+@every_ascent
 @every_norm
 def test_early_stop_asks_once_when_all_are_misclassified_already(name, norm):
     pixels, _ = make_batch()
@@ -278,7 +295,7 @@ def test_early_stop_asks_once_when_all_are_misclassified_already(name, norm):
     assert torch.equal(adversarial, pixels) and model.count["forward"] == 1
 
 
-@every_attack
+@every_ascent
 @every_norm
 def test_early_stop_fools_no_fewer(name, norm):
     pixels, labels = make_batch(count=16)
@@ -291,17 +308,16 @@ def test_early_stop_fools_no_fewer(name, norm):
     assert (fooled[1] | ~fooled[0]).all()
 
 
-@every_attack
+@pytest.mark.parametrize("name", [*ASCENTS, "apgd_targeted"])  # the others stop at the boundary
 def test_objective_rises(name):
-    pixels, labels = make_batch(count=12)
-    model = make_model()
+    model, pixels, labels = make_problem(count=12)
     adversarial = attack(name, model, pixels, labels, steps=9, random_start=False)
     with torch.no_grad():
         before, after = (nn.functional.cross_entropy(model(images), labels) for images in (pixels, adversarial))
     assert after > before + 0.01
 
 
-@pytest.mark.parametrize("name", ["pgd", "apgd", "apgd_dlr"])
+@pytest.mark.parametrize("name", ["pgd", "apgd", "apgd_dlr", "apgd_targeted", "fmn"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_confident_classifier_is_no_more_robust(name, norm):
     """Large logits move no decision boundary; margins of 6 to 36 here, where float32 rounds the confidence to 1."""
@@ -322,7 +338,7 @@ def test_an_undefined_gradient_does_not_leave_the_box(name, norm):
     def forward(images):
         return -(images.unsqueeze(1) - prototypes).square().flatten(2).sum(dim=2).sqrt()
 
-    adversarial = attack(name, forward, pixels, labels, norm, random_start=False)
+    adversarial = attack(name, forward, pixels, labels, norm, **taken(name, random_start=False))
     assert adversarial.isfinite().all()
     assert (ThreatModel(norm, 1).distance(adversarial, pixels) <= EPSILONS[norm] * (1 + 1e-5)).all()
     assert not torch.equal(adversarial[2:], pixels[2:])
@@ -338,10 +354,17 @@ def test_refuses_bad_input(name):
         attack(name, model, pixels, labels[:4])
     with pytest.raises(ValueError, match=r"pixels of shape \(batch, channels, height, width\).*got \(5, 3, 6\)"):
         attack(name, model, pixels[..., 0], labels)
-    with pytest.raises(ValueError, match="`epsilon` holds 4 values for a batch of 5 images"):
-        attack(name, model, pixels, labels, epsilon=torch.full((4,), 0.1))
-    with pytest.raises(ValueError, match="`generator` holds 4 generators for a batch of 5 images"):
-        attack(name, model, pixels, labels, generator=example_generators("cpu", range(4), 0))
+
+
+@every_attack
+@pytest.mark.parametrize("count", [4, 6])
+def test_refuses_another_number_of_epsilons_or_generators(name, count):
+    model, pixels, labels = make_problem()
+    with pytest.raises(ValueError, match=f"`epsilon` holds {count} values for a batch of 5 images"):
+        attack(name, model, pixels, labels, epsilon=torch.full((count,), 0.1))
+    if name != "fmn":  # which has no use for them
+        with pytest.raises(ValueError, match=f"`generator` holds {count} generators for a batch of 5 images"):
+            attack(name, model, pixels, labels, generator=example_generators("cpu", range(count), 0))
 
 
 def test_half_precision_does_not_weaken_an_attack_on_a_confident_model():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_rft import ThreatModel
-from hf_rft.evaluation import robust_metrics
+from hf_rft.evaluation.metrics import robust_metrics
 
 
 GRID = [Fraction(0), Fraction(2, 255), Fraction(4, 255), Fraction(1, 2)]

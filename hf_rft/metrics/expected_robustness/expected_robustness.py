@@ -1,8 +1,14 @@
-"""Expected robustness: mean accuracy over all perturbation strengths up to the largest one evaluated."""
+"""Expected robustness: mean accuracy over all perturbation strengths up to the largest one evaluated.
+
+Numbers first (`expected_robustness`, `bracket`, `mean_breaking_share`, `robustness_summary`), then the checks of what
+a user hands over, then the `evaluate` module, which only connects the two.
+"""
 
 import datasets
 import evaluate
 import numpy as np
+from datasets.features.features import cast_to_python_objects
+from scipy.integrate import quad
 from scipy.stats import bootstrap
 
 
@@ -16,6 +22,9 @@ Args:
     predictions (`list` of `list` of `int`): for each example, one predicted label per epsilon.
     references (`list` of `int`): true labels.
     epsilons (`list` of `float`): perturbation strengths, strictly increasing, the first 0.
+    weight (`Callable[[float], float]`, *optional*): how much each epsilon counts: a density >= 0, which need not be
+        normalised. By default all epsilons count the same.
+    num_classes (`int`, *optional*): refuse labels of `num_classes` and above.
 
 Returns:
     expected_robustness (`float`): trapezoidal mean of the accuracies, in [0, 1].
@@ -47,26 +56,104 @@ _CITATION = """
 }
 """
 
+# What labels look like with 0, 1 and 2 axes, in words for error messages.
+_SHAPES = ("one class index", "a list of class indices", "one list of class indices per example, one per epsilon")
 
-def expected_robustness(epsilons, accuracies):
-    """Area under the accuracy curve over the largest epsilon, by the trapezoidal rule.
 
-    The last axis of `accuracies` runs over `epsilons`; with one row per example (1 where it is still right) the result
-    is that example's share.
+def expected_robustness(epsilons, accuracies, weight=None):
+    """Mean of the accuracy curve over epsilon in [0, largest epsilon]; linear between the grid points.
+
+    Each interval counts by its mass m_i (see `interval_masses`): `sum m_i (acc_i + acc_{i+1}) / 2 / sum m_i`. Without
+    a weight this is the area by the trapezoidal rule, divided by the largest epsilon. For epsilon 0 alone it is the
+    accuracy there.
+
+    Args:
+        epsilons: perturbation strengths, shape `(points,)`, strictly increasing from 0.
+        accuracies: shape `(..., points)`. With one row per example (1 where it is still right) the result is that
+            example's share; with percentages it is a percentage.
+        weight: density >= 0 of epsilon, not necessarily normalised. None: uniform.
+
+    Returns:
+        Shape `(...)`, a scalar for one curve.
+
+    Raises:
+        ValueError: naming `epsilons`, `accuracies` or `weight`.
     """
-    epsilons = np.asarray(epsilons, dtype=float)
-    if len(epsilons) == 1:
-        return np.asarray(accuracies, dtype=float)[..., 0]
-    return np.trapezoid(np.asarray(accuracies, dtype=float), epsilons, axis=-1) / epsilons[-1]
+    lower, upper = _step_means(epsilons, accuracies, weight)
+    return (lower + upper) / 2
 
 
-def bracket(epsilons, accuracies) -> tuple[float, float]:
-    """Smallest and largest mean of a non-increasing curve through these points: its two step functions."""
-    epsilons, accuracies = np.asarray(epsilons, dtype=float), np.asarray(accuracies, dtype=float)
-    if len(epsilons) == 1:
-        return float(accuracies[0]), float(accuracies[0])
-    widths = np.diff(epsilons) / epsilons[-1]
-    return float(widths @ accuracies[1:]), float(widths @ accuracies[:-1])
+def bracket(epsilons, accuracies, weight=None) -> tuple[float, float]:
+    """Smallest and largest mean of a non-increasing curve through these points: its two step functions.
+
+    Args and errors as in `expected_robustness`, for one curve: `accuracies` has shape `(points,)`.
+    """
+    lower, upper = _step_means(epsilons, accuracies, weight)
+    return float(lower), float(upper)
+
+
+def interval_masses(epsilons, weight=None) -> np.ndarray:
+    """How much each interval between neighbouring epsilons counts, shape `(points - 1,)`; not normalised.
+
+    The integral of `weight` over the interval; without a weight, the interval's width. The quadrature is adaptive:
+    accurate for a weight with jumps or an integrable pole, but blind to a peak far narrower than the interval.
+
+    Raises:
+        ValueError: if `epsilons` is no grid; if `weight` is negative or not finite where it is evaluated, cannot be
+            integrated, or is 0 throughout.
+    """
+    epsilons = _as_grid(epsilons)
+    if weight is None:
+        return np.diff(epsilons)
+    if not callable(weight):
+        raise ValueError(f"`weight={weight!r}` must be a function of epsilon, for example `lambda epsilon: epsilon`.")
+
+    def density(epsilon: float) -> float:
+        value = weight(epsilon)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = np.nan
+        if not 0 <= number < np.inf:
+            raise ValueError(f"`weight` returned {value!r} at epsilon {epsilon:g}; it must be a finite number >= 0.")
+        return number
+
+    masses = np.empty(len(epsilons) - 1)
+    for i, (start, end) in enumerate(zip(epsilons[:-1], epsilons[1:], strict=True)):
+        # The tolerance is relative to the mass alone, so that the unit of the weight cannot change the result.
+        masses[i], _, _, *problem = quad(density, start, end, epsabs=0, epsrel=1e-6, limit=1000, full_output=True)
+        if problem:
+            raise ValueError(f"`weight` cannot be integrated over [{start:g}, {end:g}]; pass a smoother density.")
+    if len(masses) > 0 and not 0 < masses.sum() < np.inf:
+        raise ValueError(
+            f"`weight` integrates to {masses.sum():g} over [0, {epsilons[-1]:g}]; its integral must be positive and "
+            "finite."
+        )
+    return masses
+
+
+def mean_breaking_share(distances, largest) -> float:
+    """Expected robustness from each example's smallest perturbation that fools the model: mean of min(d, E) / E.
+
+    This is the per-example form of expected robustness for uniform epsilon: an example is right below its distance and
+    wrong from there on, so it is right on the share min(d, E) / E of [0, E]. It needs no grid and is exact when the
+    distances are; the distances that an attack finds are upper bounds, and so is the result.
+
+    Args:
+        distances: shape `(examples,)`, each in [0, inf]: 0 if the example is misclassified without a perturbation,
+            inf if no perturbation is known that fools the model.
+        largest: the largest epsilon E, finite and > 0, in the unit of the distances.
+
+    Raises:
+        ValueError: naming `distances` or `largest`.
+    """
+    values = _as_numbers("distances", distances)
+    if values.ndim != 1 or values.size == 0 or not np.all(values >= 0):
+        raise ValueError(f"`distances={distances}` must be a list of at least one number in [0, inf].")
+    bound = _as_numbers("largest", largest)
+    if bound.ndim != 0 or not 0 < bound < np.inf:
+        raise ValueError(f"`largest={largest}` must be one finite number > 0, for example 8 / 255.")
+    return float((np.minimum(values, bound) / bound).mean())
 
 
 def still_correct(predictions, references) -> np.ndarray:
@@ -75,34 +162,34 @@ def still_correct(predictions, references) -> np.ndarray:
     return np.logical_and.accumulate(correct, axis=1)
 
 
-def _check(predictions, references, epsilons) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The inputs as arrays, or an error that names the one at fault."""
-    if len(references) == 0:
-        raise ValueError("`references` is empty; expected robustness needs at least one example.")
-    lengths = {np.size(row) for row in predictions}
-    if len(predictions) != len(references) or len(lengths) > 1 or any(np.ndim(row) != 1 for row in predictions):
+def robustness_summary(predictions, references, epsilons, *, weight=None, num_classes=None, seed: int = 0) -> dict:
+    """All values of the metric.
+
+    Args:
+        predictions: predicted labels, integers of shape `(examples, epsilons)`.
+        references: true labels, integers of shape `(examples,)`.
+        epsilons: perturbation strengths, shape `(epsilons,)`, strictly increasing from 0.
+        weight: density >= 0 of epsilon, not necessarily normalised. None: uniform.
+        num_classes: refuse labels of `num_classes` and above. None: any label >= 0.
+        seed: of the bootstrap resamples; the global random state is neither read nor changed.
+
+    Returns:
+        `dict` with the keys described in the module's `Returns`, all of them Python floats or lists of them.
+
+    Raises:
+        ValueError: naming the argument that is missing, empty, of the wrong shape, type or range.
+    """
+    epsilons = _as_grid(epsilons)
+    _check_num_classes(num_classes)
+    predictions, references = _as_examples(predictions, references, num_classes)
+    if predictions.shape[1] != len(epsilons):
         raise ValueError(
-            "`predictions` must hold one list of predicted labels per example, one label per epsilon; got "
-            f"{len(predictions)} entries of lengths {sorted(lengths)} for {len(references)} references."
+            f"`epsilons` has {len(epsilons)} values, but every example has {predictions.shape[1]} predictions."
         )
-    try:
-        epsilons = np.asarray(epsilons, dtype=float)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`epsilons={epsilons}` must be numbers, for example 8 / 255.") from error
-    if epsilons.ndim != 1 or lengths != {epsilons.size}:
-        raise ValueError(f"`epsilons` has {epsilons.size} values, but every example has {lengths.pop()} predictions.")
-    if epsilons.size == 0 or not np.all(np.isfinite(epsilons)) or epsilons[0] != 0 or np.any(np.diff(epsilons) <= 0):
-        raise ValueError(f"`epsilons={epsilons.tolist()}` must start with 0 and increase strictly.")
-    return np.asarray(predictions), np.asarray(references), epsilons
-
-
-def robustness_summary(predictions, references, epsilons, *, seed: int = 0) -> dict:
-    """All values of the metric, from predictions of shape `(examples, epsilons)`."""
-    predictions, references, epsilons = _check(predictions, references, epsilons)
     correct = still_correct(predictions, references)
     accuracies = correct.mean(axis=0)
-    lower_bound, upper_bound = bracket(epsilons, accuracies)
-    shares = expected_robustness(epsilons, correct)
+    lower_bound, upper_bound = bracket(epsilons, accuracies, weight)
+    shares = expected_robustness(epsilons, correct, weight)
     mean = float(shares.mean())
     interval = (mean, mean)
     if len(shares) > 1 and np.ptp(shares) > 0:
@@ -120,6 +207,93 @@ def robustness_summary(predictions, references, epsilons, *, seed: int = 0) -> d
     }
 
 
+def _step_means(epsilons, accuracies, weight) -> tuple[np.ndarray, np.ndarray]:
+    """Means of the step functions that take, on each interval, the accuracy of its right and of its left end."""
+    masses = interval_masses(epsilons, weight)
+    accuracies = _as_numbers("accuracies", accuracies)
+    if accuracies.ndim == 0 or accuracies.shape[-1] != len(masses) + 1 or not np.all(np.isfinite(accuracies)):
+        raise ValueError(
+            f"`accuracies` must hold one finite number per epsilon, {len(masses) + 1} along its last axis; got shape "
+            f"{accuracies.shape}."
+        )
+    if len(masses) == 0:
+        return accuracies[..., 0], accuracies[..., 0]
+    # Divided last, by a sum over the same terms, so that an accuracy of 1 throughout gives exactly 1.
+    total = masses.sum()
+    return (masses * accuracies[..., 1:]).sum(axis=-1) / total, (masses * accuracies[..., :-1]).sum(axis=-1) / total
+
+
+def _as_numbers(name: str, values) -> np.ndarray:
+    """`values` as an array of floats. Text is refused, also text that spells a number: "8/255" does not."""
+    try:
+        numbers = np.asarray(cast_to_python_objects(values))
+        if numbers.dtype.kind not in "biufO":
+            raise TypeError(f"dtype {numbers.dtype}")
+        return numbers.astype(float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{name}={values}` must be numbers: 8 / 255, for example, not the text '8/255'.") from error
+
+
+def _as_grid(epsilons) -> np.ndarray:
+    grid = _as_numbers("epsilons", epsilons)
+    if grid.ndim != 1:
+        raise ValueError(f"`epsilons={epsilons}` must be a list of numbers, one per column of `predictions`.")
+    if grid.size == 0 or not np.all(np.isfinite(grid)) or grid[0] != 0 or np.any(np.diff(grid) <= 0):
+        raise ValueError(
+            f"`epsilons={grid.tolist()}` must start with 0 and increase strictly, all of them finite; at epsilon 0 "
+            "stand the predictions for the clean images."
+        )
+    return grid
+
+
+def _check_num_classes(num_classes) -> None:
+    if num_classes is not None and not (isinstance(num_classes, int | np.integer) and num_classes >= 1):
+        raise ValueError(f"`num_classes={num_classes!r}` must be an integer >= 1; leave it out to allow any label.")
+
+
+def _as_labels(name: str, values, ndim: int, num_classes: int | None = None) -> np.ndarray:
+    """Class indices as an integer array with `ndim` axes, or an error that names them.
+
+    Stricter than `evaluate`, which casts to the type of its features: 0.7 and True would become the labels 0 and 1.
+    """
+    if values is None:
+        raise ValueError(f"`{name}` is missing; pass {_SHAPES[ndim]}.")
+    try:
+        # What `evaluate` applies, too: it takes tensors of any framework and device.
+        labels = np.asarray(cast_to_python_objects(values))
+    except ValueError as error:
+        raise ValueError(f"`{name}` must be {_SHAPES[ndim]}; got rows of different lengths.") from error
+    if labels.size == 0:
+        raise ValueError(f"`{name}` is empty; pass {_SHAPES[ndim]}, for at least one example.")
+    if labels.ndim != ndim:
+        raise ValueError(f"`{name}` must be {_SHAPES[ndim]}; got an array of shape {labels.shape}.")
+    if labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"`{name}` must hold class indices of an integer type, got {labels.dtype}; pass labels such as "
+            "`logits.argmax(-1)`, neither probabilities nor whether a prediction is right."
+        )
+    if labels.min() < 0:
+        raise ValueError(f"`{name}` holds the label {labels.min()}; class indices are >= 0. Leave such examples out.")
+    if num_classes is not None and labels.max() >= num_classes:
+        raise ValueError(
+            f"`{name}` holds the label {labels.max()}, but with `num_classes={num_classes}` the largest is "
+            f"{num_classes - 1}."
+        )
+    return labels
+
+
+def _as_examples(predictions, references, num_classes: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """`predictions` of shape `(examples, epsilons)` and `references` of shape `(examples,)`, checked."""
+    references = _as_labels("references", references, 1, num_classes)
+    predictions = _as_labels("predictions", predictions, 2, num_classes)
+    if len(predictions) != len(references):
+        raise ValueError(
+            f"`predictions` holds {len(predictions)} examples, `references` {len(references)}; pass one true label "
+            "for each."
+        )
+    return predictions, references
+
+
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _KWARGS_DESCRIPTION)
 class ExpectedRobustness(evaluate.Metric):
     def _info(self):
@@ -133,5 +307,27 @@ class ExpectedRobustness(evaluate.Metric):
             reference_urls=["https://huggingface.co/papers/2509.23325"],
         )
 
-    def _compute(self, predictions, references, epsilons):
-        return robustness_summary(predictions, references, epsilons)
+    def add(self, *, prediction=None, reference=None):
+        """Adds one example: one predicted label per epsilon, and the true label."""
+        super().add(
+            prediction=_as_labels("prediction", prediction, 1), reference=int(_as_labels("reference", reference, 0))
+        )
+
+    def add_batch(self, *, predictions=None, references=None):
+        """Adds a batch of examples: for each, one predicted label per epsilon, and the true label."""
+        predictions, references = _as_examples(predictions, references)
+        super().add_batch(predictions=predictions, references=references)
+
+    def compute(self, *, predictions=None, references=None, epsilons=None, weight=None, num_classes=None):
+        """Computes the metric from these examples and all that were added before."""
+        # Before anything else: when `_compute` raises, `evaluate` has already given up the examples that were added.
+        interval_masses(epsilons, weight)
+        _check_num_classes(num_classes)
+        if predictions is None and references is None and len(self) == 0:
+            raise ValueError("`predictions` and `references` are missing; pass them here or to `add_batch` before.")
+        return super().compute(
+            predictions=predictions, references=references, epsilons=epsilons, weight=weight, num_classes=num_classes
+        )
+
+    def _compute(self, predictions, references, epsilons, weight=None, num_classes=None):
+        return robustness_summary(predictions, references, epsilons, weight=weight, num_classes=num_classes)

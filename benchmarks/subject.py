@@ -1,0 +1,56 @@
+"""What the benchmarks measure: a fine-tuned model, and images of the bundled test split."""
+
+import argparse
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from datasets import Dataset, load_dataset
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from hf_rft import PixelNormalization, bundled
+
+
+class Subject(NamedTuple):
+    model: torch.nn.Module
+    processor: object
+    dataset: Dataset
+
+    def pixels_and_labels(self) -> tuple[torch.Tensor, torch.Tensor]:
+        images = [image.convert("RGB") for image in self.dataset["image"]]
+        pixel_values = self.processor(images, return_tensors="pt")["pixel_values"]
+        return PixelNormalization.from_processor(self.processor).to_pixels(pixel_values), torch.tensor(
+            self.dataset["label"]
+        )
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=_normalization(self.processor).from_pixels(pixels)).logits
+
+
+@functools.lru_cache
+def _normalization(processor) -> PixelNormalization:
+    return PixelNormalization.from_processor(processor)
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, max_samples: int) -> None:
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=Path("outputs/efficientnet_lite0_hinge"),
+        help="Folder that `accelerate launch recipes/run_rft.py` wrote.",
+    )
+    parser.add_argument("--max_samples", type=int, default=max_samples, help="Images of the bundled test split.")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory_format", choices=["contiguous", "channels_last"], default="channels_last")
+
+
+def load(args: argparse.Namespace) -> Subject:
+    if not args.model.is_dir():
+        raise SystemExit(f"--model {args.model} is not there; `accelerate launch recipes/run_rft.py` makes it.")
+    memory_format = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[args.memory_format]
+    model = AutoModelForImageClassification.from_pretrained(args.model).eval().requires_grad_(False)
+    model = model.to(memory_format=memory_format)
+    dataset = load_dataset(bundled.resolve(bundled.DATASET), split="test")
+    dataset = dataset.shuffle(seed=0).select(range(min(args.max_samples, len(dataset))))
+    return Subject(model, AutoImageProcessor.from_pretrained(args.model), dataset)

@@ -1,0 +1,133 @@
+"""FMN, the fast minimum-norm attack: the nearest misclassified image, not just one inside a given ball.
+
+Pintor et al. 2021, "Fast minimum-norm adversarial attacks through adaptive norm constraints"
+(https://huggingface.co/papers/2102.12827). Four things differ from the published code: the perturbation is projected
+onto the ball, not scaled onto its sphere; the estimated distance is overshot a little, or on a linear model the search
+ends on the boundary; the class aimed at is the one whose boundary is nearest to first order, not the one with the
+second largest logit; steps are relative to the current radius, so that no step size depends on the norm.
+"""
+
+import math
+
+import torch
+
+from ..noise import Generators
+from ..threat_model import ThreatModel
+from .base import Forward, Passes, check_inputs, evaluate, per_example, states_passes, where
+from .objectives import Lead
+
+
+# The radius changes by at least this share, inwards from the nearest image that fools the model, outwards while there
+# is none: first, last step.
+RADIUS_CHANGE = (0.05, 0.001)
+# Length of a step relative to the current radius: first, last step.
+STEP_LENGTH = (1.0, 0.01)
+# By how much more than the estimated distance to move. It doubles with each step at which an example that was never
+# fooled still stands: where float32 drowns a small overshoot, or the boundary curves away, a larger one is needed.
+OVERSHOOT, LARGEST_OVERSHOOT = 1e-4, 0.5
+_DUAL = {"linf": 1, "l2": 2, "l1": torch.inf}
+
+
+@states_passes(lambda steps, norm="linf", targets=9: Passes(steps + 2, steps + targets))
+def fmn(
+    forward: Forward,
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    threat_model: ThreatModel,
+    steps: int,
+    generator: Generators = None,
+    targets: int = 9,
+) -> torch.Tensor:
+    """Search for the smallest perturbation that fools the model, inside the ball of the threat model.
+
+    See [`Attack`] for the common arguments. To find distances, give a radius that no example needs. An example is
+    fooled if it is taken for any other class. Passes: `steps + 2` forward; `steps` backward, and one for each class
+    that might be the nearest.
+
+    Args:
+        steps (`int`):
+            Gradient evaluations after the nearest class was chosen.
+        generator (*optional*):
+            Not used: the search starts from the clean image and nothing in it is random.
+        targets (`int`, *optional*, defaults to 9):
+            How many classes, those with the largest logits, to compare for the nearest boundary; at most the number of
+            classes less one.
+
+    Returns:
+        `torch.Tensor`: the nearest misclassified image found; for an example that withstands, the image that came
+        closest to the class aimed at.
+    """
+    pixels = check_inputs(pixels, labels, steps)
+    if targets < 1:
+        raise ValueError(f"`targets={targets}` must be at least 1.")
+    if threat_model.is_trivial or len(pixels) == 0:
+        return pixels
+    target, fooled = _nearest_class(forward, pixels, labels, threat_model.norm, targets)
+
+    limit = threat_model.radius(pixels).flatten()
+    adversarial, radius = pixels, torch.zeros_like(limit)
+    overshoot = torch.full_like(limit, OVERSHOOT)
+    nearest, distance = pixels, torch.where(fooled, 0.0, torch.inf).to(limit)
+    closest, largest_lead = pixels, torch.full_like(limit, -torch.inf)
+    for step in range(steps + 1):
+        standing = (distance > 0).nonzero().flatten()
+        if len(standing) == 0:
+            break
+        current = evaluate(forward, adversarial, labels, Lead(target), gradient=step < steps, standing=standing)
+        lead, fooled = current.objective, current.fooled
+        moved = threat_model.distance(adversarial, pixels)
+        is_nearer, is_closer = fooled & (moved < distance), lead > largest_lead
+        nearest, distance = where(is_nearer, adversarial, nearest), torch.where(is_nearer, moved, distance)
+        closest, largest_lead = where(is_closer, adversarial, closest), torch.where(is_closer, lead, largest_lead)
+        target = torch.where(fooled, current.prediction, target)
+        if step == steps:
+            break
+
+        # The radius to try next: to first order the boundary of the target class lies at `moved - lead / slope`.
+        slope = torch.linalg.vector_norm(current.gradient.flatten(1), ord=_DUAL[threat_model.norm], dim=1)
+        estimate = (moved - lead / slope.clamp_min(torch.finfo(slope.dtype).tiny)) * (1 + overshoot)
+        change = _cosine(RADIUS_CHANGE, step, steps)
+        outward = estimate.maximum(radius * (1 + change))
+        inward = estimate.clamp(distance / 2, distance * (1 - change))
+        never_fooled = distance.isinf()
+        overshoot = torch.where(never_fooled, (2 * overshoot).clamp_max(LARGEST_OVERSHOOT), OVERSHOOT)
+        radius = torch.where(never_fooled, outward, inward).minimum(limit)
+
+        length = per_example(_cosine(STEP_LENGTH, step, steps) * radius)
+        moved = adversarial + _step(current.gradient, length, threat_model.norm)
+        adversarial = ThreatModel(threat_model.norm, radius).project(moved, pixels)
+    return where(distance.isinf(), closest, nearest)
+
+
+def _nearest_class(
+    forward: Forward, pixels: torch.Tensor, labels: torch.Tensor, norm: str, targets: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The wrong class whose boundary is nearest to first order, and whether the clean image is misclassified."""
+    with torch.enable_grad():
+        leaf = pixels.detach().requires_grad_()
+        logits = forward(leaf)
+        wrong = logits.detach().scatter(1, labels.unsqueeze(1), -torch.inf)
+        candidates = wrong.topk(min(targets, logits.shape[1] - 1), dim=1).indices
+        distances = []
+        for target in candidates.unbind(dim=1):
+            lead = Lead(target)(logits, labels)
+            gradient = torch.autograd.grad(lead.sum(), leaf, retain_graph=True)[0].nan_to_num()
+            slope = torch.linalg.vector_norm(gradient.flatten(1), ord=_DUAL[norm], dim=1)
+            distances.append(-lead.detach() / slope.clamp_min(torch.finfo(slope.dtype).tiny))
+    choice = torch.stack(distances, dim=1).argmin(dim=1, keepdim=True)
+    return candidates.gather(1, choice).squeeze(1), logits.detach().argmax(dim=1) != labels
+
+
+def _step(gradient: torch.Tensor, length: torch.Tensor, norm: str) -> torch.Tensor:
+    """An ascent step. In L1 along the gradient: the projection makes it sparse, and finds the best coordinates."""
+    if norm == "l1":
+        largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
+        return length * gradient / largest.clamp_min(torch.finfo(gradient.dtype).tiny)
+    return ThreatModel(norm, 0).step(gradient, length)
+
+
+def _cosine(ends: tuple[float, float], step: int, steps: int) -> float:
+    """From the first to the second value over the steps."""
+    first, last = ends
+    return last + (first - last) * (1 + math.cos(math.pi * step / steps)) / 2

@@ -1,0 +1,173 @@
+"""Square Attack: random search over squares, which asks for predictions only and no gradient can mislead.
+
+Andriushchenko et al. 2020, "Square Attack: a query-efficient black-box adversarial attack via random search"
+(https://huggingface.co/papers/1912.00049), algorithms 1 to 3; L1 as L2, with the norm exchanged (Croce and Hein 2021,
+https://huggingface.co/papers/2103.01208, section 4).
+"""
+
+import bisect
+import math
+
+import torch
+
+from ..noise import Generators, rand
+from ..threat_model import ThreatModel
+from .base import Forward, Passes, check_inputs, evaluate, per_example, states_passes, where
+from .objectives import margin
+
+
+# A square covers this share of the image at first, half as much after each of these numbers of queries.
+SHARE = 0.8
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+
+
+@states_passes(lambda steps, norm="linf": Passes(steps + 1, 0))
+def square(
+    forward: Forward,
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    threat_model: ThreatModel,
+    steps: int,
+    generator: Generators = None,
+) -> torch.Tensor:
+    """Change one random square at a time, and keep the change if it brings the example closer to being misclassified.
+
+    See [`Attack`] for the common arguments. Passes: `steps + 1` forward, none backward; an example that is fooled
+    costs nothing any more. Images may have any height and width.
+
+    Args:
+        steps (`int`):
+            Number of squares tried. AutoAttack tries 5000; a tenth of it shows whether gradients are masked.
+
+    Returns:
+        `torch.Tensor`: the first misclassified image found; for an example that withstands, the one closest to it.
+    """
+    pixels = check_inputs(pixels, labels, steps)
+    if threat_model.is_trivial or len(pixels) == 0:
+        return pixels
+    propose, start = (_paint, _stripes) if threat_model.norm == "linf" else (_move_budget, _tiles)
+    # All random numbers of an example are drawn before the first query: those of one must not depend on the others.
+    channels, height, width = pixels.shape[1:]
+    first_noise = rand(pixels, generator)
+    noise = rand(pixels.new_empty(len(pixels), steps, 5 + channels), generator)
+
+    best = start(pixels, first_noise, threat_model)
+    current = evaluate(forward, best, labels, margin, gradient=False)
+    best_margin, fooled = current.objective, current.fooled
+    for step in range(steps):
+        standing = (~fooled).nonzero().flatten()
+        if len(standing) == 0:
+            break
+        share = SHARE / 2 ** bisect.bisect_left(HALVINGS, step)
+        side = min(max(round(math.sqrt(share * height * width)), 1), height, width)
+        tried = propose(best[standing], pixels[standing], noise[standing, step], side, threat_model.select(standing))
+        current = evaluate(forward, tried, labels[standing], margin, gradient=False)
+        better = current.fooled | (current.objective > best_margin[standing])
+        best[standing] = where(better, tried, best[standing])
+        best_margin[standing] = torch.where(better, current.objective, best_margin[standing])
+        fooled[standing] = current.fooled
+    return best
+
+
+def _signs(noise: torch.Tensor) -> torch.Tensor:
+    return torch.where(noise < 0.5, -1.0, 1.0).to(noise)
+
+
+def _offsets(noise: torch.Tensor, side: int, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row and column of each pixel within a square at a random place, outside 0 ... `side - 1` where it is not in it.
+
+    `noise` has the shape `(batch, 2)`, the results `(batch, height, 1)` and `(batch, 1, width)`.
+    """
+    height, width = images.shape[2:]
+    top, left = ((noise[:, axis] * (size - side + 1)).long() for axis, size in enumerate((height, width)))
+    rows, columns = (torch.arange(size, device=images.device) for size in (height, width))
+    return rows.reshape(1, -1, 1) - top.reshape(-1, 1, 1), columns.reshape(1, 1, -1) - left.reshape(-1, 1, 1)
+
+
+def _inside(offsets: tuple[torch.Tensor, torch.Tensor], side: int) -> torch.Tensor:
+    """Mask of the square, shape `(batch, 1, height, width)`."""
+    rows, columns = offsets
+    return ((rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)).unsqueeze(1)
+
+
+# --- L-inf: every pixel of the perturbation is at plus or minus epsilon ---
+
+
+def _stripes(pixels: torch.Tensor, noise: torch.Tensor, threat_model: ThreatModel) -> torch.Tensor:
+    """Vertical stripes, one sign for each channel and column."""
+    return threat_model.project(pixels + threat_model.radius(pixels) * _signs(noise[:, :, :1]), pixels)
+
+
+def _paint(
+    best: torch.Tensor, pixels: torch.Tensor, noise: torch.Tensor, side: int, threat_model: ThreatModel
+) -> torch.Tensor:
+    """A square with one new sign for each channel."""
+    inside = _inside(_offsets(noise[:, :2], side, pixels), side)
+    painted = pixels + threat_model.radius(pixels) * _signs(noise[:, 5:]).reshape(len(pixels), -1, 1, 1)
+    return threat_model.project(torch.where(inside, painted, best), pixels)
+
+
+# --- L2 and L1: squares compete for a common budget ---
+
+
+def _bump(side: int, like: torch.Tensor) -> torch.Tensor:
+    """Two pyramids side by side, one up and one down: the shape of a change in a square, `(side, side)`."""
+
+    def pyramid(height: int, width: int) -> torch.Tensor:
+        from_edge = height // 2
+        rows = (torch.arange(height) - height // 2).abs().reshape(-1, 1)
+        columns = (torch.arange(width) - width // 2).abs().reshape(1, -1)
+        level = from_edge - torch.maximum(rows, columns)
+        heights = torch.cumsum(1 / (from_edge + 1 - torch.arange(from_edge + 1.0)).square(), dim=0)
+        return torch.where(level >= 0, heights[level.clamp_min(0)], 0.0)
+
+    upper = side // 2
+    return torch.cat([pyramid(upper, side), -pyramid(side - upper, side)]).to(like)
+
+
+def _scale_to_radius(delta: torch.Tensor, pixels: torch.Tensor, threat_model: ThreatModel) -> torch.Tensor:
+    """The image at that perturbation, stretched to the sphere and moved into the box."""
+    length = per_example(threat_model.distance(delta, torch.zeros_like(delta)))
+    stretched = delta * threat_model.radius(pixels) / length.clamp_min(torch.finfo(delta.dtype).tiny)
+    return threat_model.project(pixels + stretched, pixels)
+
+
+def _tiles(pixels: torch.Tensor, noise: torch.Tensor, threat_model: ThreatModel) -> torch.Tensor:
+    """The image tiled with five bumps along its shorter side, each with a sign of its own in each channel."""
+    height, width = pixels.shape[2:]
+    side = max(min(height, width) // 5, 1)
+    rows, columns = torch.arange(height, device=pixels.device), torch.arange(width, device=pixels.device)
+    bumps = _bump(side, pixels)[rows % side][:, columns % side]
+    first_of_tile = noise[:, :, rows - rows % side][:, :, :, columns - columns % side]
+    return _scale_to_radius(bumps * _signs(first_of_tile), pixels, threat_model)
+
+
+def _move_budget(
+    best: torch.Tensor, pixels: torch.Tensor, noise: torch.Tensor, side: int, threat_model: ThreatModel
+) -> torch.Tensor:
+    """Empty one square, and spend its budget, and all that is unused, on a bump in another."""
+    order = 2 if threat_model.norm == "l2" else 1
+    side = min(max(side, 3), *pixels.shape[2:])
+    offsets, donor = _offsets(noise[:, :2], side, pixels), _inside(_offsets(noise[:, 2:4], side, pixels), side)
+    inside = _inside(offsets, side)
+    delta = best - pixels
+
+    def power(images: torch.Tensor) -> torch.Tensor:
+        """Sum over each channel of the entries to the power of the norm's order."""
+        return images.abs().pow(order).sum(dim=(2, 3), keepdim=True)
+
+    rows, columns = (offset.clamp(0, side - 1) for offset in offsets)
+    bump = _bump(side, pixels)
+    turned = (noise[:, 4] < 0.5).reshape(-1, 1, 1)
+    bump = torch.where(turned, bump[columns, rows], bump[rows, columns]).unsqueeze(1)
+    tiny = torch.finfo(pixels.dtype).tiny
+    kept = delta * inside
+    kept = kept / power(kept).pow(1 / order).clamp_min(tiny)
+    bump = bump * inside / power(bump * inside).pow(1 / order).clamp_min(tiny)
+    filling = kept + bump * _signs(noise[:, 5:]).reshape(len(pixels), -1, 1, 1)
+    unused = threat_model.radius(pixels).pow(order) - power(delta).sum(dim=1, keepdim=True)
+    budget = power(delta * (inside | donor)) + unused.clamp_min(0) / pixels.shape[1]
+    filling = filling * (budget / power(filling).clamp_min(tiny)).pow(1 / order)
+    moved = torch.where(inside, filling, delta.masked_fill(donor, 0))
+    return _scale_to_radius(moved, pixels, threat_model)

@@ -1,0 +1,103 @@
+"""Results on disk, one file a batch, so that an evaluation that was killed goes on where it was.
+
+A file's name is a hash of everything its content depends on: the model's weights and structure, the images and labels
+themselves, threat model, attacks and seed. So a folder can hold the results of many evaluations and serve several
+processes at once; what does not match is never read.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, torch.Tensor]
+
+
+def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Hash of names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def hash_model(model: torch.nn.Module) -> str:
+    """Hash of the weights, buffers and structure of a model.
+
+    Its code is not part of it; [`ResultCache`] therefore compares the model's predictions as well.
+    """
+    weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return hash_json({"structure": repr(model), "weights": hash_tensors(weights)})
+
+
+def hash_json(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+class ResultCache:
+    """Records of tensors by key, in `<folder>/<key>.safetensors`; without a folder nothing is kept.
+
+    Args:
+        folder (`str` or `Path`, *optional*):
+            Made if it does not exist.
+    """
+
+    def __init__(self, folder: str | Path | None):
+        self.folder = None if folder is None else Path(folder)
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def load(self, key: str, logits: torch.Tensor) -> Record | None:
+        """The record, if there is one and it is of a model with these logits on the clean images."""
+        if self.folder is None or not (path := self._path(key)).is_file():
+            return None
+        try:
+            record = load_file(path)
+            atol = 1e-3 * logits.abs().max().item()
+            is_same = torch.allclose(record.pop("clean_logits"), logits.cpu(), rtol=1e-3, atol=atol)
+        except (SafetensorError, KeyError, RuntimeError, OSError) as error:
+            logger.warning("%s cannot be read (%s); its batch is evaluated again.", path, error)
+            return None
+        if not is_same:
+            logger.warning("%s is of a model with other predictions; its batch is evaluated again.", path)
+            return None
+        return record
+
+    def save(self, key: str, record: Record, logits: torch.Tensor) -> None:
+        """Write a record whole or not at all."""
+        if self.folder is None:
+            return
+        scratch = self.folder / f".{key}.{uuid.uuid4().hex}"
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in {**record, "clean_logits": logits}.items()}
+        try:
+            save_file(tensors, scratch)
+            os.replace(scratch, self._path(key))
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{key}.safetensors"
+
+
+def hash_examples(pixels: torch.Tensor, labels: torch.Tensor) -> list[str]:
+    """Hash of each image with its label."""
+    return [hash_tensors({"pixels": image, "label": label}) for image, label in zip(pixels, labels, strict=True)]
+
+
+def batch_key(evaluated: Mapping[str, Any], positions: Sequence[int], examples: Sequence[str]) -> str:
+    """Key of a batch: the hash of what is evaluated, of the examples' hashes, and of their places in the dataset."""
+    return hash_json({"evaluated": evaluated, "positions": list(positions), "examples": list(examples)})

@@ -1,0 +1,315 @@
+"""`evaluate_robustness`: a classifier and a dataset in, the whole accuracy-versus-epsilon curve out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm.auto import tqdm
+
+from ..attacks import ATTACKS
+from ..attacks.base import Passes
+from ..checks import check_labels
+from ..model_state import under_attack
+from ..pixel_space import PixelNormalization
+from ..threat_model import ThreatModel, format_epsilon, parse_epsilon
+from .cache import Record, ResultCache, batch_key, hash_examples, hash_json, hash_model
+from .counting import CountedForward
+from .examples import Examples, num_image_channels
+from .flags import CHECKED_EXAMPLES, trust_flags
+from .report import AdversarialExamples, RobustnessReport
+from .search import find_breaking_points
+from .subject import Subject
+from .tiers import Tier, make_tier
+from .versions import versions
+
+
+# Adversarial examples that the report shows; as many are kept of each batch.
+SHOWN_EXAMPLES = 8
+
+
+def evaluate_robustness(
+    model: torch.nn.Module,
+    dataset: Any,
+    processor: Any,
+    *,
+    norm: str,
+    epsilons: Sequence[str | float | Fraction],
+    tier: str | Sequence = "standard",
+    batch_size: int = 64,
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+    autocast_dtype: torch.dtype | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    progress_bar: bool = True,
+) -> RobustnessReport:
+    """Measure the accuracy of an image classifier under attack, over a grid of perturbation strengths.
+
+    Under `accelerate launch` or `torchrun` the batches are divided over the processes, and all of them return the
+    same report as one process would. The model is measured in evaluation mode and gets its modes back.
+
+    Args:
+        model (`torch.nn.Module`):
+            A transformers image classifier, or any module that maps `pixel_values` to logits (a timm model), on the
+            device where it shall run.
+        dataset:
+            Examples with an image, or with `pixel_values` as the processor returned them, and a label: a
+            `datasets.Dataset`, or any dataset with `__len__` and `__getitem__`.
+        processor:
+            The model's image processor; perturbations are measured in its pixels, scaled to [0, 1].
+        norm (`str`):
+            `"linf"`, `"l2"` or `"l1"`.
+        epsilons (`Sequence` of `str`, number or `Fraction`):
+            The grid, for example `["0", "2/255", "4/255"]`: increasing, the first is 0.
+        tier (`str` or `Sequence`, *optional*, defaults to `"standard"`):
+            `"fast"` (APGD on cross-entropy), `"standard"` (then targeted APGD) or `"full"` (then FMN and Square); or a
+            list of `(attack, steps)` or `(attack, steps, restarts)`.
+        batch_size (`int`, *optional*, defaults to 64):
+            Images in a pass through the model, and in one file of the cache.
+        seed (`int`, *optional*, defaults to 0):
+            Of the attacks' random starts, together with an example's position in the dataset.
+        cache_dir (`str` or `Path`, *optional*):
+            Folder that keeps finished batches: an evaluation that was killed goes on from there. Several evaluations
+            may share it.
+        autocast_dtype (`torch.dtype`, *optional*):
+            Craft in this precision, for example `torch.bfloat16`; what is crafted counts only if it fools the model in
+            its own precision.
+        image_column, label_column (`str`, *optional*):
+            Default to the usual names: `image` or `img`, `labels` or `label`.
+        progress_bar (`bool`, *optional*, defaults to `True`):
+            Show examples decided and time left.
+
+    Raises:
+        ValueError: naming the argument, what was found and the remedy, before any attack.
+    """
+    protocol = _Protocol(norm, _checked_grid(norm, epsilons), make_tier(tier), seed, autocast_dtype)
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"`model` must be a torch module, got {type(model).__name__}.")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size={batch_size!r}` must be a whole number from 1.")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"`seed={seed!r}` must be a whole number from 0.")
+    if cache_dir is not None and any(run.attack not in ATTACKS.values() for run in protocol.tier.attacks):
+        raise ValueError(
+            "`cache_dir` cannot tell one attack of your own from another by its code; leave it out, or use the "
+            f"attacks {list(ATTACKS)}."
+        )
+    config = getattr(model, "config", None)
+    examples = Examples(
+        dataset,
+        processor,
+        num_channels=num_image_channels(config),
+        image_column=image_column,
+        label_column=label_column,
+    )
+    normalization = PixelNormalization.from_processor(processor)
+    subject = Subject(model, normalization, autocast_dtype)
+    model_hash = hash_model(model)
+    evaluated = {"model": model_hash, "normalization": [normalization.mean, normalization.std], **protocol.describe()}
+    # Without `cpu`, accelerate ignores the processes of a launcher on a machine that has no accelerator.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    was_training = any(module.training for module in model.modules())
+
+    with under_attack(model, training=False):
+        batches = [
+            range(first, min(first + batch_size, len(examples))) for first in range(0, len(examples), batch_size)
+        ]
+        mine = batches[state.process_index :: state.num_processes]
+        # All images and labels are looked at before the first attack: hours later is too late for an error.
+        clean = [_look_at(subject, examples, positions) for positions in mine]
+        cache, results = ResultCache(cache_dir), []
+        total = sum(len(positions) for positions in mine)
+        with tqdm(total=total, unit=" examples", disable=not (progress_bar and state.is_main_process)) as bar:
+            for batch in clean:
+                record = _evaluate_batch(subject, examples, batch, protocol, evaluated, cache, bar)
+                results.append((batch.positions[0], record, batch.hashes))
+        results = sorted(gather_object(results), key=lambda result: result[0])
+        records = [record for _, record, _ in results]
+        merged = {name: torch.cat([record[name] for record in records]) for name in records[0] if name != "passes"}
+        checked: list[Any] = [None, None]
+        if state.is_main_process:
+            checked = [*_check_trust(subject, examples, merged, protocol, was_training)]
+        flags, for_checks = broadcast_object_list(checked)
+        shown = _shown_examples(subject, examples, merged)
+    forward, backward = torch.stack([record["passes"] for record in records]).sum(dim=0).tolist()
+    settings = {
+        "model": {
+            "name": getattr(config, "_name_or_path", "") or type(model).__name__,
+            "revision": getattr(config, "_commit_hash", None),
+            "sha256": model_hash,
+        },
+        "dataset": {
+            **_describe_dataset(dataset),
+            "sha256": hash_json([hashes for *_, of_batch in results for hashes in of_batch]),
+        },
+        "processor": normalization.source,
+        **protocol.describe(),
+        "batch_size": batch_size,
+    }
+    return RobustnessReport(
+        norm=norm,
+        epsilons=protocol.epsilons,
+        labels=merged["labels"].numpy(),
+        clean_predictions=merged["clean_predictions"].numpy(),
+        adversarial_predictions=merged["adversarial_predictions"].numpy(),
+        broken_at=merged["broken_at"].numpy(),
+        distances=merged["distances"].double().numpy(),
+        flags=flags,
+        passes=Passes(forward + for_checks.forward, backward + for_checks.backward),
+        settings=settings,
+        examples=shown,
+    )
+
+
+def _checked_grid(norm: str, epsilons: Sequence[str | float | Fraction]) -> list[Fraction]:
+    if isinstance(epsilons, str):
+        raise ValueError(f"`epsilons={epsilons!r}` must be a list, for example ['0', '2/255', '4/255'].")
+    grid = [parse_epsilon(epsilon) for epsilon in epsilons]
+    if len(grid) < 2 or grid[0] != 0 or any(b <= a for a, b in zip(grid, grid[1:], strict=False)):
+        written = [str(epsilon) for epsilon in epsilons]
+        raise ValueError(
+            f"`epsilons={written}` must start with 0 and increase strictly to at least one more, for example "
+            "['0', '2/255', '4/255']."
+        )
+    ThreatModel(norm, epsilons[-1])  # refuses an unknown norm, and L-inf above 1
+    return grid
+
+
+@dataclass(frozen=True)
+class _Protocol:
+    """What is asked of a model."""
+
+    norm: str
+    epsilons: list[Fraction]
+    tier: Tier
+    seed: int
+    autocast_dtype: torch.dtype | None
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values only."""
+        return {
+            "norm": self.norm,
+            "epsilons": [format_epsilon(epsilon) for epsilon in self.epsilons],
+            **self.tier.describe(),
+            "seed": self.seed,
+            "autocast_dtype": None if self.autocast_dtype is None else str(self.autocast_dtype).removeprefix("torch."),
+            "versions": versions(),
+        }
+
+
+class _CleanBatch(NamedTuple):
+    """What is known of a batch before it is attacked."""
+
+    positions: range  # in the dataset
+    hashes: list[str]  # of each image with its label
+    logits: torch.Tensor  # (batch, classes), on the CPU
+
+
+@torch.no_grad()
+def _look_at(subject: Subject, examples: Examples, positions: range) -> _CleanBatch:
+    pixels, labels = subject.load(examples, positions)
+    logits = subject.exact(pixels)
+    check_labels(f"`dataset` (examples {positions[0]} to {positions[-1]})", labels, logits.shape[1])
+    return _CleanBatch(positions, hash_examples(pixels, labels), logits.cpu())
+
+
+def _evaluate_batch(
+    subject: Subject,
+    examples: Examples,
+    batch: _CleanBatch,
+    protocol: _Protocol,
+    evaluated: dict[str, Any],
+    cache: ResultCache,
+    bar: tqdm,
+) -> Record:
+    """Record of a batch, found now or before."""
+    positions, done_before = batch.positions, bar.n
+    key = batch_key(evaluated, positions, batch.hashes)
+
+    def show(attack: str, decided: int) -> None:
+        bar.set_postfix_str(attack, refresh=False)
+        bar.update(done_before + decided - bar.n)
+
+    record = cache.load(key, batch.logits)
+    if record is None:
+        pixels, labels = subject.load(examples, positions)
+        exact = CountedForward(subject.exact)
+        crafting = exact if subject.autocast_dtype is None else CountedForward(subject.crafting)
+        found = find_breaking_points(
+            crafting,
+            pixels,
+            labels,
+            norm=protocol.norm,
+            epsilons=protocol.epsilons,
+            tier=protocol.tier,
+            seed=protocol.seed,
+            positions=positions,
+            verify=exact,
+            clean_predictions=batch.logits.argmax(dim=1).to(labels.device),
+            on_progress=show,
+        )
+        is_shown = (found.broken_at > 0) & (found.broken_at < len(protocol.epsilons))
+        shown = is_shown.nonzero().flatten()[:SHOWN_EXAMPLES]
+        passes = [counter.passes for counter in {exact, crafting}]
+        record = {
+            "labels": labels,
+            "clean_predictions": found.clean_predictions,
+            "broken_at": found.broken_at,
+            "distances": found.distances,
+            "adversarial_predictions": found.adversarial_predictions,
+            "shown_positions": shown + positions[0],
+            "shown_adversarial": found.adversarial[shown],
+            "passes": torch.tensor(passes).sum(dim=0) + torch.tensor([len(positions), 0]),  # and the clean one
+        }
+        record = {name: tensor.cpu() for name, tensor in record.items()}
+        cache.save(key, record, batch.logits)
+    show("", len(positions))
+    return record
+
+
+def _check_trust(
+    subject: Subject, examples: Examples, merged: Record, protocol: _Protocol, was_training: bool
+) -> tuple[dict[str, str], Passes]:
+    """The trust checks, on the first examples that the model gets right; and what they cost."""
+    positions = (merged["broken_at"] > 0).nonzero().flatten()[:CHECKED_EXAMPLES].tolist()
+    pixels, labels = subject.load(examples, positions or [0])
+    counted = CountedForward(subject.exact)
+    flags = trust_flags(
+        counted,
+        pixels[: len(positions)],
+        labels[: len(positions)],
+        norm=protocol.norm,
+        epsilons=protocol.epsilons,
+        broken_at=merged["broken_at"][positions].to(subject.device),
+        seed=protocol.seed,
+        was_training=was_training,
+    )
+    return flags, counted.passes
+
+
+@torch.no_grad()
+def _shown_examples(subject: Subject, examples: Examples, merged: Record) -> AdversarialExamples | None:
+    positions = merged["shown_positions"][:SHOWN_EXAMPLES].tolist()
+    if not positions:
+        return None
+    pixels, _ = subject.load(examples, positions)
+    adversarial = merged["shown_adversarial"][:SHOWN_EXAMPLES].to(subject.device)
+    logits, adversarial_logits = subject.exact(pixels), subject.exact(adversarial)
+    return AdversarialExamples(
+        positions, pixels.cpu(), adversarial.cpu(), logits.float().cpu(), adversarial_logits.float().cpu()
+    )
+
+
+def _describe_dataset(dataset: Any) -> dict[str, Any]:
+    info = getattr(dataset, "info", None)
+    split = getattr(dataset, "split", None)
+    return {
+        "name": getattr(info, "dataset_name", None) or type(dataset).__name__,
+        "split": None if split is None else str(split),
+        "fingerprint": getattr(dataset, "_fingerprint", None),
+    }

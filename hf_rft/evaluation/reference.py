@@ -1,0 +1,145 @@
+"""The public AutoAttack at one epsilon, as a second opinion: package `pyautoattack`, extra `autoattack`.
+
+The package trusts its model to return logits in float32 for contiguous images, fails on fewer than four classes,
+reseeds the global random number generator and switches off any debugger or coverage tool. The adapter sees to that.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..attacks.base import Forward, Passes
+from ..threat_model import ThreatModel
+from .counting import CountedForward
+
+
+ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
+_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+
+
+class ReferenceResult(NamedTuple):
+    """What AutoAttack found at one epsilon."""
+
+    robust: torch.Tensor  # (batch,), bool: right, clean and against every attack that was run
+    adversarial: torch.Tensor  # like the pixels
+    attacks: tuple[str, ...]  # those that were run
+    passes: Passes  # sums over examples
+
+
+def check_installed() -> None:
+    """
+    Raises:
+        ImportError: if `pyautoattack` is not installed; the message says how to get it.
+    """
+    if importlib.util.find_spec("pyautoattack") is None:
+        raise ImportError(
+            "The reference needs the package `pyautoattack`, the extra `autoattack` of hf_rft: "
+            "`pip install pyautoattack==0.2.0`."
+        )
+
+
+def reference_attacks(attacks: Sequence[str], num_classes: int) -> tuple[str, ...]:
+    """Those of the attacks that are defined for this many classes: targeted DLR needs a fourth logit."""
+    return tuple(attack for attack in attacks if attack != "apgd-t" or num_classes >= 4)
+
+
+def run_autoattack(
+    forward: Forward,
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    threat_model: ThreatModel,
+    num_classes: int,
+    attacks: Sequence[str] = ATTACKS,
+    seed: int = 0,
+    batch_size: int = 100,
+) -> ReferenceResult:
+    """Run attacks of the public AutoAttack, one after the other on the examples that still stand.
+
+    Args:
+        forward (`Callable`):
+            Maps pixels in [0, 1] to logits; nothing it refers to may be in training mode.
+        pixels (`torch.Tensor` of shape `(batch, channels, height, width)`):
+            Clean images, pixels in [0, 1].
+        labels (`torch.Tensor` of shape `(batch,)`):
+            True classes.
+        threat_model ([`ThreatModel`]):
+            Norm and one epsilon, larger than 0.
+        num_classes (`int`):
+            Number of logits.
+        attacks (`Sequence[str]`, *optional*):
+            Among `"apgd-ce"`, `"apgd-t"`, `"fab-t"` and `"square"`; with fewer than four classes `"apgd-t"`, which is
+            not defined there, is left out.
+        seed (`int`, *optional*, defaults to 0):
+            Of the attacks. The global random number generators keep their states.
+        batch_size (`int`, *optional*, defaults to 100):
+            Images in a forward pass.
+    """
+    check_installed()
+    from pyautoattack import AutoAttack
+
+    attacks = reference_attacks(attacks, num_classes)
+    counted = CountedForward(forward)
+    devices = [pixels.device] if pixels.is_cuda else []
+    with torch.random.fork_rng(devices=devices), _trace_function_kept():
+        autoattack = AutoAttack(
+            _Logits(counted),
+            norm=_NORMS[threat_model.norm],
+            eps=float(threat_model.epsilon),
+            version="standard",
+            device=pixels.device,
+            seed=seed,
+        )
+        autoattack.attacks_to_run = list(attacks)
+        targets = min(9, num_classes - 1)
+        for targeted in (autoattack.apgd_targeted, autoattack.fab):
+            targeted.n_target_classes = min(targeted.n_target_classes, targets)
+        autoattack.logger.setLevel(logging.WARNING)
+        adversarial, predictions = autoattack.run_standard_evaluation(
+            pixels.float().contiguous(), labels, batch_size=batch_size
+        )
+    return ReferenceResult(predictions == labels, adversarial, attacks, counted.passes)
+
+
+class _Logits(torch.nn.Module):
+    """Float32 logits that give gradients to the images only, and contiguous ones."""
+
+    def __init__(self, forward: Forward):
+        super().__init__()
+        self._forward = forward
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() and pixels.requires_grad:
+            return _ImageGradient.apply(pixels, self._forward)
+        return self._forward(pixels).float()
+
+
+class _ImageGradient(torch.autograd.Function):
+    """FAB calls `backward`, which would also fill the `.grad` of parameters; and the package's `view` cannot take the
+    gradients of a channels_last model."""
+
+    @staticmethod
+    def forward(ctx, pixels, forward):
+        with torch.enable_grad():
+            ctx.leaf = pixels.detach().requires_grad_()
+            ctx.logits = forward(ctx.leaf)
+        return ctx.logits.detach().float()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.to(ctx.logits.dtype)
+        return torch.autograd.grad(ctx.logits, ctx.leaf, gradient, retain_graph=True)[0].contiguous(), None
+
+
+@contextlib.contextmanager
+def _trace_function_kept() -> Iterator[None]:
+    trace = sys.gettrace()
+    try:
+        yield
+    finally:
+        sys.settrace(trace)

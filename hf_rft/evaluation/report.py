@@ -1,0 +1,253 @@
+"""The result of an evaluation: where each example breaks, and every number that follows from it."""
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+
+from ..attacks.base import Passes
+from ..threat_model import format_epsilon, parse_epsilon
+
+
+SCHEMA_VERSION = 1
+
+
+class AdversarialExamples(NamedTuple):
+    """Some of the examples that were broken, to look at."""
+
+    positions: list[int]  # in the dataset
+    pixels: torch.Tensor  # (count, channels, height, width), in [0, 1]
+    adversarial: torch.Tensor  # likewise: the nearest adversarial examples found
+    logits: torch.Tensor  # (count, classes), of the clean images
+    adversarial_logits: torch.Tensor  # likewise
+
+
+@dataclass(eq=False)
+class RobustnessReport:
+    """How robust a classifier is, as [`evaluate_robustness`] found it.
+
+    Args:
+        norm (`str`):
+            `"linf"`, `"l2"` or `"l1"`.
+        epsilons (`list[Fraction]`):
+            The grid: increasing, the first is 0.
+        labels, clean_predictions, adversarial_predictions (`np.ndarray` of shape `(examples,)`):
+            Classes; an adversarial prediction is the label where no adversarial example was found.
+        broken_at (`np.ndarray` of shape `(examples,)`):
+            Index of the smallest epsilon that breaks each example, `len(epsilons)` if none does.
+        distances (`np.ndarray` of shape `(examples,)`):
+            Size of the smallest perturbation found that fools the model, 0 if it errs without, inf if none was found.
+        flags (`dict[str, str]`):
+            Trust checks that failed: name -> suspicion and remedy. Empty if all is well.
+        passes ([`Passes`]):
+            Forward and backward passes spent, summed over examples, checks included.
+        settings (`dict`):
+            What the numbers depend on: model, data, tier, attacks, seed, versions. JSON values only.
+        examples ([`AdversarialExamples`], *optional*):
+            Not saved.
+    """
+
+    norm: str
+    epsilons: list[Fraction]
+    labels: np.ndarray
+    clean_predictions: np.ndarray
+    adversarial_predictions: np.ndarray
+    broken_at: np.ndarray
+    distances: np.ndarray
+    flags: dict[str, str]
+    passes: Passes
+    settings: dict[str, Any]
+    examples: AdversarialExamples | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    # --- Numbers ---
+
+    def summary(self, weight: Callable[[float], float] | None = None) -> dict[str, Any]:
+        """What the `evaluate` module `expected_robustness` returns for these examples.
+
+        Args:
+            weight (`Callable[[float], float]`, *optional*):
+                Density of epsilon, not necessarily normalised, for a mean in which some strengths count more than
+                others. Uniform by default.
+        """
+        # The module holds the one definition; `evaluate` is slow to import and needed here only.
+        from ..metrics.expected_robustness.expected_robustness import robustness_summary
+
+        is_right = self.broken_at[:, None] > np.arange(len(self.epsilons))
+        grid = [float(epsilon) for epsilon in self.epsilons]
+        return robustness_summary(is_right.astype(int), np.ones(len(self), dtype=int), grid, weight=weight)
+
+    @functools.cached_property
+    def _summary(self) -> dict[str, Any]:
+        return self.summary()
+
+    @property
+    def accuracies(self) -> list[float]:
+        """Accuracy at each epsilon; never rises."""
+        return self._summary["accuracies"]
+
+    @property
+    def clean_accuracy(self) -> float:
+        return self._summary["clean_accuracy"]
+
+    @property
+    def robust_accuracy(self) -> float:
+        """Accuracy at the largest epsilon."""
+        return self._summary["robust_accuracy"]
+
+    @property
+    def expected_robustness(self) -> float:
+        """Mean accuracy over epsilon from 0 to the largest, by the trapezoidal rule (the paper's)."""
+        return self._summary["expected_robustness"]
+
+    @property
+    def bracket(self) -> tuple[float, float]:
+        """What a curve through these accuracies can average to at the least and at the most."""
+        return self._summary["lower_bound"], self._summary["upper_bound"]
+
+    @property
+    def confidence_interval(self) -> tuple[float, float]:
+        """95 % bootstrap interval of the expected robustness, over examples."""
+        low, high = self._summary["confidence_interval"]
+        return low, high
+
+    @property
+    def expected_robustness_from_distances(self) -> float:
+        """The per-example form, mean of min(distance, E) / E. Needs no grid, but trusts the distances found."""
+        from ..metrics.expected_robustness.expected_robustness import mean_breaking_share
+
+        return mean_breaking_share(self.distances, float(self.epsilons[-1]))
+
+    @property
+    def accuracy_intervals(self) -> list[tuple[float, float]]:
+        """95 % binomial (Wilson) interval of the accuracy at each epsilon."""
+        rights = (self.broken_at[:, None] > np.arange(len(self.epsilons))).sum(axis=0)
+        intervals = [binomtest(int(right), len(self)).proportion_ci(method="wilson") for right in rights]
+        return [(float(interval.low), float(interval.high)) for interval in intervals]
+
+    @property
+    def per_example(self) -> list[Fraction | None]:
+        """The smallest epsilon of the grid that breaks each example: 0 if none is needed, None if none does."""
+        return [self.epsilons[index] if index < len(self.epsilons) else None for index in self.broken_at]
+
+    # --- Files ---
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the images, as JSON values; epsilons exactly, as text."""
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "norm": self.norm,
+            "epsilons": [format_epsilon(epsilon) for epsilon in self.epsilons],
+            "accuracies": self.accuracies,
+            "accuracy_intervals": self.accuracy_intervals,
+            "clean_accuracy": self.clean_accuracy,
+            "robust_accuracy": self.robust_accuracy,
+            "expected_robustness": self.expected_robustness,
+            "bracket": self.bracket,
+            "confidence_interval": self.confidence_interval,
+            "expected_robustness_from_distances": self.expected_robustness_from_distances,
+            "num_examples": len(self),
+            "flags": self.flags,
+            "passes": self.passes._asdict(),
+            "settings": self.settings,
+            "per_example": {
+                "labels": self.labels.tolist(),
+                "clean_predictions": self.clean_predictions.tolist(),
+                "adversarial_predictions": self.adversarial_predictions.tolist(),
+                "broken_at": [None if epsilon is None else format_epsilon(epsilon) for epsilon in self.per_example],
+                "distances": [distance if np.isfinite(distance) else None for distance in self.distances.tolist()],
+            },
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict()` as JSON, whole or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            scratch.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            os.replace(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "RobustnessReport":
+        """Read what `save` wrote. Numbers are computed from the examples again, not taken from the file.
+
+        Raises:
+            ValueError: if the file is not such a report, or one of a later schema version.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            version = values["schema_version"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a robustness report ({type(error).__name__}: {error}).") from error
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"{path} has schema version {version}, this hf_rft reads version {SCHEMA_VERSION}; update hf_rft."
+            )
+        try:
+            columns = values["per_example"]
+            epsilons = [parse_epsilon(epsilon) for epsilon in values["epsilons"]]
+            index = {format_epsilon(epsilon): place for place, epsilon in enumerate(epsilons)}
+            broken_at = [len(epsilons) if epsilon is None else index[epsilon] for epsilon in columns["broken_at"]]
+            distances = [np.inf if distance is None else distance for distance in columns["distances"]]
+            if len({len(column) for column in columns.values()}) != 1:
+                raise ValueError(f"{path} is no whole robustness report: its columns have different lengths.")
+            return cls(
+                norm=values["norm"],
+                epsilons=epsilons,
+                labels=np.array(columns["labels"]),
+                clean_predictions=np.array(columns["clean_predictions"]),
+                adversarial_predictions=np.array(columns["adversarial_predictions"]),
+                broken_at=np.array(broken_at),
+                distances=np.array(distances, dtype=float),
+                flags=values["flags"],
+                passes=Passes(**values["passes"]),
+                settings=values["settings"],
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is not a complete robustness report: {error} is missing or wrong.") from error
+
+    def plot(self, path: str | Path, title: str = "") -> None:
+        """Write the accuracy-versus-epsilon curve, with its intervals, to `path`; the ending says the format."""
+        from ..plots import plot_robustness_curve
+
+        name = self.settings.get("model", {}).get("name") or "model"
+        title = title or f"expected robustness {100 * self.expected_robustness:.1f} %"
+        curve = (self.epsilons, self.accuracies)
+        plot_robustness_curve({name: curve}, self.norm, path, title, intervals={name: self.accuracy_intervals})
+
+    def table(self) -> str:
+        """The curve, expected robustness and flags, to be printed."""
+        settings = self.settings
+        attacks = ", ".join(
+            f"{attack['attack']} ({attack['steps']} steps"
+            + (f", {attack['restarts']} restarts)" if attack["restarts"] > 1 else ")")
+            for attack in settings["attacks"]
+        )
+        lines = [f"{len(self)} examples, {self.norm}, tier {settings['tier']}: {attacks}; seed {settings['seed']}"]
+        rows = zip(self.epsilons, self.accuracies, self.accuracy_intervals, strict=True)
+        lines += [
+            f"  accuracy at {format_epsilon(epsilon):<8} {100 * accuracy:5.1f} %   [{100 * low:.1f}, {100 * high:.1f}]"
+            for epsilon, accuracy, (low, high) in rows
+        ]
+        low, high = self.confidence_interval
+        lower, upper = self.bracket
+        lines += [
+            f"  expected robustness  {100 * self.expected_robustness:5.1f} %   [{100 * low:.1f}, {100 * high:.1f}], "
+            f"any curve through these points: {100 * lower:.1f} to {100 * upper:.1f}",
+            "  (in brackets 95 % intervals over examples)",
+        ]
+        lines += [f"  WARNING {name}: {message}" for name, message in self.flags.items()]
+        return "\n".join(lines)

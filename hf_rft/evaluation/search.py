@@ -1,0 +1,221 @@
+"""Where each example of a batch breaks, on a grid of epsilons.
+
+An example fooled at one epsilon is fooled at every larger one, since its adversarial example lies in the larger ball
+too; an example that withstands an epsilon withstands every smaller one. What costs is an attack that fails, because it
+goes on to its last step, and an example needs only one such failure, just below the epsilon that breaks it. Hence the
+order: the largest epsilon first; once an example is broken, its adversarial example is pulled towards the clean image
+as far as it goes, and a short minimum-norm search looks for a nearer one; then the attacks are tried just below. Each
+example has its own epsilon, so that all share full batches, and drops out once decided.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+
+from ..attacks import fmn
+from ..attacks.base import Forward, per_example, where
+from ..noise import EVALUATION_ATTACK, example_generators
+from ..threat_model import ThreatModel
+from .tiers import Tier, attack_name
+
+
+# Halvings of the segment between the clean image and an adversarial example.
+SHRINKING_STEPS = 6
+# A distance that rounding has made larger than an epsilon by this share does not count as beyond it.
+ROUNDING = 1e-5
+
+
+class BreakingPoints(NamedTuple):
+    """The examples of a batch, clean and as the nearest adversarial examples found."""
+
+    labels: torch.Tensor  # (batch,)
+    clean_predictions: torch.Tensor  # (batch,)
+    broken_at: torch.Tensor  # (batch,): index of the smallest epsilon that breaks it, len(epsilons) if none does
+    distances: torch.Tensor  # (batch,): size of the smallest perturbation found that fools, inf if none was
+    adversarial_predictions: torch.Tensor  # (batch,): the label if none was found
+    adversarial: torch.Tensor  # (batch, channels, height, width): the clean image if none was found
+
+    def predictions(self, count: int) -> torch.Tensor:
+        """Predicted class at each of the `count` epsilons, shape `(batch, count)`."""
+        is_broken = self.broken_at.unsqueeze(1) <= torch.arange(count, device=self.broken_at.device)
+        return torch.where(is_broken, self.adversarial_predictions.unsqueeze(1), self.labels.unsqueeze(1))
+
+
+def find_breaking_points(
+    forward: Forward,
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    norm: str,
+    epsilons: Sequence[Fraction],
+    tier: Tier,
+    seed: int,
+    positions: Sequence[int],
+    verify: Forward | None = None,
+    clean_predictions: torch.Tensor | None = None,
+    on_progress: Callable[[str, int], None] = lambda stage, decided: None,
+) -> BreakingPoints:
+    """Find for every example the smallest epsilon of the grid at which an attack of the tier succeeds.
+
+    Args:
+        forward (`Callable`):
+            Maps pixels to logits.
+        pixels (`torch.Tensor` of shape `(batch, channels, height, width)`):
+            Clean images, pixels in [0, 1].
+        labels (`torch.Tensor` of shape `(batch,)`):
+            True classes.
+        norm (`str`):
+            `"linf"`, `"l2"` or `"l1"`.
+        epsilons (`Sequence[Fraction]`):
+            Increasing, the first is 0.
+        tier ([`Tier`]):
+            The attacks.
+        seed, positions:
+            The noise of an example depends on the seed and its position in the dataset.
+        verify (`Callable`, *optional*):
+            Like `forward`, in full precision: only what fools this one counts. Where an attack on `forward` found
+            what does not fool `verify`, `verify` itself is attacked.
+        clean_predictions (`torch.Tensor` of shape `(batch,)`, *optional*):
+            Predicted classes of the clean images, if they are known.
+        on_progress (`Callable`, *optional*):
+            Called with the name of an attack that begins and the number of examples decided so far.
+    """
+    search = _Search(forward, verify or forward, pixels, labels, norm, epsilons, tier, seed, positions)
+    search.begin(clean_predictions)
+    while len(undecided := search.undecided()) > 0:
+        # The first attack goes first wherever it is due: what it breaks comes back to it at a smaller epsilon, and the
+        # long ones meet as many examples at once as there are.
+        stage = int(search.withstood[undecided].min())
+        on_progress(attack_name(search.runs[stage].attack), len(labels) - len(undecided))
+        search.attack(undecided[search.withstood[undecided] == stage], stage)
+    on_progress("", len(labels))
+    return search.result()
+
+
+class _Search:
+    """What is known of each example so far, and the two moves that find out more."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        verify: Forward,
+        pixels: torch.Tensor,
+        labels: torch.Tensor,
+        norm: str,
+        epsilons: Sequence[Fraction],
+        tier: Tier,
+        seed: int,
+        positions: Sequence[int],
+    ):
+        self.forward, self.verify, self.pixels, self.labels = forward, verify, pixels, labels
+        self.norm, self.guess_steps, self.seed, self.positions = norm, tier.guess_steps, seed, positions
+        self.grid = torch.tensor([float(epsilon) for epsilon in epsilons], device=pixels.device, dtype=pixels.dtype)
+        self.runs = [run for run in tier.attacks for _ in range(run.restarts)]
+
+    def begin(self, clean_predictions: torch.Tensor | None) -> None:
+        """An example that is misclassified without a perturbation breaks at epsilon 0."""
+        if clean_predictions is None:
+            clean_predictions = _predict(self.verify, self.pixels)
+        is_right = clean_predictions == self.labels
+        self.clean_predictions = clean_predictions
+        self.broken_at = torch.where(is_right, len(self.grid), 0)
+        self.distances = torch.where(is_right, torch.inf, 0.0).to(self.pixels)
+        self.predictions, self.adversarial = clean_predictions.clone(), self.pixels.clone()
+        # How many of the attacks have failed at the largest epsilon that is not known to break the example.
+        self.withstood = torch.zeros_like(self.labels)
+
+    def result(self) -> BreakingPoints:
+        return BreakingPoints(
+            self.labels, self.clean_predictions, self.broken_at, self.distances, self.predictions, self.adversarial
+        )
+
+    def undecided(self) -> torch.Tensor:
+        """Indices of the examples that attacks are still due for."""
+        return ((self.broken_at > 1) & (self.withstood < len(self.runs))).nonzero().flatten()
+
+    def attack(self, indices: torch.Tensor, stage: int) -> None:
+        """Run one attack, on each of the examples just below the epsilon that breaks it."""
+        level = self.broken_at[indices] - 1
+        is_first = self.distances[indices].isinf()
+        found = self._run(self.forward, indices, stage)
+        fooled = self._record(indices, found, level)
+        if self.verify is not self.forward:
+            claimed = _predict(self.forward, found) != self.labels[indices]
+            doubtful = (claimed & ~fooled).nonzero().flatten()
+            if len(doubtful) > 0:
+                found = self._run(self.verify, indices[doubtful], stage)
+                fooled[doubtful] = self._record(indices[doubtful], found, level[doubtful])
+        self.withstood[indices] = torch.where(fooled, 0, stage + 1)
+        self._guess(indices[fooled & is_first])
+
+    def _run(self, forward: Forward, indices: torch.Tensor, stage: int) -> torch.Tensor:
+        run = self.runs[stage]
+        positions = [self.positions[index] for index in indices.tolist()]
+        # Only if it is named: an attack with `**options` may hand them on to what does not know them.
+        stops = "early_stop" in inspect.signature(run.attack).parameters
+        found = run.attack(
+            forward,
+            self.pixels[indices],
+            self.labels[indices],
+            threat_model=ThreatModel(self.norm, self.grid[self.broken_at[indices] - 1]),
+            steps=run.steps,
+            generator=example_generators(self.pixels.device, positions, EVALUATION_ATTACK, self.seed, stage),
+            **({"early_stop": True} if stops else {}),
+        )
+        return found.to(self.pixels)
+
+    def _guess(self, indices: torch.Tensor) -> None:
+        """Look for nearer adversarial examples than those at hand."""
+        if self.guess_steps == 0 or len(indices) == 0:
+            return
+        within = ThreatModel(self.norm, self.distances[indices])
+        pixels, labels = self.pixels[indices], self.labels[indices]
+        found = fmn(self.forward, pixels, labels, threat_model=within, steps=self.guess_steps)
+        self._record(indices, found, self.broken_at[indices])
+
+    def _record(self, indices: torch.Tensor, found: torch.Tensor, within: torch.Tensor) -> torch.Tensor:
+        """Keep what fools the model, the nearest of each example; return which of the images fool.
+
+        `within` holds the index of an epsilon that each image keeps to, which its distance, rounded, may not show.
+        """
+        predicted = _predict(self.verify, found)
+        wrong = predicted != self.labels[indices]
+        indices, found, predicted, within = indices[wrong], found[wrong], predicted[wrong], within[wrong]
+        pixels, labels = self.pixels[indices], self.labels[indices]
+        found, predicted = _shrunk(self.verify, pixels, labels, found, predicted)
+        distance = ThreatModel(self.norm, 0).distance(found, pixels)
+        nearer = distance < self.distances[indices]
+        kept = indices[nearer]
+        self.distances[kept], self.predictions[kept] = distance[nearer], predicted[nearer]
+        self.adversarial[kept] = found[nearer]
+        # Not 0, which is for the clean predictions to say: in other precision, or at random, a clean image may fool.
+        reached = torch.searchsorted(self.grid * (1 + ROUNDING), self.distances[indices]).clamp_min(1)
+        self.broken_at[indices] = reached.minimum(within)
+        return wrong
+
+
+@torch.no_grad()
+def _predict(forward: Forward, pixels: torch.Tensor) -> torch.Tensor:
+    if len(pixels) == 0:
+        return torch.empty(0, dtype=torch.long, device=pixels.device)
+    return forward(pixels).argmax(dim=1)
+
+
+def _shrunk(
+    forward: Forward, pixels: torch.Tensor, labels: torch.Tensor, found: torch.Tensor, predictions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pull adversarial examples straight towards the clean images while they fool; also returns their predictions."""
+    low, high = torch.zeros(len(pixels)).to(pixels), torch.ones(len(pixels)).to(pixels)
+    for _ in range(SHRINKING_STEPS if len(pixels) > 0 else 0):
+        middle = (low + high) / 2
+        tried = pixels + per_example(middle) * (found - pixels)
+        predicted = _predict(forward, tried)
+        wrong = predicted != labels
+        low, high = torch.where(wrong, low, middle), torch.where(wrong, middle, high)
+        predictions = torch.where(wrong, predicted, predictions)
+    # Unchanged where nothing nearer fooled: adding the difference back could round.
+    shrunk = pixels + per_example(high) * (found - pixels)
+    return where(high < 1, shrunk, found), predictions

@@ -1,0 +1,120 @@
+"""Which attacks an evaluation is made of: the strength behind a number, by name."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from ..attacks import ATTACKS, Attack
+from ..attacks.base import checked
+
+
+class AttackRun(NamedTuple):
+    """One attack of an evaluation."""
+
+    attack: Attack
+    steps: int
+    restarts: int = 1
+
+
+@dataclass(frozen=True)
+class Tier:
+    """A named list of attacks. An example counts as robust only if it withstands all of them.
+
+    Args:
+        name (`str`):
+            `"custom"` for any list that is not one of [`TIERS`].
+        attacks (`tuple[AttackRun, ...]`):
+            In the order in which they are tried: cheap ones first.
+        guess_steps (`int`):
+            Steps of the minimum-norm search that, once an example is broken, guesses where it breaks; 0 for none.
+    """
+
+    name: str
+    attacks: tuple[AttackRun, ...]
+    guess_steps: int = 0
+
+    def describe(self) -> dict[str, Any]:
+        """What to record with a number; JSON values only."""
+        return {
+            "tier": self.name,
+            "attacks": [
+                {
+                    "attack": attack_name(run.attack),
+                    "steps": run.steps,
+                    "restarts": run.restarts,
+                    **_bound_options(run.attack),
+                }
+                for run in self.attacks
+            ],
+            "guess_steps": self.guess_steps,
+        }
+
+
+def _tier(name: str, *runs: tuple[str, int]) -> Tier:
+    return Tier(name, tuple(AttackRun(ATTACKS[attack], steps) for attack, steps in runs), guess_steps=20)
+
+
+# As in AutoAttack (Croce and Hein 2020), with FMN in place of FAB.
+TIERS = {
+    "fast": _tier("fast", ("apgd", 100)),
+    "standard": _tier("standard", ("apgd", 100), ("apgd_targeted", 100)),
+    "full": _tier("full", ("apgd", 100), ("apgd_targeted", 100), ("fmn", 100), ("square", 5000)),
+}
+
+
+def attack_name(attack: Any) -> str:
+    """The function's name, without the arguments bound to it."""
+    attack = inspect.unwrap(attack)
+    while isinstance(attack, partial):
+        attack = inspect.unwrap(attack.func)
+    return getattr(attack, "__name__", repr(attack))
+
+
+def _bound_options(attack: Any) -> dict[str, Any]:
+    """`{"options": ...}` with the arguments that `functools.partial` bound to an attack, if any."""
+    options = {}
+    attack = inspect.unwrap(attack)
+    while isinstance(attack, partial):
+        options = {**{name: str(value) for name, value in attack.keywords.items()}, **options}
+        attack = inspect.unwrap(attack.func)
+    return {"options": options} if options else {}
+
+
+def make_tier(tier: str | Sequence) -> Tier:
+    """A tier by name, or a `"custom"` one from a list of `(attack, steps)` or `(attack, steps, restarts)`.
+
+    An attack is a name of `ATTACKS` or a callable with the signature of [`hf_rft.attacks.Attack`].
+
+    Raises:
+        ValueError: for an unknown name, an empty list, or a number of steps or restarts below 1.
+    """
+    if isinstance(tier, Tier):
+        return tier
+    if isinstance(tier, str):
+        if tier not in TIERS:
+            raise ValueError(f"`tier={tier!r}` is unknown; choose one of {list(TIERS)}, or give a list of attacks.")
+        return TIERS[tier]
+    runs = []
+    for entry in tier:
+        if not isinstance(entry, tuple | list) or len(entry) not in (2, 3):
+            raise ValueError(
+                f"`tier` holds {entry!r}; an attack is given as (attack, steps) or (attack, steps, restarts)."
+            )
+        run = AttackRun(*entry)
+        if isinstance(run.attack, str):
+            if run.attack not in ATTACKS:
+                raise ValueError(f"`tier` holds the unknown attack {run.attack!r}; choose among {list(ATTACKS)}.")
+            run = run._replace(attack=ATTACKS[run.attack])
+        elif not callable(run.attack):
+            raise ValueError(f"`tier` holds {run.attack!r}, which is no attack; give a callable or its name.")
+        elif run.attack not in ATTACKS.values():
+            run = run._replace(attack=checked(run.attack))
+        for name, value in (("steps", run.steps), ("restarts", run.restarts)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"`tier` holds {name} {value!r} for {attack_name(run.attack)}; give a number from 1.")
+        runs.append(run)
+    if not runs:
+        raise ValueError("`tier` is an empty list; an evaluation needs at least one attack.")
+    return Tier("custom", tuple(runs))

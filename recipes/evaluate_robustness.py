@@ -1,0 +1,256 @@
+"""Measure how robust an image classifier is: the accuracy-versus-epsilon curve and expected robustness.
+
+    python recipes/evaluate_robustness.py --model_name_or_path outputs/efficientnet_lite0_hinge --max_samples 100
+    accelerate launch recipes/evaluate_robustness.py --model_name_or_path google/vit-base-patch16-224 \\
+        --dataset_name imagenet-1k --split validation --epsilons 0 1/255 2/255 4/255 --tier standard
+    python recipes/evaluate_robustness.py --model_name_or_path my_model --image_dir my_images/test --norm l2 \\
+        --epsilons 0 0.5 1 2
+
+Writes into `--output_dir`: robustness.json (the whole report), robustness_curve.png, adversarial_examples.png, and
+cache/ with the finished batches, from which the same command goes on if it was killed.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import ClassLabel, Dataset, Image, Value, load_dataset
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+
+from hf_rft import PixelNormalization, RobustnessReport, ThreatModel, bundled, evaluate_robustness
+from hf_rft.cli import parse_with_config
+from hf_rft.evaluation.examples import Examples, num_image_channels
+from hf_rft.evaluation.reference import ATTACKS, check_installed, run_autoattack
+from hf_rft.evaluation.tiers import TIERS
+from hf_rft.model_state import under_attack
+from hf_rft.plots import plot_adversarial_examples
+from hf_rft.threat_model import NORMS, format_epsilon
+
+
+@dataclass
+class EvaluationArguments:
+    """Which model, which images, which attacks."""
+
+    model_name_or_path: str = field(metadata={"help": "Hub id (transformers or timm) or local folder."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
+    token: str | None = field(default=None, metadata={"help": "Hub token, for private or gated repositories."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    channels_last: bool = field(
+        default=False, metadata={"help": "Memory format of the weights; convolutional networks often run faster."}
+    )
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, local dataset folder, or bundled: name. Default: the bundled data."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    split: str = field(default="test", metadata={"help": "Split of the dataset."})
+    image_dir: str | None = field(default=None, metadata={"help": "Folder of images, one sub-folder a class."})
+    image_column_name: str = field(default="image", metadata={"help": "Column that holds the images."})
+    label_column_name: str = field(default="label", metadata={"help": "Column that holds the labels."})
+    match_labels: str = field(
+        default="name",
+        metadata={
+            "help": "How the data's classes are found among the model's: by their names, or by their numbers.",
+            "choices": ["name", "index"],
+        },
+    )
+    max_samples: int | None = field(default=None, metadata={"help": "Evaluate a random subset of this size."})
+
+    norm: str = field(default="linf", metadata={"help": "Norm of the perturbation.", "choices": list(NORMS)})
+    epsilons: list[str] = field(
+        default_factory=lambda: ["0", "1/255", "2/255", "4/255", "8/255"],
+        metadata={"help": "Grid of epsilons, in pixels scaled to [0, 1]: increasing, the first is 0."},
+    )
+    tier: str = field(default="standard", metadata={"help": "How strong the attacks are.", "choices": list(TIERS)})
+    batch_size: int = field(default=64, metadata={"help": "Images in a pass, on each process."})
+    seed: int = field(default=0, metadata={"help": "Of the random subset and of the attacks' random starts."})
+    autocast_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Craft in this precision; what is found is verified in the model's own.",
+            "choices": ["bfloat16", "float16"],
+        },
+    )
+    reference: str | None = field(
+        default=None,
+        metadata={"help": "Also run the public AutoAttack, once an epsilon.", "choices": ["autoattack"]},
+    )
+    reference_attacks: list[str] = field(
+        default_factory=lambda: list(ATTACKS), metadata={"help": f"Which of its attacks, of {', '.join(ATTACKS)}."}
+    )
+    output_dir: str = field(
+        default="outputs/robustness", metadata={"help": "Where report, figures and finished batches go."}
+    )
+
+    def __post_init__(self):
+        if self.dataset_name is not None and self.image_dir is not None:
+            raise ValueError("Give either --dataset_name or --image_dir, not both.")
+        if self.dataset_name is None and self.image_dir is None:
+            self.dataset_name = bundled.DATASET
+        if self.image_dir is not None and not Path(self.image_dir).is_dir():
+            raise ValueError(f"--image_dir {self.image_dir} is not a folder; it should hold one folder a class.")
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"--max_samples {self.max_samples} must be at least 1.")
+        unknown = [attack for attack in self.reference_attacks if attack not in ATTACKS]
+        if unknown:
+            raise ValueError(f"--reference_attacks {unknown} are unknown; choose among {', '.join(ATTACKS)}.")
+
+
+def load_images(args: EvaluationArguments) -> Dataset:
+    """The examples to evaluate, in a fixed order."""
+    if args.image_dir is not None:
+        dataset = load_dataset("imagefolder", data_dir=args.image_dir, split="train")
+    else:
+        dataset = load_dataset(
+            bundled.resolve(args.dataset_name), args.dataset_config_name, split=args.split, token=args.token
+        )
+    for flag in ("image_column_name", "label_column_name"):
+        if getattr(args, flag) not in dataset.column_names:
+            raise ValueError(
+                f"--{flag} {getattr(args, flag)!r} is not a column of the dataset; its columns are "
+                f"{dataset.column_names}."
+            )
+    feature = dataset.features[args.image_column_name]
+    if not isinstance(feature, Image):
+        raise ValueError(
+            f"--image_column_name {args.image_column_name!r} holds {feature}, not images; cast it with "
+            "`cast_column(..., datasets.Image())` if it holds paths or bytes."
+        )
+    if args.max_samples is not None and args.max_samples < len(dataset):
+        dataset = dataset.shuffle(seed=args.seed).select(range(args.max_samples))
+    return dataset
+
+
+def with_model_labels(dataset: Dataset, model: PreTrainedModel, args: EvaluationArguments) -> Dataset:
+    """The dataset with the model's class numbers in place of its own."""
+    feature = dataset.features[args.label_column_name]
+    names = {number: str(name) for number, name in (model.config.id2label or {}).items()}
+    model_is_unnamed = all(name == f"LABEL_{number}" for number, name in names.items())
+    if args.match_labels == "index" or not isinstance(feature, ClassLabel) or model_is_unnamed:
+        return dataset
+    number_of = {name: number for number, name in names.items()}
+    twice = sorted({name for name in feature.names if list(names.values()).count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"Several classes of the model have the names {twice[:5]}; pass --match_labels index if the order of the "
+            "data's classes is that of the model."
+        )
+    unknown = [name for name in feature.names if name not in number_of]
+    if unknown:
+        raise ValueError(
+            f"The model has no classes {unknown[:5]}; its classes are {list(number_of)[:5]} and so on. Rename the "
+            "data's classes, or pass --match_labels index if their order is that of the model."
+        )
+    numbers = [number_of[name] for name in feature.names]
+    if numbers == list(range(len(numbers))):
+        return dataset
+    column = args.label_column_name
+    return dataset.cast_column(column, Value("int64")).map(lambda example: {column: numbers[example[column]]})
+
+
+def run_reference(
+    args: EvaluationArguments, model: PreTrainedModel, processor, dataset: Dataset, report: RobustnessReport
+) -> dict:
+    """The public AutoAttack at each epsilon, beside the report, example by example."""
+    normalization = PixelNormalization.from_processor(processor)
+    examples = Examples(
+        dataset,
+        processor,
+        num_channels=num_image_channels(model.config),
+        image_column=args.image_column_name,
+        label_column=args.label_column_name,
+    )
+
+    def forward(pixels: torch.Tensor) -> torch.Tensor:
+        return model(pixel_values=normalization.from_pixels(pixels).to(model.dtype)).logits
+
+    result = {"attacks": args.reference_attacks, "accuracies": {}, "agreement": {}}
+    print(f"\nAutoAttack ({', '.join(args.reference_attacks)}), on the same examples:")
+    for place, epsilon in enumerate(report.epsilons[1:], start=1):
+        robust = []
+        for first in range(0, len(examples), args.batch_size):
+            positions = range(first, min(first + args.batch_size, len(examples)))
+            pixel_values, labels = examples.batch(positions)
+            with under_attack(model, training=False):
+                found = run_autoattack(
+                    forward,
+                    normalization.to_pixels(pixel_values.to(model.device)),
+                    labels.to(model.device),
+                    threat_model=ThreatModel(args.norm, epsilon),
+                    num_classes=model.config.num_labels,
+                    attacks=args.reference_attacks,
+                    seed=args.seed,
+                    batch_size=args.batch_size,
+                )
+            result["attacks"] = list(found.attacks)
+            robust += found.robust.tolist()
+        ours = torch.from_numpy(report.broken_at > place)
+        theirs = torch.tensor(robust)
+        written = format_epsilon(epsilon)
+        result["accuracies"][written] = theirs.float().mean().item()
+        result["agreement"][written] = (ours == theirs).float().mean().item()
+        print(
+            f"  accuracy at {written:<8} {100 * result['accuracies'][written]:5.1f} %   (this report: "
+            f"{100 * report.accuracies[place]:.1f} %, the same for {100 * result['agreement'][written]:.1f} % of the "
+            "examples)",
+            flush=True,
+        )
+    return result
+
+
+def main(arguments: list[str] | None = None) -> RobustnessReport:
+    (args,) = parse_with_config((EvaluationArguments,), arguments, description=__doc__)
+    if args.reference is not None:
+        check_installed()
+    state = PartialState(cpu=not torch.accelerator.is_available())
+
+    # --- Model and data ---
+    hub_options = {
+        "revision": args.model_revision,
+        "token": args.token,
+        "trust_remote_code": args.trust_remote_code,
+    }
+    name_or_path = bundled.resolve(args.model_name_or_path)
+    processor = AutoImageProcessor.from_pretrained(name_or_path, **hub_options)
+    model = AutoModelForImageClassification.from_pretrained(name_or_path, **hub_options).eval().to(state.device)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    dataset = with_model_labels(load_images(args), model, args)
+
+    # --- Evaluate ---
+    output_dir = Path(args.output_dir)
+    report = evaluate_robustness(
+        model,
+        dataset,
+        processor,
+        norm=args.norm,
+        epsilons=args.epsilons,
+        tier=args.tier,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        cache_dir=output_dir / "cache",
+        autocast_dtype=getattr(torch, args.autocast_dtype) if args.autocast_dtype else None,
+        image_column=args.image_column_name,
+        label_column=args.label_column_name,
+    )
+
+    # --- Report ---
+    if state.is_main_process:
+        report.save(output_dir / "robustness.json")
+        report.plot(output_dir / "robustness_curve.png")
+        page = output_dir / "adversarial_examples.png"
+        page.unlink(missing_ok=True)  # of an earlier run
+        if report.examples is not None:
+            plot_adversarial_examples(report.examples, report.labels, model.config.id2label, page)
+        print(f"\n{report.table()}\n\nWritten to {output_dir}")
+        if args.reference is not None:
+            reference = run_reference(args, model, processor, dataset, report)
+            (output_dir / "reference.json").write_text(json.dumps(reference, indent=2) + "\n", encoding="utf-8")
+    state.wait_for_everyone()
+    return report
+
+
+if __name__ == "__main__":
+    main()

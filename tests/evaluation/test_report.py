@@ -1,0 +1,309 @@
+import json
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+from hf_rft import RobustnessReport
+from hf_rft.attacks.base import Passes
+from hf_rft.evaluation import report as module
+from hf_rft.evaluation.report import AdversarialExamples
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+GRID = [Fraction(0), Fraction(2, 255), Fraction(1, 3), Fraction(1, 2)]
+SETTINGS = {
+    "model": {"name": "a model", "revision": None, "sha256": "0" * 64},
+    "tier": "custom",
+    "attacks": [{"attack": "apgd", "steps": 7, "restarts": 1}, {"attack": "square", "steps": 50, "restarts": 3}],
+    "seed": 11,
+}
+
+
+def make_report(broken_at=(0, 1, 2, 4, 4), epsilons=GRID, distances=None, **options):
+    broken_at = np.array(broken_at)
+    upper = np.array([*map(float, epsilons), np.inf])
+    return RobustnessReport(
+        **{
+            "norm": "linf",
+            "epsilons": list(epsilons),
+            "labels": np.full(len(broken_at), 2),
+            "clean_predictions": np.where(broken_at == 0, 1, 2),
+            "adversarial_predictions": np.where(broken_at < len(epsilons), 1, 2),
+            "broken_at": broken_at,
+            "distances": upper[broken_at] if distances is None else np.array(distances, dtype=float),
+            "flags": {},
+            "passes": Passes(120, 40),
+            "settings": SETTINGS,
+            **options,
+        }
+    )
+
+
+@st.composite
+def reports(draw):
+    grid = sorted(draw(st.sets(st.integers(1, 255), min_size=1, max_size=5)))
+    epsilons = [Fraction(0), *(Fraction(level, 255) for level in grid)]
+    broken_at = draw(st.lists(st.integers(0, len(epsilons)), min_size=1, max_size=20))
+    return make_report(broken_at, epsilons)
+
+
+# --- Numbers ---
+
+
+def test_numbers_of_a_small_report():
+    report = make_report()
+    assert len(report) == 5
+    assert report.accuracies == [0.8, 0.6, 0.4, 0.4]
+    assert (report.clean_accuracy, report.robust_accuracy) == (0.8, 0.4)
+    assert report.per_example == [0, Fraction(2, 255), Fraction(1, 3), None, None]
+    points = [float(epsilon) for epsilon in GRID]
+    lower = (points[1] * 0.6 + (points[2] - points[1]) * 0.4 + (points[3] - points[2]) * 0.4) / 0.5
+    upper = (points[1] * 0.8 + (points[2] - points[1]) * 0.6 + (points[3] - points[2]) * 0.4) / 0.5
+    assert report.bracket == pytest.approx((lower, upper))
+    assert report.expected_robustness == pytest.approx((lower + upper) / 2)
+
+
+@given(reports())
+@hypothesis_settings(deadline=None, max_examples=30)
+def test_numbers_agree_with_each_other(report):
+    counts = [sum(index > place for index in report.broken_at) for place in range(len(report.epsilons))]
+    assert report.accuracies == pytest.approx([count / len(report) for count in counts])
+    assert report.accuracies == sorted(report.accuracies, reverse=True)
+    lower, upper = report.bracket
+    assert report.robust_accuracy <= lower + 1e-12 and upper <= report.clean_accuracy + 1e-12
+    assert report.expected_robustness == pytest.approx((lower + upper) / 2)
+    low, high = report.confidence_interval
+    assert 0 <= low <= report.expected_robustness + 1e-12 and report.expected_robustness - 1e-12 <= high <= 1
+    # The distances are the grid points that break: a curve that falls there, as late as it can.
+    assert report.expected_robustness_from_distances == pytest.approx(upper)
+
+
+def test_confidence_interval_is_that_of_a_mean():
+    """Of many examples, half of which break at once: plus and minus 1.96 standard errors."""
+    report = make_report([0, 2] * 200, GRID[:2])
+    assert report.confidence_interval == pytest.approx((0.5 - 0.049, 0.5 + 0.049), abs=0.006)
+    assert make_report([0, 2] * 200, GRID[:2]).confidence_interval == report.confidence_interval
+    assert make_report([2, 2], GRID[:2]).confidence_interval == (1, 1)
+
+
+def wilson(count, total, z=1.959963984540054):
+    share = count / total
+    middle = (share + z**2 / (2 * total)) / (1 + z**2 / total)
+    half = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    return middle - half, middle + half
+
+
+def test_intervals_of_the_accuracies_are_wilsons():
+    report = make_report([0] * 3 + [1] * 5 + [2] * 4 + [4] * 9)
+    np.testing.assert_allclose(report.accuracy_intervals, [wilson(count, 21) for count in (18, 13, 9, 9)])
+    of_scipy = binomtest(18, 21).proportion_ci(method="wilson")
+    assert report.accuracy_intervals[0] == pytest.approx((of_scipy.low, of_scipy.high))
+    assert make_report([4] * 21).accuracy_intervals[0] == pytest.approx((wilson(21, 21)[0], 1))
+
+
+def test_expected_robustness_from_distances():
+    report = make_report([0, 1, 3, 4, 4], distances=[0, 0.005, 0.4, 0.7, np.inf])
+    assert report.expected_robustness_from_distances == pytest.approx((0 + 0.01 + 0.8 + 1 + 1) / 5)
+
+
+def test_summary_takes_a_weight():
+    report = make_report()
+    uniform = report.summary()
+    assert uniform["expected_robustness"] == report.expected_robustness
+    assert uniform["accuracies"] == report.accuracies
+    linear = report.summary(weight=lambda epsilon: epsilon)
+    masses = np.diff(np.array([float(epsilon) for epsilon in GRID]) ** 2)
+    means = np.array([0.7, 0.5, 0.4])
+    assert linear["expected_robustness"] == pytest.approx((masses * means).sum() / masses.sum())
+    assert report.summary(weight=lambda epsilon: 3.0)["expected_robustness"] == pytest.approx(
+        0.5 * sum(report.bracket)
+    )
+    with pytest.raises(ValueError, match="`weight` returned -1 at epsilon"):
+        report.summary(weight=lambda epsilon: -1)
+
+
+# --- Files ---
+
+
+def examples():
+    return AdversarialExamples([1], *torch.rand(2, 1, 3, 4, 4), *torch.rand(2, 1, 3))
+
+
+def test_saved_report_is_loaded_as_it_was(tmp_path):
+    report = make_report(
+        distances=[0, 1 / 3, 0.1 + 0.2, np.inf, np.inf], flags={"flat_loss": "é is no ascii"}, examples=examples()
+    )
+    report.save(tmp_path / "new" / "folder" / "report.json")
+    loaded = RobustnessReport.load(str(tmp_path / "new" / "folder" / "report.json"))
+    assert loaded.to_dict() == report.to_dict()
+    for name in ("labels", "clean_predictions", "adversarial_predictions", "broken_at", "distances"):
+        ours, theirs = getattr(loaded, name), getattr(report, name)
+        assert ours.dtype.kind == theirs.dtype.kind and np.array_equal(ours, theirs), name
+    assert (loaded.norm, loaded.epsilons, loaded.per_example) == (report.norm, report.epsilons, report.per_example)
+    assert (loaded.flags, loaded.settings) == (report.flags, report.settings)
+    assert loaded.passes == report.passes and isinstance(loaded.passes, Passes)
+    assert loaded.examples is None and loaded.table() == report.table()
+
+
+@given(reports())
+@hypothesis_settings(deadline=None, max_examples=20)
+def test_any_report_survives(tmp_path_factory, report):
+    path = tmp_path_factory.mktemp("report") / "report.json"
+    report.save(path)
+    assert RobustnessReport.load(path).to_dict() == report.to_dict()
+
+
+def test_file_is_json_that_others_can_read(tmp_path):
+    path = tmp_path / "report.json"
+    make_report(examples=examples()).save(path)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is no JSON")
+
+    values = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    assert values["schema_version"] == 1 and values["num_examples"] == 5
+    assert values["epsilons"] == ["0", "2/255", "85/255", "0.5"]
+    assert values["per_example"]["broken_at"] == ["0", "2/255", "85/255", None, None]
+    assert values["per_example"]["distances"][-2:] == [None, None]
+    assert values["per_example"]["labels"] == [2] * 5
+    assert values["passes"] == {"forward": 120, "backward": 40}
+    expected = {"accuracies", "clean_accuracy", "robust_accuracy", "expected_robustness", "bracket", "flags", "norm"}
+    expected |= {"confidence_interval", "expected_robustness_from_distances", "accuracy_intervals", "settings"}
+    assert expected <= set(values)
+    assert json.loads(json.dumps(make_report().to_dict())) == values
+
+
+def test_numbers_come_from_the_examples_not_from_the_file(tmp_path):
+    path = tmp_path / "report.json"
+    make_report().save(path)
+    values = json.loads(path.read_text())
+    values["accuracies"], values["expected_robustness"] = [1.0] * 4, 1.0
+    path.write_text(json.dumps(values))
+    assert RobustnessReport.load(path).to_dict() == make_report().to_dict()
+
+
+@pytest.mark.parametrize("fails", ["write", "replace"])
+def test_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch, fails):
+    path = tmp_path / "report.json"
+    make_report().save(path)
+    old = path.read_bytes()
+    if fails == "write":
+        report = make_report(settings={**SETTINGS, "not JSON": {1, 2}})
+    else:
+        report = make_report([4, 4])
+
+        def fail(*args):
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr(module.os, "replace", fail)
+    with pytest.raises(TypeError if fails == "write" else OSError):
+        report.save(path)
+    assert path.read_bytes() == old
+    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
+
+
+def saved_values():
+    return json.loads(json.dumps(make_report().to_dict()))
+
+
+def without(*keys):
+    values = saved_values()
+    part = values
+    for key in keys[:-1]:
+        part = part[key]
+    del part[keys[-1]]
+    return json.dumps(values)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no JSON", "is not a robustness report .JSONDecodeError"),
+        (b"", "is not a robustness report .JSONDecodeError"),
+        (PNG, "is not a robustness report .UnicodeDecodeError"),
+        (b"[1, 2]", "is not a robustness report .TypeError"),
+        (b"3", "is not a robustness report .TypeError"),
+        (b'{"eval_accuracy": 0.5}', "is not a robustness report .KeyError: 'schema_version'"),
+        (b'{"schema_version": 2}', "has schema version 2, this hf_rft reads version 1; update hf_rft"),
+        (without("norm"), "is not a complete robustness report: 'norm' is missing"),
+        (without("settings"), "'settings' is missing"),
+        (without("per_example"), "'per_example' is missing"),
+        (without("per_example", "distances"), "'distances' is missing"),
+        (without("passes", "backward"), "'?backward'? is missing"),
+        (json.dumps({**saved_values(), "per_example": None}), "is not a complete robustness report"),
+        (json.dumps({**saved_values(), "epsilons": ["0", "1/255"]}), "is not a complete robustness report: '2/255'"),
+    ],
+)
+def test_other_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "other.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message) as error:
+        RobustnessReport.load(path)
+    assert str(path) in str(error.value)
+
+
+def test_file_that_is_not_there():
+    with pytest.raises(FileNotFoundError, match="nowhere.json"):
+        RobustnessReport.load("nowhere.json")
+
+
+@pytest.mark.parametrize(
+    "column", ["labels", "clean_predictions", "adversarial_predictions", "broken_at", "distances"]
+)
+def test_columns_of_different_lengths_are_refused(tmp_path, column):
+    values = saved_values()
+    values["per_example"][column].pop()
+    (tmp_path / "report.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="robustness report"):
+        RobustnessReport.load(tmp_path / "report.json")
+
+
+# --- To be looked at ---
+
+
+def test_table_holds_everything():
+    lines = make_report(flags={"flat_loss": "look at it", "train_mode": "call eval"}).table().splitlines()
+    assert lines[0] == ("5 examples, linf, tier custom: apgd (7 steps), square (50 steps, 3 restarts); seed 11")
+    for line, written, accuracy in zip(
+        lines[1:5], ["0 ", "2/255 ", "85/255 ", "0.5 "], ["80.0 %", "60.0 %", "40.0 %", "40.0 %"], strict=True
+    ):
+        assert f"accuracy at {written}" in line and accuracy in line
+    low, high = wilson(4, 5)
+    assert f"[{100 * low:.1f}, {100 * high:.1f}]" in lines[1]
+    report = make_report()
+    lower, upper = report.bracket
+    assert f"expected robustness   {100 * report.expected_robustness:.1f} %" in lines[5]
+    assert f"{100 * lower:.1f} to {100 * upper:.1f}" in lines[5]
+    low, high = report.confidence_interval
+    assert f"[{100 * low:.1f}, {100 * high:.1f}]" in lines[5]
+    assert [line.strip() for line in lines[-2:]] == ["WARNING flat_loss: look at it", "WARNING train_mode: call eval"]
+    assert "WARNING" not in report.table()
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, {}])
+def test_plot_is_written(tmp_path, settings):
+    path = tmp_path / "curve.png"
+    make_report(settings=settings).plot(path)
+    assert path.read_bytes().startswith(PNG)
+
+
+def test_plot_shows_curve_and_intervals(tmp_path, monkeypatch):
+    from hf_rft import plots
+
+    calls = []
+    monkeypatch.setattr(plots, "plot_robustness_curve", lambda *args, **kwargs: calls.append((args, kwargs)))
+    report = make_report()
+    report.plot(tmp_path / "curve.png")
+    report.plot(tmp_path / "curve.png", title="mine")
+    (curves, norm, path, title), options = calls[0]
+    assert curves == {"a model": (GRID, report.accuracies)} and (norm, path) == ("linf", tmp_path / "curve.png")
+    assert options == {"intervals": {"a model": report.accuracy_intervals}}
+    assert title == f"expected robustness {100 * report.expected_robustness:.1f} %"
+    assert calls[1][0][3] == "mine"
