@@ -26,7 +26,8 @@ def test_closed_forms(classes, seed):
     others[rows, labels] = -np.inf
     margins = others.max(axis=1) - true
     np.testing.assert_allclose(margin(logits, labels), margins)
-    np.testing.assert_allclose(np.log1p(np.exp(log_odds(logits, labels).numpy())), -log_softmax(z, axis=1)[rows, labels])
+    odds = np.exp(log_odds(logits, labels).numpy())
+    np.testing.assert_allclose(np.log1p(odds), -log_softmax(z, axis=1)[rows, labels])
     ordered = np.sort(z, axis=1)[:, ::-1]
     expected = margins / (ordered[:, 0] - ordered[:, 2]) if classes > 2 else margins
     np.testing.assert_allclose(dlr(logits, labels), expected)

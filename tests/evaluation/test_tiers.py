@@ -63,17 +63,22 @@ def test_own_list_of_built_in_attacks(name):
 
 
 @pytest.mark.parametrize(
-    ("attack", "name"),
+    ("attack", "name", "bound"),
     [
-        (leaves_the_ball, "leaves_the_ball"),
-        (partial(partial(pgd, random_start=False), step_size=0.1), "pgd"),
-        (partial(leaves_the_ball, steps=3), "leaves_the_ball"),
-        (OwnAttack(), "OwnAttack(strength=3)"),
+        (leaves_the_ball, "leaves_the_ball", {}),
+        (
+            partial(partial(pgd, random_start=False), step_size=0.1),
+            "pgd",
+            {"random_start": "False", "step_size": "0.1"},
+        ),
+        (partial(leaves_the_ball, generator=3), "leaves_the_ball", {"generator": "3"}),
+        (OwnAttack(), "OwnAttack(strength=3)", {}),
     ],
 )
-def test_own_attack_keeps_its_name(attack, name):
+def test_own_attack_keeps_its_name_and_bound_arguments(attack, name, bound):
     assert attack_name(attack) == name
-    assert make_tier([(attack, 3)]).describe()["attacks"] == [{"attack": name, "steps": 3, "restarts": 1}]
+    described = {"attack": name, "steps": 3, "restarts": 1, **({"options": bound} if bound else {})}
+    assert make_tier([(attack, 3)]).describe()["attacks"] == [described]
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
