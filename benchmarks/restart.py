@@ -67,23 +67,31 @@ def main() -> None:
 
     undisturbed = run(args, folders["undisturbed"], python)
     print(f"undisturbed: {undisturbed:.0f} s", flush=True)
+    expected = json.loads((folders["undisturbed"] / "robustness.json").read_text())
+    different = 0
+
+    def compare(name: str) -> None:
+        nonlocal different
+        is_same = json.loads((folders[name] / "robustness.json").read_text()) == expected
+        different += not is_same
+        print(f"{name}: complete, {'identical' if is_same else 'DIFFERENT'}", flush=True)
+        shutil.rmtree(folders[name])
+
     rng, kills = random.Random(args.seed), 0
     while kills < args.kills:
         moment = rng.uniform(0.2, 1.0) * undisturbed
         run(args, folders["killed"], python, kill_after=moment)
         if (folders["killed"] / "robustness.json").exists():  # it was faster: begin again
-            shutil.rmtree(folders["killed"])
+            compare("killed")
             continue
         kills += 1
         batches = len(list((folders["killed"] / "cache").glob("*.safetensors")))
         print(f"kill {kills} after {moment:.0f} s: {batches} batches on disk", flush=True)
-    print(f"last start: {run(args, folders['killed'], python):.0f} s", flush=True)
+    run(args, folders["killed"], python)
+    compare("killed")
     print(f"two processes: {run(args, folders['two_processes'], torchrun):.0f} s", flush=True)
-
-    reports = {name: json.loads((folder / "robustness.json").read_text()) for name, folder in folders.items()}
-    for name in ("killed", "two_processes"):
-        print(f"{name}: {'identical' if reports[name] == reports['undisturbed'] else 'DIFFERENT'}")
-    raise SystemExit(any(report != reports["undisturbed"] for report in reports.values()))
+    compare("two_processes")
+    raise SystemExit(different)
 
 
 if __name__ == "__main__":
