@@ -21,6 +21,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 
 from hf_rft import PixelNormalization, RobustnessReport, ThreatModel, bundled, evaluate_robustness
 from hf_rft.cli import parse_with_config
+from hf_rft.evaluation.evaluate import checked_grid
 from hf_rft.evaluation.examples import Examples, num_image_channels
 from hf_rft.evaluation.reference import ATTACKS, check_installed, run_autoattack
 from hf_rft.evaluation.tiers import TIERS
@@ -93,6 +94,9 @@ class EvaluationArguments:
             raise ValueError(f"--image_dir {self.image_dir} is not a folder; it should hold one folder a class.")
         if self.max_samples is not None and self.max_samples < 1:
             raise ValueError(f"--max_samples {self.max_samples} must be at least 1.")
+        checked_grid(self.norm, self.epsilons)
+        if self.batch_size < 1 or self.seed < 0:
+            raise ValueError(f"--batch_size {self.batch_size} must be at least 1, and --seed {self.seed} at least 0.")
         unknown = [attack for attack in self.reference_attacks if attack not in ATTACKS]
         if unknown:
             raise ValueError(f"--reference_attacks {unknown} are unknown; choose among {', '.join(ATTACKS)}.")

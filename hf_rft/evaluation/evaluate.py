@@ -87,7 +87,7 @@ def evaluate_robustness(
     Raises:
         ValueError: naming the argument, what was found and the remedy, before any attack.
     """
-    protocol = _Protocol(norm, _checked_grid(norm, epsilons), make_tier(tier), seed, autocast_dtype)
+    protocol = _Protocol(norm, checked_grid(norm, epsilons), make_tier(tier), seed, autocast_dtype)
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"`model` must be a torch module, got {type(model).__name__}.")
     if not isinstance(batch_size, int) or batch_size < 1:
@@ -166,7 +166,12 @@ def evaluate_robustness(
     )
 
 
-def _checked_grid(norm: str, epsilons: Sequence[str | float | Fraction]) -> list[Fraction]:
+def checked_grid(norm: str, epsilons: Sequence[str | float | Fraction]) -> list[Fraction]:
+    """The epsilons exactly.
+
+    Raises:
+        ValueError: if they are no grid from 0 on, or an unknown norm or L-inf above 1 is among them.
+    """
     if isinstance(epsilons, str):
         raise ValueError(f"`epsilons={epsilons!r}` must be a list, for example ['0', '2/255', '4/255'].")
     grid = [parse_epsilon(epsilon) for epsilon in epsilons]
