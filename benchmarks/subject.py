@@ -1,7 +1,6 @@
 """What the benchmarks measure: a fine-tuned model, and images of the bundled test split."""
 
 import argparse
-import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,27 +9,21 @@ from datasets import Dataset, load_dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_rft import PixelNormalization, bundled
+from hf_rft.evaluation.examples import Examples
+from hf_rft.evaluation.subject import Subject
 
 
-class Subject(NamedTuple):
+class Measured(NamedTuple):
     model: torch.nn.Module
     processor: object
     dataset: Dataset
+    subject: Subject
 
     def pixels_and_labels(self) -> tuple[torch.Tensor, torch.Tensor]:
-        images = [image.convert("RGB") for image in self.dataset["image"]]
-        pixel_values = self.processor(images, return_tensors="pt")["pixel_values"]
-        return PixelNormalization.from_processor(self.processor).to_pixels(pixel_values), torch.tensor(
-            self.dataset["label"]
-        )
+        return self.subject.load(Examples(self.dataset, self.processor), range(len(self.dataset)))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values=_normalization(self.processor).from_pixels(pixels)).logits
-
-
-@functools.lru_cache
-def _normalization(processor) -> PixelNormalization:
-    return PixelNormalization.from_processor(processor)
+        return self.subject.exact(pixels)
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, max_samples: int) -> None:
@@ -45,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, max_samples: int) -> None:
     parser.add_argument("--memory_format", choices=["contiguous", "channels_last"], default="channels_last")
 
 
-def load(args: argparse.Namespace) -> Subject:
+def load(args: argparse.Namespace) -> Measured:
     if not args.model.is_dir():
         raise SystemExit(f"--model {args.model} is not there; `accelerate launch recipes/run_rft.py` makes it.")
     memory_format = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[args.memory_format]
@@ -53,4 +46,6 @@ def load(args: argparse.Namespace) -> Subject:
     model = model.to(memory_format=memory_format)
     dataset = load_dataset(bundled.resolve(bundled.DATASET), split="test")
     dataset = dataset.shuffle(seed=0).select(range(min(args.max_samples, len(dataset))))
-    return Subject(model, AutoImageProcessor.from_pretrained(args.model), dataset)
+    processor = AutoImageProcessor.from_pretrained(args.model)
+    subject = Subject(model, PixelNormalization.from_processor(processor), autocast_dtype=None)
+    return Measured(model, processor, dataset, subject)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Image, Value, load_dataset
+from model_and_data import subset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from hf_rft import PixelNormalization, RobustnessReport, ThreatModel, bundled, evaluate_robustness
@@ -24,6 +25,7 @@ from hf_rft.cli import parse_with_config
 from hf_rft.evaluation.evaluate import checked_grid
 from hf_rft.evaluation.examples import Examples, num_image_channels
 from hf_rft.evaluation.reference import ATTACKS, check_installed, run_autoattack
+from hf_rft.evaluation.subject import Subject
 from hf_rft.evaluation.tiers import TIERS
 from hf_rft.model_state import under_attack
 from hf_rft.plots import plot_adversarial_examples
@@ -122,9 +124,7 @@ def load_images(args: EvaluationArguments) -> Dataset:
             f"--image_column_name {args.image_column_name!r} holds {feature}, not images; cast it with "
             "`cast_column(..., datasets.Image())` if it holds paths or bytes."
         )
-    if args.max_samples is not None and args.max_samples < len(dataset):
-        dataset = dataset.shuffle(seed=args.seed).select(range(args.max_samples))
-    return dataset
+    return subset(dataset, args.max_samples, args.seed)
 
 
 def with_model_labels(dataset: Dataset, model: PreTrainedModel, args: EvaluationArguments) -> Dataset:
@@ -158,7 +158,7 @@ def run_reference(
     args: EvaluationArguments, model: PreTrainedModel, processor, dataset: Dataset, report: RobustnessReport
 ) -> dict:
     """The public AutoAttack at each epsilon, beside the report, example by example."""
-    normalization = PixelNormalization.from_processor(processor)
+    subject = Subject(model, PixelNormalization.from_processor(processor), autocast_dtype=None)
     examples = Examples(
         dataset,
         processor,
@@ -167,21 +167,18 @@ def run_reference(
         label_column=args.label_column_name,
     )
 
-    def forward(pixels: torch.Tensor) -> torch.Tensor:
-        return model(pixel_values=normalization.from_pixels(pixels).to(model.dtype)).logits
-
     result = {"attacks": args.reference_attacks, "accuracies": {}, "agreement": {}}
     print(f"\nAutoAttack ({', '.join(args.reference_attacks)}), on the same examples:")
     for place, epsilon in enumerate(report.epsilons[1:], start=1):
         robust = []
         for first in range(0, len(examples), args.batch_size):
             positions = range(first, min(first + args.batch_size, len(examples)))
-            pixel_values, labels = examples.batch(positions)
+            pixels, labels = subject.load(examples, positions)
             with under_attack(model, training=False):
                 found = run_autoattack(
-                    forward,
-                    normalization.to_pixels(pixel_values.to(model.device)),
-                    labels.to(model.device),
+                    subject.exact,
+                    pixels,
+                    labels,
                     threat_model=ThreatModel(args.norm, epsilon),
                     num_classes=model.config.num_labels,
                     attacks=args.reference_attacks,

@@ -59,8 +59,7 @@ def apgd(
             Length of the first step relative to epsilon. Defaults to 2 (L-inf, L2) or 1 (L1).
         objective (`Callable`, *optional*):
             Maps logits and labels to the values, one an example, to be increased. Defaults to the log-odds,
-            whose ascent is that of cross-entropy;
-            [`apgd_dlr`] has the other choice of the paper.
+            whose ascent is that of cross-entropy; [`apgd_dlr`] has the other choice of the paper.
         early_stop (`bool`, *optional*, defaults to `False`):
             Return, for each example, the first iterate that is misclassified, and spend no pass on it any more.
             Otherwise the iterate with the largest objective is returned.

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..attacks import apgd, fgsm, square
-from ..attacks.base import Forward, evaluate
+from ..attacks.base import Forward, evaluate, select_generators
 from ..attacks.objectives import log_odds, margin
 from ..noise import EVALUATION_ATTACK, example_generators
 from ..threat_model import ThreatModel, format_epsilon
@@ -185,7 +185,7 @@ def _weaker_attack_flags(forward, pixels, labels, norm, epsilons, broken_at, gen
     if len(standing) == 0:
         return {}
     pixels, labels = pixels[standing], labels[standing]
-    generators = [generators[index] for index in standing.tolist()]
+    generators = select_generators(generators, standing)
     grid = torch.tensor([float(epsilon) for epsilon in epsilons], device=pixels.device, dtype=pixels.dtype)
     threat_model = ThreatModel(norm, grid[broken_at[standing] - 1])
 

@@ -83,9 +83,13 @@ class RobustnessReport:
         # The module holds the one definition; `evaluate` is slow to import and needed here only.
         from ..metrics.expected_robustness.expected_robustness import robustness_summary
 
-        is_right = self.broken_at[:, None] > np.arange(len(self.epsilons))
         grid = [float(epsilon) for epsilon in self.epsilons]
-        return robustness_summary(is_right.astype(int), np.ones(len(self), dtype=int), grid, weight=weight)
+        return robustness_summary(self._is_right.astype(int), np.ones(len(self), dtype=int), grid, weight=weight)
+
+    @property
+    def _is_right(self) -> np.ndarray:
+        """Whether each example withstands each epsilon, shape `(examples, epsilons)`."""
+        return self.broken_at[:, None] > np.arange(len(self.epsilons))
 
     @functools.cached_property
     def _summary(self) -> dict[str, Any]:
@@ -131,7 +135,7 @@ class RobustnessReport:
     @property
     def accuracy_intervals(self) -> list[tuple[float, float]]:
         """95 % binomial (Wilson) interval of the accuracy at each epsilon."""
-        rights = (self.broken_at[:, None] > np.arange(len(self.epsilons))).sum(axis=0)
+        rights = self._is_right.sum(axis=0)
         intervals = [binomtest(int(right), len(self)).proportion_ci(method="wilson") for right in rights]
         return [(float(interval.low), float(interval.high)) for interval in intervals]
 
