@@ -3,6 +3,7 @@
 from .callbacks import EpsilonScheduleCallback
 from .evaluation.evaluate import evaluate_robustness
 from .evaluation.report import RobustnessReport
+from .hub import load_robust_model
 from .pixel_space import PixelNormalization
 from .schedules import EpsilonScheduleType, get_epsilon_schedule
 from .threat_model import ThreatModel
@@ -20,4 +21,5 @@ __all__ = [
     "ThreatModel",
     "evaluate_robustness",
     "get_epsilon_schedule",
+    "load_robust_model",
 ]

@@ -3,6 +3,8 @@
 import argparse
 import difflib
 import json
+import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -62,6 +64,23 @@ def parse_with_config(
     if config is not None:
         print(f"Configuration: {config}")
     return tuple(instances[: len(dataclass_types)])  # a last one would hold `--config`
+
+
+# Flags whose values are secret, or places on one machine.
+PRIVATE_FLAGS = {"token", "hub_token", "output_dir", "cache_dir", "resume_from_checkpoint"}
+
+
+def published_command(command: str, arguments: Sequence[str] | None = None) -> str:
+    """The command line for a model card: without private flags, and with file names in place of paths."""
+    words, is_private = [], False
+    for word in sys.argv[1:] if arguments is None else arguments:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        if flag:
+            is_private = flag[2:].replace("-", "_") in PRIVATE_FLAGS
+        if not is_private:
+            value = os.path.basename(value.rstrip("/")) if value.startswith(("/", "~")) or ":\\" in value else value
+            words.append(flag + equals + value)
+    return f"{command} {shlex.join(words)}".strip()
 
 
 def _pop_config(arguments: list[str]) -> Path | None:

@@ -6,7 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .threat_model import format_epsilon, parse_epsilon
+from .threat_model import ThreatModel, format_epsilon, parse_epsilon
 
 
 if TYPE_CHECKING:
@@ -60,6 +60,21 @@ def plot_robustness_curve(
             at = [float(epsilon) for epsilon in epsilons]
             axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_title(title)
+    figure.savefig(path, dpi=150)
+
+
+def plot_epsilon_schedule(
+    steps: Sequence[int], epsilons: Sequence[float], threat_model: ThreatModel, path: str | Path
+) -> None:
+    """Write the training epsilon over optimizer steps to `path`, with the target epsilon as a dashed line."""
+    figure = _figure(figsize=(6, 2.5))
+    axes = figure.subplots()
+    axes.plot(steps, epsilons)
+    target = format_epsilon(threat_model.epsilon)
+    axes.axhline(float(threat_model.epsilon), linestyle="--", color="grey", linewidth=1)
+    axes.yaxis.set_ticks([0, float(threat_model.epsilon)], ["0", target])
+    axes.set(xlabel="optimizer step", ylabel=f"epsilon ({threat_model.norm})")
+    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
 

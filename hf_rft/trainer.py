@@ -1,21 +1,19 @@
 """`RobustTrainer`: `Trainer` that learns from adversarial examples and measures robustness.
 
-Five things differ from the parent, each in an override that calls `super()`: the loss (`compute_loss`,
-`training_step`, `get_batch_samples`), what evaluation predicts (`prediction_step`, `evaluation_loop`), the metrics
-(`compute_metrics`), the logged epsilon (`log`) and how weights are restored (`_load_from_checkpoint`,
-`_load_best_model`).
+Here is what differs while training, each in an override that calls `super()`: the loss (`compute_loss`,
+`training_step`, `get_batch_samples`), the logged epsilon (`log`) and how weights are restored
+(`_load_from_checkpoint`, `_load_best_model`). Evaluation is in trainer_evaluation.py, the model card and pushing to
+the Hub in trainer_sharing.py.
 """
 
 import contextlib
 from collections.abc import Callable
-from fractions import Fraction
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from transformers import EvalPrediction, PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from .attacks import ATTACKS, Attack
 from .attacks.base import checked
@@ -23,20 +21,18 @@ from .attacks.objectives import KLDivergence
 from .callbacks import DatasetEpochCallback, EpsilonScheduleCallback
 from .checkpoints import restore_weights
 from .checks import check_batch, check_dataset, check_loss, check_setup
-from .evaluation.metrics import robust_metrics
-from .evaluation.search import find_breaking_points
-from .evaluation.tiers import make_tier
-from .evaluation.versions import versions
 from .losses import LOSSES, RobustLoss
 from .model_state import batch_norm_frozen, under_attack
 from .noise import TRAINING_ATTACK, example_generators
 from .pixel_space import PixelNormalization
 from .schedules import EpsilonSchedule
 from .threat_model import ThreatModel
+from .trainer_evaluation import EvaluationMixin
+from .trainer_sharing import SharingMixin
 from .training_args import RobustTrainingArguments
 
 
-class RobustTrainer(Trainer):
+class RobustTrainer(EvaluationMixin, SharingMixin):
     """Robust fine-tuning of an image classifier.
 
     The data pipeline is that of any image classification with [`~transformers.Trainer`]: batches hold `pixel_values`,
@@ -57,9 +53,12 @@ class RobustTrainer(Trainer):
             Maps progress in [0, 1] to a multiplier of epsilon, instead of `args.epsilon_schedule_type`.
 
     `evaluate` returns, besides the loss, `eval_accuracy`, `eval_robust_accuracy` (at `args.epsilon`),
-    `eval_expected_robustness` and `eval_accuracy_at_<epsilon>` for each epsilon of the grid; `predict` returns the
-    pair (clean logits, predicted label at each epsilon), or the logits alone if the dataset has no labels. A
-    `compute_metrics` gets the clean logits, as usual.
+    `eval_expected_robustness` and `eval_accuracy_at_<epsilon>` for each epsilon of the grid; `predict` returns
+    (clean logits, predicted label at each epsilon, size of the smallest perturbation found that fools the model), or
+    the logits alone if the dataset has no labels. A `compute_metrics` gets the clean logits, as usual.
+
+    `robustness_report` holds the last such evaluation as a [`RobustnessReport`], the evidence that the model card and
+    `push_to_hub` publish; you may put one of your own there, from [`evaluate_robustness`].
     """
 
     args: RobustTrainingArguments
@@ -82,7 +81,7 @@ class RobustTrainer(Trainer):
             args = RobustTrainingArguments(output_dir="tmp_trainer")
         if not isinstance(args, RobustTrainingArguments):
             raise ValueError(f"`args` must be RobustTrainingArguments, got {type(args).__name__}.")
-        super().__init__(model, args, *trainer_args, **trainer_kwargs)
+        super().__init__(model, args, *trainer_args, eval_attack=eval_attack, **trainer_kwargs)
         check_setup(self)
         self.pixel_normalization = PixelNormalization.from_processor(self.processing_class)
         num_labels = self.model.config.num_labels
@@ -92,27 +91,21 @@ class RobustTrainer(Trainer):
         self.threat_model = ThreatModel(args.norm, args.epsilon)
         options = {"random_start": args.attack_random_start, "step_size": args.attack_step_size}
         self.attack = checked(attack) if attack else partial(ATTACKS[args.attack], **options)
-        self.eval_tier = make_tier([(eval_attack or args.eval_attack, args.eval_attack_steps)])
         robust_loss = robust_loss or LOSSES[args.robust_loss]
         self.robust_loss = robust_loss if isinstance(robust_loss, RobustLoss) else RobustLoss(robust_loss)
         check_loss(self.robust_loss, args, attack)
 
         self.add_callback(DatasetEpochCallback())
+        self._has_own_schedule = epsilon_schedule is not None or self._epsilon_callback is not None
         if self._epsilon_callback is None:
             schedule = epsilon_schedule or args.make_epsilon_schedule()
             self.add_callback(EpsilonScheduleCallback(schedule, args.epsilon_schedule_interval))
         elif epsilon_schedule is not None:
             raise ValueError("Give either `epsilon_schedule` or an `EpsilonScheduleCallback`, not both.")
 
-        # A user's function sees what it would see in a plain Trainer: the clean logits.
-        self._user_compute_metrics, self.compute_metrics = self.compute_metrics, self._compute_metrics
-        if self.preprocess_logits_for_metrics is not None:
-            self.preprocess_logits_for_metrics = partial(_preprocess_clean, self.preprocess_logits_for_metrics)
-
         self._train_epsilon: float | None = None  # of the last training step, for the log
         self._micro_batch = 0  # within the optimizer step
         self._examples_in_step: int | None = None  # over all micro-batches and processes
-        self._eval_batch = 0  # within the evaluation
         self._until_backward_ends: contextlib.ExitStack | None = None
 
     # --- Training ---
@@ -226,63 +219,6 @@ class RobustTrainer(Trainer):
         pixel_values = self.pixel_normalization.from_pixels(pixels).to(self.model.dtype)
         return self.model(pixel_values=pixel_values, **extra_inputs).logits
 
-    # --- Evaluation ---
-
-    def evaluation_loop(self, *args, **kwargs):
-        self._eval_batch = 0
-        return super().evaluation_loop(*args, **kwargs)
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Adds to the parent's (loss, logits, labels) the predicted label at each epsilon, beside the logits."""
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if prediction_loss_only or logits is None or labels is None:
-            return loss, logits, labels
-        logits = logits[0] if isinstance(logits, tuple) else logits
-        inputs = self._prepare_inputs(dict(inputs))
-        pixel_values, _ = inputs.pop("pixel_values"), inputs.pop("labels")
-        first = (self._eval_batch * self.args.world_size + self.args.process_index) * self.args.eval_batch_size
-        self._eval_batch += 1
-        epsilons = self._evaluated_epsilons
-        with under_attack(self.model, training=False):
-            broken = find_breaking_points(
-                partial(self._forward, **inputs),
-                self.pixel_normalization.to_pixels(pixel_values),
-                labels,
-                norm=self.args.norm,
-                epsilons=epsilons,
-                tier=self.eval_tier,
-                seed=self.args.seed,
-                positions=range(first, first + len(labels)),
-                clean_predictions=logits.argmax(dim=1),
-            )
-        return loss, (logits, broken.predictions(len(epsilons))), labels
-
-    @property
-    def _evaluated_epsilons(self) -> list[Fraction]:
-        if self.is_in_train and not self.args.eval_attack_during_training:
-            return [Fraction(0)]
-        return self.args.epsilon_grid
-
-    def _compute_metrics(self, evaluation: EvalPrediction) -> dict[str, float]:
-        logits, predictions = cast(tuple[np.ndarray, np.ndarray], evaluation.predictions)
-        metrics = {}
-        if self._user_compute_metrics is not None:
-            of_clean_logits = EvalPrediction(logits, evaluation.label_ids, evaluation.inputs, evaluation.losses)
-            metrics.update(self._user_compute_metrics(of_clean_logits))
-        metrics.update(robust_metrics(predictions, evaluation.label_ids, self._evaluated_epsilons, self.threat_model))
-        return metrics
-
-    def evaluation_settings(self) -> dict[str, Any]:
-        """What the numbers of `evaluate` depend on, besides model and data, to be kept with them."""
-        return {
-            "norm": self.args.norm,
-            "epsilon": self.args.epsilon,
-            "epsilons": self.args.epsilons_as_text,
-            **self.eval_tier.describe(),
-            "seed": self.args.seed,
-            "versions": versions(),
-        }
-
     # --- Logging ---
 
     def log(self, logs, start_time=None):
@@ -303,10 +239,3 @@ class RobustTrainer(Trainer):
     @property
     def _is_sharded(self) -> bool:
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
-
-
-def _preprocess_clean(preprocess: Callable, logits: Any, labels: torch.Tensor | None) -> Any:
-    """Apply a user's `preprocess_logits_for_metrics` to the clean logits only."""
-    if labels is None:  # nothing was attacked
-        return preprocess(logits, labels)
-    return preprocess(logits[0], labels), logits[1]

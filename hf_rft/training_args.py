@@ -74,6 +74,11 @@ class RobustTrainingArguments(TrainingArguments):
             Attack in the evaluations that happen while training runs. If False those report clean accuracy only,
             which is cheap; calling `evaluate` always attacks.
 
+        > Parameters that control pushing to the Hub
+
+        hub_timeout (`float`, *optional*):
+            Seconds after which an upload is given up. None: five minutes plus the time it takes at 250 kB/s.
+
     Activation checkpointing and `torch_compile` apply to the update, not to the attack before it, which runs in
     evaluation mode on the bare model.
 
@@ -147,6 +152,12 @@ class RobustTrainingArguments(TrainingArguments):
         metadata={"help": "Attack in evaluations while training runs; if not, those report clean accuracy only."},
     )
 
+    # --- Hub ---
+    hub_timeout: float | None = field(
+        default=None,
+        metadata={"help": "Seconds an upload may take. Default: five minutes plus the time it takes at 250 kB/s."},
+    )
+
     def __post_init__(self):
         super().__post_init__()
         self.epsilon = str(self.epsilon)
@@ -157,6 +168,8 @@ class RobustTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`attack_step_size={self.attack_step_size}` must be positive; it is relative to epsilon."
             )
+        if self.hub_timeout is not None and not self.hub_timeout > 0:
+            raise ValueError(f"`hub_timeout={self.hub_timeout}` must be a positive number of seconds.")
         self._check_loss()
         if isinstance(self.epsilon_schedule_kwargs, str):  # the parent turned JSON objects into dictionaries
             raise ValueError(

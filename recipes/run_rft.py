@@ -7,11 +7,13 @@
         --dataset_name ethz/food101 --epsilon 4/255 --learning_rate 5e-5 --num_train_epochs 50
     accelerate launch recipes/run_rft.py --train_dir my_images/train --validation_dir my_images/validation
 
-Writes into `--output_dir`: the model and its processor, all_results.json, trainer_state.json, README.md (model card)
-and robustness_curve.png. Without --config, --model_name_or_path, --dataset_name and --train_dir the bundled recipe
+Writes into `--output_dir`: the model and its processor, robustness.json (the evidence), README.md (model card) with
+robustness_curve.png and epsilon_schedule.png, all_results.json and trainer_state.json. `--push_to_hub --hub_model_id
+name` publishes them. Without --config, --model_name_or_path, --dataset_name and --train_dir the bundled recipe
 recipes/fashion_mnist/efficientnet_lite0_hinge.yaml applies, under all other flags.
 """
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,12 +22,13 @@ from model_and_data import DataTrainingArguments, ModelArguments, head_parameter
 from torchvision import transforms
 from transformers import set_seed
 
-from hf_rft import RobustTrainer, RobustTrainingArguments, bundled
+from hf_rft import RobustTrainer, RobustTrainingArguments, bundled, evaluate_robustness
 from hf_rft.augmentation import SeededAugmentation
 from hf_rft.checks import check_labels
-from hf_rft.cli import parse_with_config
+from hf_rft.cli import parse_with_config, published_command
 from hf_rft.evaluation.examples import num_image_channels
-from hf_rft.plots import plot_robustness_curve
+from hf_rft.evaluation.metrics import robust_metrics
+from hf_rft.hub import PushError
 
 
 DEFAULT_CONFIG = Path(__file__).parent / "fashion_mnist" / "efficientnet_lite0_hinge.yaml"
@@ -74,20 +77,6 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
         "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
         "labels": torch.tensor([example["labels"] for example in examples]),
     }
-
-
-def print_table(args: RobustTrainingArguments, metrics: dict[str, float]) -> None:
-    rows = [("clean accuracy", metrics["eval_accuracy"])]
-    rows += [
-        (f"accuracy at {args.norm} {epsilon}", metrics[f"eval_accuracy_at_{epsilon}"])
-        for epsilon in args.epsilons_as_text[1:]
-    ]
-    rows += [(f"expected robustness up to {args.epsilons_as_text[-1]}", metrics["eval_expected_robustness"])]
-    width = max(len(name) for name, _ in rows)
-    attack = f"{args.eval_attack_steps}-step {args.eval_attack}"
-    print(f"\n{attack}, {metrics['eval_samples']} test examples, seed {args.seed}")
-    for name, value in rows:
-        print(f"  {name:<{width}}  {100 * value:5.1f} %")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -146,36 +135,45 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     trainer.save_state()
 
     # --- Evaluate on data that training never saw ---
-    metrics = trainer.evaluate(splits["test"].with_transform(prepare_batch))
-    metrics["eval_samples"] = len(splits["test"])
-    settings = {
-        **trainer.evaluation_settings(),
-        "model": model_args.model_name_or_path,
-        "model_revision": getattr(model.config, "_commit_hash", None),
-        "dataset": data_args.dataset_name or data_args.test_dir or data_args.validation_dir or data_args.train_dir,
-        "dataset_fingerprint": splits["test"]._fingerprint,
-        "split": data_args.test_split,
-    }
-    trainer.save_metrics("eval", {**metrics, "eval_settings": settings})
+    report = evaluate_robustness(
+        model,
+        splits["test"],
+        processor,
+        norm=training_args.norm,
+        epsilons=training_args.epsilon_grid,
+        tier=trainer.eval_tier,
+        batch_size=training_args.per_device_eval_batch_size,
+        seed=training_args.seed,
+        autocast_dtype=torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None,
+        image_column=data_args.image_column_name,
+        label_column=data_args.label_column_name,
+        progress_bar=not training_args.disable_tqdm,
+    )
+    report.settings["dataset"]["split"] = data_args.test_split
+    if data_args.train_dir is not None:
+        report.settings["dataset"]["name"] = Path(data_args.train_dir).name
+    trainer.robustness_report = report
+    found = robust_metrics(report.predictions, report.labels, report.epsilons, trainer.threat_model)
+    metrics = {**{f"eval_{name}": value for name, value in found.items()}, "eval_samples": len(report)}
+    trainer.save_metrics("eval", {**metrics, "eval_settings": report.settings})
     if trainer.is_world_process_zero():
-        epsilons = training_args.epsilon_grid
-        accuracies = [metrics[f"eval_accuracy_at_{epsilon}"] for epsilon in training_args.epsilons_as_text]
-        path = Path(training_args.output_dir) / "robustness_curve.png"
-        plot_robustness_curve({model_args.model_name_or_path: (epsilons, accuracies)}, training_args.norm, path)
-        print_table(training_args, metrics)
+        print(f"\n{report.table()}\n")
 
     # --- Share ---
+    trainer.command = published_command("accelerate launch recipes/run_rft.py", arguments)
     base_model = model_args.model_name_or_path
     card = {
         "finetuned_from": None if base_model.startswith(bundled.PREFIX) else base_model,  # only if it is on the Hub
         "tasks": "image-classification",
         "dataset": (data_args.dataset_name or Path(data_args.train_dir).name).removeprefix(bundled.PREFIX),
-        "tags": ["image-classification", "adversarial-robustness", "robust-fine-tuning"],
     }
-    if training_args.push_to_hub:
-        trainer.push_to_hub(**card)
-    else:
+    if not training_args.push_to_hub:
         trainer.create_model_card(**card)
+        return metrics
+    try:
+        trainer.push_to_hub(**card)
+    except PushError as error:  # the model is trained and saved all the same
+        print(f"\n{error}", file=sys.stderr)
     return metrics
 
 

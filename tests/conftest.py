@@ -60,8 +60,8 @@ CONFIGS = {
         architecture="test_resnet",
         num_labels=NUM_LABELS,
         pretrained_cfg={"input_size": [3, SIZE, SIZE], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0},
-        # Without a stride after the feature map has shrunk to 1x1: there, the bfloat16 weight gradient of torch 2.15 on
-        # CPU (oneDNN) reads memory nobody wrote, and is infinite whenever what lay there was large.
+        # Without a stride after the feature map has shrunk to 1x1: there, the bfloat16 weight gradient of torch 2.15
+        # on CPU (oneDNN) reads memory nobody wrote, and is infinite whenever what lay there was large.
         model_args={"drop_rate": 0.1, "output_stride": 16},
     ),
 }

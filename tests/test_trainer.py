@@ -392,9 +392,12 @@ def test_evaluation_does_not_depend_on_batch_size_or_training_settings(make_trai
 def test_predict_returns_logits_and_the_label_at_each_epsilon(make_trainer):
     trainer = make_trainer()
     output = trainer.predict(Images(13, seed=1))
-    logits, predictions = output.predictions
+    logits, predictions, distances = output.predictions
     assert logits.shape == (13, NUM_LABELS)
     assert predictions.shape == (13, 5)
+    is_right = predictions[:, 0] == output.label_ids
+    assert (distances[~is_right] == 0).all()
+    assert (distances[is_right] > 0).all()
     assert np.array_equal(predictions[:, 0], logits.argmax(axis=1))
     assert output.metrics["test_accuracy"] == pytest.approx((predictions[:, 0] == output.label_ids).mean())
 

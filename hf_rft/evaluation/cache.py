@@ -8,8 +8,6 @@ processes at once; what does not match is never read.
 import hashlib
 import json
 import logging
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+
+from ..files import replacing
 
 
 logger = logging.getLogger(__name__)
@@ -80,13 +80,9 @@ class ResultCache:
         """Write a record whole or not at all."""
         if self.folder is None:
             return
-        scratch = self.folder / f".{key}.{uuid.uuid4().hex}"
         tensors = {name: tensor.cpu().contiguous() for name, tensor in {**record, "clean_logits": logits}.items()}
-        try:
+        with replacing(self._path(key)) as scratch:
             save_file(tensors, scratch)
-            os.replace(scratch, self._path(key))
-        finally:
-            scratch.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         assert self.folder is not None

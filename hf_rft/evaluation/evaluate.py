@@ -17,15 +17,15 @@ from ..checks import check_labels
 from ..model_state import under_attack
 from ..pixel_space import PixelNormalization
 from ..threat_model import ThreatModel, format_epsilon, parse_epsilon
-from .cache import Record, ResultCache, batch_key, hash_examples, hash_json, hash_model
+from .cache import Record, ResultCache, batch_key, hash_examples, hash_json
 from .counting import CountedForward
 from .examples import Examples, num_image_channels
 from .flags import CHECKED_EXAMPLES, trust_flags
+from .provenance import describe_dataset, describe_model, describe_normalization, versions
 from .report import AdversarialExamples, RobustnessReport
 from .search import find_breaking_points
 from .subject import Subject
 from .tiers import Tier, make_tier
-from .versions import versions
 
 
 # Adversarial examples that the report shows; as many are kept of each batch.
@@ -99,18 +99,21 @@ def evaluate_robustness(
             "`cache_dir` cannot tell one attack of your own from another by its code; leave it out, or use the "
             f"attacks {list(ATTACKS)}."
         )
-    config = getattr(model, "config", None)
     examples = Examples(
         dataset,
         processor,
-        num_channels=num_image_channels(config),
+        num_channels=num_image_channels(getattr(model, "config", None)),
         image_column=image_column,
         label_column=label_column,
     )
     normalization = PixelNormalization.from_processor(processor)
     subject = Subject(model, normalization, autocast_dtype)
-    model_hash = hash_model(model)
-    evaluated = {"model": model_hash, "normalization": [normalization.mean, normalization.std], **protocol.describe()}
+    described_model = describe_model(model)
+    evaluated = {
+        "model": described_model["sha256"],
+        "normalization": [normalization.mean, normalization.std],
+        **protocol.describe(),
+    }
     # Without `cpu`, accelerate ignores the processes of a launcher on a machine that has no accelerator.
     state = PartialState(cpu=not torch.accelerator.is_available())
     was_training = any(module.training for module in model.modules())
@@ -138,16 +141,12 @@ def evaluate_robustness(
         shown = _shown_examples(subject, examples, merged)
     forward, backward = torch.stack([record["passes"] for record in records]).sum(dim=0).tolist()
     settings = {
-        "model": {
-            "name": getattr(config, "_name_or_path", "") or type(model).__name__,
-            "revision": getattr(config, "_commit_hash", None),
-            "sha256": model_hash,
-        },
+        "model": described_model,
         "dataset": {
-            **_describe_dataset(dataset),
+            **describe_dataset(dataset),
             "sha256": hash_json([hashes for *_, of_batch in results for hashes in of_batch]),
         },
-        "processor": normalization.source,
+        "processor": describe_normalization(normalization),
         **protocol.describe(),
         "batch_size": batch_size,
     }
@@ -308,13 +307,3 @@ def _shown_examples(subject: Subject, examples: Examples, merged: Record) -> Adv
     return AdversarialExamples(
         positions, pixels.cpu(), adversarial.cpu(), logits.float().cpu(), adversarial_logits.float().cpu()
     )
-
-
-def _describe_dataset(dataset: Any) -> dict[str, Any]:
-    info = getattr(dataset, "info", None)
-    split = getattr(dataset, "split", None)
-    return {
-        "name": getattr(info, "dataset_name", None) or type(dataset).__name__,
-        "split": None if split is None else str(split),
-        "fingerprint": getattr(dataset, "_fingerprint", None),
-    }

@@ -2,9 +2,8 @@
 
 import functools
 import json
-import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import torch
 from scipy.stats import binomtest
 
 from ..attacks.base import Passes
+from ..files import write_text
 from ..threat_model import format_epsilon, parse_epsilon
 
 
@@ -45,8 +45,8 @@ class RobustnessReport:
             Index of the smallest epsilon that breaks each example, `len(epsilons)` if none does.
         distances (`np.ndarray` of shape `(examples,)`):
             Size of the smallest perturbation found that fools the model, 0 if it errs without, inf if none was found.
-        flags (`dict[str, str]`):
-            Trust checks that failed: name -> suspicion and remedy. Empty if all is well.
+        flags (`dict[str, str]`, or None):
+            Trust checks that failed: name -> suspicion and remedy. Empty if all is well, None if none was made.
         passes ([`Passes`]):
             Forward and backward passes spent, summed over examples, checks included.
         settings (`dict`):
@@ -62,10 +62,37 @@ class RobustnessReport:
     adversarial_predictions: np.ndarray
     broken_at: np.ndarray
     distances: np.ndarray
-    flags: dict[str, str]
+    flags: dict[str, str] | None
     passes: Passes
     settings: dict[str, Any]
     examples: AdversarialExamples | None = field(default=None, repr=False)
+
+    @classmethod
+    def from_predictions(
+        cls,
+        predictions: np.ndarray,
+        labels: np.ndarray,
+        distances: np.ndarray,
+        *,
+        norm: str,
+        epsilons: list[Fraction],
+        passes: Passes,
+        settings: dict[str, Any],
+    ) -> "RobustnessReport":
+        """A report without trust checks, from the predicted class of each example at each epsilon."""
+        is_right = np.cumprod(predictions == labels[:, None], axis=1)
+        return cls(
+            norm=norm,
+            epsilons=list(epsilons),
+            labels=labels,
+            clean_predictions=predictions[:, 0],
+            adversarial_predictions=predictions[:, -1],
+            broken_at=is_right.sum(axis=1),
+            distances=distances.astype(float),
+            flags=None,
+            passes=passes,
+            settings=settings,
+        )
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -85,6 +112,13 @@ class RobustnessReport:
 
         grid = [float(epsilon) for epsilon in self.epsilons]
         return robustness_summary(self._is_right.astype(int), np.ones(len(self), dtype=int), grid, weight=weight)
+
+    @property
+    def predictions(self) -> np.ndarray:
+        """Predicted class of each example at each epsilon, shape `(examples, epsilons)`."""
+        predictions = np.where(self._is_right, self.labels[:, None], self.adversarial_predictions[:, None])
+        predictions[:, 0] = self.clean_predictions
+        return predictions
 
     @property
     def _is_right(self) -> np.ndarray:
@@ -144,6 +178,29 @@ class RobustnessReport:
         """The smallest epsilon of the grid that breaks each example: 0 if none is needed, None if none does."""
         return [self.epsilons[index] if index < len(self.epsilons) else None for index in self.broken_at]
 
+    def up_to(self, epsilon: Fraction) -> "RobustnessReport":
+        """The report that a grid ending at `epsilon`, one of its own, would have given.
+
+        Raises:
+            ValueError: if `epsilon` is not in the grid, or is 0.
+        """
+        grid = [format_epsilon(known) for known in self.epsilons]
+        if epsilon not in self.epsilons[1:]:
+            raise ValueError(
+                f"The model was not evaluated at epsilon {format_epsilon(epsilon)}, only at {', '.join(grid)}."
+            )
+        count = self.epsilons.index(epsilon) + 1
+        is_beyond = self.broken_at >= count
+        return replace(
+            self,
+            epsilons=self.epsilons[:count],
+            broken_at=np.minimum(self.broken_at, count),
+            adversarial_predictions=np.where(is_beyond, self.labels, self.adversarial_predictions),
+            distances=np.where(is_beyond, np.inf, self.distances),
+            settings={**self.settings, "epsilons": grid[:count]},
+            examples=None,
+        )
+
     # --- Files ---
 
     def to_dict(self) -> dict[str, Any]:
@@ -177,12 +234,7 @@ class RobustnessReport:
         """Write `to_dict()` as JSON, whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            scratch.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-            os.replace(scratch, path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "RobustnessReport":
@@ -253,5 +305,5 @@ class RobustnessReport:
             f"any curve through these points: {100 * lower:.1f} to {100 * upper:.1f}",
             "  (in brackets 95 % intervals over examples)",
         ]
-        lines += [f"  WARNING {name}: {message}" for name, message in self.flags.items()]
+        lines += [f"  WARNING {name}: {message}" for name, message in (self.flags or {}).items()]
         return "\n".join(lines)

@@ -179,7 +179,7 @@ def test_settings_hold_what_the_numbers_depend_on(linear):
     ]
     assert settings["model"]["name"] == "LinearClassifier" and len(settings["model"]["sha256"]) == 64
     assert settings["dataset"]["name"] == "TensorImages" and len(settings["dataset"]["sha256"]) == 64
-    assert "image_mean=[0.5, 0.5, 0.5]" in settings["processor"]
+    assert "image_mean=[0.5, 0.5, 0.5]" in settings["processor"]["source"]
     assert {"hf_rft", "torch", "transformers"} <= set(settings["versions"])
 
 

@@ -55,7 +55,7 @@ def test_default_run_is_the_hinge_recipe(default_run):
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     assert [entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry]
     settings = json.loads((folder / "all_results.json").read_text())["eval_settings"]
-    assert (settings["epsilon"], settings["seed"], settings["split"]) == ("8/255", 1, "test")
+    assert (settings["epsilons"][-1], settings["seed"], settings["dataset"]["split"]) == ("8/255", 1, "test")
     default, hinge = (run_rft.parse_arguments(flags) for flags in ([], ["--config", str(run_rft.DEFAULT_CONFIG)]))
     assert default == hinge
     assert default[2].epsilon_schedule_type == "hinge"

@@ -1,0 +1,54 @@
+"""Where a number comes from: which weights, which images, which versions. JSON values only.
+
+Nothing here names a place on this machine: reports are published.
+"""
+
+import os
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..pixel_space import PixelNormalization
+from .cache import hash_model
+
+
+PACKAGES = ("hf_rft", "torch", "transformers", "timm", "datasets")
+
+# How `datasets` writes down the files of a dataset that it took from the Hub.
+_HUB_FILE = re.compile(r"hf://datasets/(?P<name>[^@]+)@(?P<revision>[^/]+)/")
+
+
+def versions() -> dict[str, str]:
+    return {package: version(package) for package in PACKAGES}
+
+
+def describe_model(model: torch.nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    name = getattr(config, "_name_or_path", "")
+    return {
+        "name": (Path(name).name if os.path.isdir(name) else name) or type(model).__name__,
+        "revision": getattr(config, "_commit_hash", None),
+        "sha256": hash_model(model),
+    }
+
+
+def describe_normalization(normalization: PixelNormalization) -> dict[str, Any]:
+    return {"mean": list(normalization.mean), "std": list(normalization.std), "source": normalization.source}
+
+
+def describe_dataset(dataset: Any) -> dict[str, Any]:
+    """Name, revision, configuration and split, as far as the dataset knows them."""
+    info = getattr(dataset, "info", None)
+    split = getattr(dataset, "split", None)
+    files = map(_HUB_FILE.match, getattr(info, "download_checksums", None) or ())
+    on_hub = next(filter(None, files), None)
+    return {
+        "name": on_hub["name"] if on_hub else getattr(info, "dataset_name", None) or type(dataset).__name__,
+        "revision": on_hub["revision"] if on_hub else None,
+        "config": getattr(info, "config_name", None),
+        "split": None if split is None else str(split),
+        "fingerprint": getattr(dataset, "_fingerprint", None),
+    }

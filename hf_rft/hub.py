@@ -1,0 +1,304 @@
+"""The Hub: robust models with their evidence, there and back."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import CommitInfo, constants, snapshot_download
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from .evaluation.report import RobustnessReport
+from .evidence import read_evidence
+from .threat_model import ThreatModel, format_epsilon
+
+
+# Never published: a pickle full of local paths, a log with the path of the best checkpoint, event files (which hold
+# host names), what is private by convention, checkpoints (which `hub_strategy` publishes), and compiled Python.
+NOT_PUSHED = [
+    "*training_args.bin",
+    "trainer_state.json",
+    "*tfevents*",
+    "_*",
+    "*/_*",
+    ".*",
+    "*/.*",
+    "checkpoint-*",
+    "*.pyc",
+]
+
+# A push may take five minutes, and longer if there is much to send: as long as it takes at 250 kB/s.
+BASE_SECONDS, BYTES_PER_SECOND = 300, 250_000
+
+_HINTS = {
+    401: "Log in with `hf auth login`, or give a token with write access.",
+    403: "Your token has no write access to this repository; use one that has.",
+    404: "Check the repository's name, and that your token may see it.",
+    409: "Somebody changed the repository at the same time; try again.",
+    429: "The Hub limits how often you may ask; wait some minutes.",
+    507: "The Hub has no space left for you; free some in your account's settings.",
+}
+
+
+class RobustModel(NamedTuple):
+    """A model with the evidence of its robustness."""
+
+    model: PreTrainedModel
+    processor: BaseImageProcessor
+    report: RobustnessReport
+
+
+class PushError(RuntimeError):
+    """A push that failed; the message says why, what is missing on the Hub, and how to try again."""
+
+
+# --- Loading ---
+
+
+def load_robust_model(
+    repo_or_path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    threat_model: ThreatModel | None = None,
+    min_expected_robustness: float | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> RobustModel:
+    """Load a robust model together with the evidence for its robustness, or refuse it.
+
+    Args:
+        repo_or_path (`str`):
+            Repository on the Hub, or a local folder.
+        revision (`str`, *optional*):
+            Branch, tag or commit.
+        threat_model ([`ThreatModel`], *optional*):
+            What the model must have been evaluated against: this norm, and this epsilon on its grid.
+        min_expected_robustness (`float`, *optional*):
+            In [0, 1]. The least expected robustness, up to the epsilon of `threat_model` if one is given, else up to
+            the report's largest.
+        token, cache_dir:
+            As in `huggingface_hub`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Run code that comes with the model. Models saved by [`RobustTrainer`] bring none.
+
+    Returns:
+        [`RobustModel`]: `(model, processor, report)`; the model in evaluation mode.
+
+    Raises:
+        ValueError: if there is no evidence, or it does not belong to these weights, or it states no threat model, or
+            the model does not meet what is asked for.
+    """
+    if min_expected_robustness is not None and not 0 <= min_expected_robustness <= 1:
+        raise ValueError(
+            f"`min_expected_robustness={min_expected_robustness}` must lie in [0, 1]: it is a mean accuracy."
+        )
+    folder = download(repo_or_path, revision=revision, token=token, cache_dir=cache_dir, with_code=trust_remote_code)
+    report = read_evidence(folder, name=str(repo_or_path))
+    check_requirements(report, str(repo_or_path), threat_model, min_expected_robustness)
+    model = AutoModelForImageClassification.from_pretrained(
+        folder, use_safetensors=True, trust_remote_code=trust_remote_code
+    )
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return RobustModel(model.eval(), processor, report)
+
+
+def download(
+    repo_or_path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    with_weights: bool = True,
+    with_code: bool = False,
+) -> Path:
+    """A folder with the repository's top-level files of one commit; a local folder is returned as it is.
+
+    Raises:
+        ValueError: if there is no such folder, and a repository cannot have that name.
+    """
+    if os.path.isdir(repo_or_path):
+        if revision is not None:
+            raise ValueError(f"`revision={revision!r}` is of a repository, but {repo_or_path} is a local folder.")
+        return Path(repo_or_path)
+    try:
+        validate_repo_id(str(repo_or_path))
+    except ValueError as error:
+        raise ValueError(f"{repo_or_path} is neither a folder nor the name of a repository ({error}).") from error
+    wanted = ["*.json", "*.md", *(["*.safetensors"] if with_weights else []), *(["*.py"] if with_code else [])]
+    return Path(
+        snapshot_download(
+            str(repo_or_path),
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            allow_patterns=wanted,
+            ignore_patterns=["*/*"],  # checkpoints
+            library_name="hf_rft",
+        )
+    )
+
+
+def check_requirements(
+    report: RobustnessReport, name: str, threat_model: ThreatModel | None, min_expected_robustness: float | None
+) -> None:
+    """
+    Raises:
+        ValueError: naming what is required and what was measured.
+    """
+    if threat_model is not None:
+        grid = [format_epsilon(epsilon) for epsilon in report.epsilons]
+        required = format_epsilon(threat_model.epsilon)
+        if report.norm != threat_model.norm or threat_model.epsilon not in report.epsilons[1:]:
+            raise ValueError(
+                f"{name} does not meet the required threat model {threat_model.norm} {required}: it was evaluated "
+                f"against {report.norm} at {', '.join(grid)}. Evaluate it with recipes/evaluate_robustness.py."
+            )
+        report = report.up_to(threat_model.epsilon)
+    if min_expected_robustness is not None and report.expected_robustness < min_expected_robustness:
+        raise ValueError(
+            f"{name} has an expected robustness of {report.expected_robustness:.4f} ({report.norm} up to "
+            f"{format_epsilon(report.epsilons[-1])}), below `min_expected_robustness={min_expected_robustness}`."
+        )
+
+
+# --- Pushing ---
+
+
+def push_folder(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    path_in_repo: str = "",
+    repo_type: str = "model",
+    space_sdk: str | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload with hf_rft",
+    timeout: float | None = None,
+    ignore_patterns: Sequence[str] = NOT_PUSHED,
+    progress_bar: bool = True,
+) -> CommitInfo:
+    """Upload a folder, except for what should stay private ([`NOT_PUSHED`]); makes the repository if it is not there.
+
+    The upload runs in a process of its own, which is stopped after `timeout` seconds. The folder is only read.
+
+    Args:
+        folder (`str`):
+            What to upload.
+        repo_id (`str`):
+            `"name"` or `"namespace/name"`.
+        path_in_repo (`str`, *optional*):
+            Folder in the repository.
+        repo_type, space_sdk, revision, private, token, commit_message:
+            As in `huggingface_hub`. A branch that is not there is made.
+        timeout (`float`, *optional*):
+            Seconds. None: five minutes plus the time it takes at 250 kB/s.
+        ignore_patterns (`Sequence[str]`, *optional*):
+            Of files to leave out.
+        progress_bar (`bool`, *optional*, defaults to `True`):
+            Show the upload's progress.
+
+    Raises:
+        ValueError: if there is nothing to upload, or a repository cannot have that name.
+        PushError: if it did not work.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"`folder={str(folder)!r}` is not a folder.")
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    names = list(filter_repo_objects(names, ignore_patterns=list(ignore_patterns)))
+    if not names:
+        raise ValueError(f"`folder={str(folder)!r}` holds nothing to upload.")
+    validate_repo_id(repo_id)
+    if timeout is None:
+        timeout = BASE_SECONDS + sum((folder / name).stat().st_size for name in names) / BYTES_PER_SECOND
+    repo = {"repo_id": repo_id, "repo_type": repo_type, "revision": revision}
+    options = {
+        "folder": str(folder),
+        "path_in_repo": path_in_repo,
+        "ignore_patterns": list(ignore_patterns),
+        "commit_message": commit_message,
+        "private": private,
+        "space_sdk": space_sdk,
+    }
+    try:
+        commit = _talk_to_hub("push", repo, options, token=token, timeout=timeout, progress_bar=progress_bar)
+    except _HubError as error:
+        prefix = f"{path_in_repo}/" if path_in_repo else ""
+        files = {name: prefix + name for name in names}
+        try:
+            asked = {"folder": str(folder), "files": files}
+            names = _talk_to_hub("missing", repo, asked, token=token, timeout=30, progress_bar=False)
+        except _HubError:  # as many as may be missing
+            pass
+        given = {**repo, "path_in_repo": path_in_repo, "space_sdk": space_sdk, "private": private}
+        defaults = {"repo_id": repo_id, "repo_type": "model", "path_in_repo": ""}
+        arguments = "".join(f", {key}={value!r}" for key, value in given.items() if value != defaults.get(key))
+        raise PushError(
+            f"{repo_id} was not updated: {error}\n"
+            f"Nothing is lost, all files are in {folder}. Not on the Hub: {', '.join(names) or 'nothing'}.\n"
+            f"To try again: hf_rft.hub.push_folder({str(folder)!r}, {repo_id!r}{arguments})."
+        ) from error
+    return CommitInfo(commit_message=commit_message, commit_description="", **commit)
+
+
+def create_repo(
+    repo_id: str, *, private: bool | None = None, token: str | None = None, revision: str | None = None
+) -> str:
+    """Make a model repository, and the branch `revision`, if they are not there; returns its full name.
+
+    Raises:
+        PushError: if that did not work.
+    """
+    repo = {"repo_id": repo_id, "repo_type": "model", "revision": revision}
+    try:
+        return _talk_to_hub("create", repo, {"private": private}, token=token, timeout=60, progress_bar=False)
+    except _HubError as error:
+        raise PushError(
+            f"The repository {repo_id} could not be made: {error}\n"
+            "You can train without `push_to_hub`, and publish afterwards with recipes/push_robust_model.py."
+        ) from error
+
+
+class _HubError(Exception):
+    """What went wrong, and what to do about it."""
+
+
+def _talk_to_hub(
+    command: str, repo: dict, options: dict, *, token: str | None, timeout: float, progress_bar: bool
+) -> Any:
+    """Run upload_process.py, which is stopped after `timeout` seconds."""
+    request = {"command": command, "repo": repo, "options": options, "token": token}
+    silent = {} if progress_bar else {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    try:
+        process = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("upload_process.py"))],
+            input=json.dumps(request),
+            stdout=subprocess.PIPE,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, **silent},
+        )
+    except subprocess.TimeoutExpired as error:
+        raise _HubError(
+            f"no end after {timeout:.0f} seconds. The connection is slow or stalled; allow more time with `timeout`, "
+            "or set HF_HUB_DISABLE_XET=1 if the server speaks no Xet."
+        ) from error
+    try:
+        answer = json.loads(process.stdout.splitlines()[-1])
+    except (IndexError, json.JSONDecodeError) as error:
+        raise _HubError(f"the upload ended with status {process.returncode}; see its output.") from error
+    if "error" not in answer:
+        return answer["result"]
+    status, message = answer["error"]["status"], answer["error"]["message"].rstrip(".")
+    if status is None:
+        raise _HubError(f"{answer['error']['type']}: {message}. Check the connection to {constants.ENDPOINT}.")
+    hint = _HINTS.get(status, "The trouble is on the Hub's side; try later." if status >= 500 else "")
+    raise _HubError(f"the Hub answered {status}: {message}. {hint}".rstrip())

@@ -1,0 +1,313 @@
+"""The model card of `RobustTrainer`, and how it pushes to the Hub.
+
+The parent uploads its whole output folder: `training_args.bin`, a pickle that holds local paths, and event files
+included; it has no time limit, and loses the errors of uploads in the background. So `push_to_hub` and
+`_push_from_checkpoint` keep the parent's behaviour, but not its code, and upload with hub.py.
+"""
+
+import functools
+import json
+import os
+import shutil
+import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+from huggingface_hub import CommitInfo, ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
+from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import HubStrategy, SaveStrategy
+from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
+
+from .attacks import Attack
+from .callbacks import EpsilonScheduleCallback
+from .evaluation.report import RobustnessReport
+from .evaluation.tiers import Tier, attack_name
+from .evidence import CARD_NAME, CURVE_NAME, write_evidence
+from .files import replacing, write_text
+from .hub import NOT_PUSHED, PushError, create_repo, push_folder
+from .losses import LOSSES, RobustLoss
+from .model_card import describe_training, update_card
+from .plots import plot_epsilon_schedule
+from .threat_model import ThreatModel
+from .training_args import RobustTrainingArguments
+
+
+logger = logging.get_logger(__name__)
+
+SCHEDULE_PLOT_NAME = "epsilon_schedule.png"
+
+# Of a checkpoint, what only resuming needs.
+_FOR_RESUMING = ["optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "global_step*"]
+
+_OPTIMISATION = [
+    "num_train_epochs",
+    "max_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "optim",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "label_smoothing_factor",
+    "max_grad_norm",
+    "bf16",
+    "fp16",
+    "seed",
+]
+
+
+class SharingMixin(Trainer):
+    """The part of [`RobustTrainer`] that publishes."""
+
+    args: RobustTrainingArguments
+    model: PreTrainedModel
+    attack: Attack
+    robust_loss: RobustLoss
+    threat_model: ThreatModel
+    eval_tier: Tier
+    robustness_report: RobustnessReport | None = None
+    _epsilon_callback: EpsilonScheduleCallback | None
+    _has_own_schedule: bool
+    # The command that started the training, for the card; set by recipes.
+    command: str | None = None
+    # Uploads wait for each other here, and training for none of them.
+    _uploads: ThreadPoolExecutor | None = None
+
+    # --- Model card ---
+
+    @functools.wraps(Trainer.create_model_card)
+    def create_model_card(self, *args, **kwargs):
+        # Afterwards the card says how robust the model is, with robustness.json and its curve beside the weights, and
+        # how it was trained. `robustness_report` is left out if it is not about the weights in the output folder.
+        super().create_model_card(*args, **kwargs)
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        card = ModelCard.load(folder / CARD_NAME)
+        self._mend_generated_text(card)
+        report = None
+        if self.robustness_report is not None:
+            try:
+                report = write_evidence(folder, self.robustness_report, name=self.hub_model_id)
+            except ValueError as error:
+                logger.warning("The model card states no robustness: %s", error)
+        # The parent's last accuracy: a result without a threat model.
+        cast(ModelCardData, card.data).eval_results = None
+        training = describe_training(
+            self._described_arguments(), command=self.command, schedule_plot=self._write_schedule_plot(folder)
+        )
+        update_card(card, report, training=training, curve=CURVE_NAME)
+        write_text(folder / CARD_NAME, card.content)
+
+    def _mend_generated_text(self, card: ModelCard) -> None:
+        """The parent calls any model without a name on the Hub "trained from scratch", and states bare numbers."""
+        name = getattr(self.model.config, "_name_or_path", "")
+        origin = "was fine-tuned on" if name else "was trained on"
+        card.text = card.text.replace("was trained from scratch on", origin, 1)
+        link = f"is a fine-tuned version of [{name}](https://huggingface.co/{name}) on"
+        if link in card.text and not _is_repo_id(name):  # a folder, gone in the meantime, or nothing at all
+            card.text = card.text.replace(link, origin, 1)
+            card.data.pop("base_model", None)
+        attack, steps = attack_name(self.eval_tier.attacks[0].attack), self.args.eval_attack_steps
+        card.text = card.text.replace(
+            "results on the evaluation set:",
+            f"results on the evaluation set when it was last evaluated (robust accuracy at {self.args.norm} "
+            f"{self.args.epsilon}, {steps}-step {attack}; the results to quote are under Robustness):",
+            1,
+        )
+
+    def _described_arguments(self) -> dict[str, Any]:
+        """What made the model robust, and the optimisation around it; JSON values."""
+        inherited = {field.name for field in fields(TrainingArguments)}
+        own = [
+            field.name for field in fields(RobustTrainingArguments) if field.name not in inherited | {"hub_timeout"}
+        ]
+        values = self.args.to_dict()
+        # Where a function was passed, the argument says nothing.
+        values["attack"] = attack_name(self.attack)
+        if self.robust_loss is not LOSSES[self.args.robust_loss]:
+            values["robust_loss"] = attack_name(self.robust_loss.function)
+        if self._has_own_schedule:
+            values |= {"epsilon_schedule_type": "custom", "epsilon_schedule_kwargs": None}
+        values["world_size"] = self.args.world_size
+        return {name: values[name] for name in [*own, *_OPTIMISATION, "world_size"] if values.get(name) is not None}
+
+    def _write_schedule_plot(self, folder: Path) -> str | None:
+        """Epsilon over all steps of the training that was done."""
+        callback, last, epochs = self._epsilon_callback, self.state.max_steps, self.state.num_train_epochs
+        if callback is None or last <= 0:
+            return None
+        steps = sorted({round(share * last / 200) for share in range(201)})
+        states = [
+            TrainerState(global_step=step, max_steps=last, num_train_epochs=epochs, epoch=epochs * step / last)
+            for step in steps
+        ]
+        epsilons = [callback.multiplier(state) * float(self.threat_model.epsilon) for state in states]
+        with replacing(folder / SCHEDULE_PLOT_NAME) as scratch:
+            plot_epsilon_schedule(steps, epsilons, self.threat_model, scratch)
+        return SCHEDULE_PLOT_NAME
+
+    # --- Pushing ---
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        if not self.is_world_process_zero():
+            return
+        self.hub_model_id = create_repo(
+            self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+            token=token if token is not None else self.args.hub_token,
+            private=private if private is not None else self.args.hub_private_repo,
+            revision=self.args.hub_revision,
+        )
+        self.push_in_progress = None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # With `args.push_to_hub` the parent pushes what it saved.
+        try:
+            super().save_model(output_dir, _internal_call)
+        except PushError as error:
+            logger.error("The model is saved. %s", error)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ) -> CommitInfo | Future | None:
+        """Save the model and its card, and upload the output folder to `self.args.hub_model_id`.
+
+        Left out are checkpoints, `training_args.bin`, `trainer_state.json` and event files, which hold paths and names
+        of this machine.
+
+        Args:
+            commit_message, token, revision, private, kwargs:
+                As in [`~transformers.Trainer.push_to_hub`]; `kwargs` go to `create_model_card`.
+            blocking (`bool`, *optional*, defaults to `True`):
+                If False, the upload goes on in the background.
+
+        Returns:
+            `CommitInfo`, or a `Future` of it if not `blocking`; None on other processes than the first.
+
+        Raises:
+            PushError: if the upload failed; it says what is missing on the Hub and how to try again.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self._finish_current_push()
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        # Those that the model carries, as the parent does.
+        tags = kwargs.pop("tags", None) or []
+        tags = [tags] if isinstance(tags, str) else list(tags)
+        tags += [tag for tag in getattr(self.model, "model_tags", None) or [] if tag not in tags]
+        name = kwargs.pop("model_name", None) or self.hub_model_id.split("/")[-1]
+        try:
+            self.create_model_card(model_name=name, tags=tags or None, **kwargs)
+        except OSError as error:
+            raise PushError(
+                f"The model is saved in {self.args.output_dir}, but its card could not be written ({error}). Nothing "
+                "was pushed; call `push_to_hub` again."
+            ) from error
+        push = functools.partial(
+            push_folder,
+            self.args.output_dir,
+            self.hub_model_id,
+            commit_message=commit_message or "End of training",
+            token=token if token is not None else self.args.hub_token,
+            revision=revision if revision is not None else self.args.hub_revision,
+            timeout=self.args.hub_timeout,
+            progress_bar=blocking and not self.args.disable_tqdm,
+        )
+        return push() if blocking else self._in_background(push)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        if not self.args.hub_always_push and self.push_in_progress is not None and not self.push_in_progress.is_done():
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = f"Training in progress, step {self.state.global_step}"
+        if self.args.save_strategy != SaveStrategy.STEPS:
+            message = f"Training in progress, epoch {int(self.state.epoch or 0)}"
+        path_in_repo = {
+            HubStrategy.CHECKPOINT: "last-checkpoint",
+            HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name,
+        }.get(self.args.hub_strategy)
+        try:
+            snapshot = _snapshot(Path(checkpoint_folder))
+        except OSError as error:
+            logger.error("%s is not pushed: %s", checkpoint_folder, error)
+            return
+        upload = self._in_background(functools.partial(self._push_snapshot, snapshot, message, path_in_repo))
+        self.push_in_progress = PushInProgress([upload])  # one after the other: all are done when the last is
+
+    def _push_snapshot(self, snapshot: Path, message: str, path_in_repo: str | None) -> None:
+        """The model to the top of the repository, and the whole checkpoint to `path_in_repo`, if that is asked for."""
+        options = {
+            "token": self.args.hub_token,
+            "revision": self.args.hub_revision,
+            "timeout": self.args.hub_timeout,
+            "progress_bar": False,
+        }
+        try:
+            patterns = [*NOT_PUSHED, *_FOR_RESUMING]
+            push_folder(snapshot, self.hub_model_id, commit_message=message, ignore_patterns=patterns, **options)
+            if path_in_repo is not None:
+                options |= {"path_in_repo": path_in_repo, "commit_message": f"{message}, checkpoint"}
+                patterns = [pattern for pattern in NOT_PUSHED if pattern != TRAINER_STATE_NAME]
+                push_folder(snapshot, self.hub_model_id, ignore_patterns=patterns, **options)
+        finally:
+            shutil.rmtree(snapshot, ignore_errors=True)
+
+    def _in_background(self, push) -> Future:
+        if self._uploads is None:
+            self._uploads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf_rft-push")
+        upload = self._uploads.submit(push)
+        upload.add_done_callback(_log_failure)
+        return upload
+
+
+def _is_repo_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    return bool(name)
+
+
+def _snapshot(checkpoint: Path) -> Path:
+    """A copy beside the checkpoint that rotation does not delete during the upload; of links, so it takes no space."""
+    snapshot = checkpoint.with_name(f"_push-{uuid.uuid4().hex}")
+    try:
+        shutil.copytree(checkpoint, snapshot, copy_function=_link_or_copy)
+        state_path = snapshot / TRAINER_STATE_NAME
+        state = json.loads(state_path.read_text(encoding="utf-8"))
+        if state.get("best_model_checkpoint"):  # a path on this machine
+            state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
+        write_text(state_path, json.dumps(state, indent=2) + "\n")
+    except BaseException:
+        shutil.rmtree(snapshot, ignore_errors=True)
+        raise
+    return snapshot
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copy2(source, target)
+
+
+def _log_failure(upload: Future) -> None:
+    if (error := upload.exception()) is not None:
+        logger.error("%s", error)
