@@ -1,5 +1,6 @@
 import json
 import logging
+import os
 
 import pytest
 import torch
@@ -173,7 +174,7 @@ def test_save_that_fails_leaves_the_old_record_and_nothing_else(tmp_path, monkey
             path.write_bytes(b"half of it")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(module if fails == "save_file" else module.os, fails, fail)
+    monkeypatch.setattr(module if fails == "save_file" else os, fails, fail)
     with pytest.raises(OSError, match="No space left"):
         cache.save("key", {"broken_at": torch.tensor([2, 2])}, LOGITS)
     assert [path.name for path in tmp_path.iterdir()] == ["key.safetensors"]

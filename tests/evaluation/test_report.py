@@ -1,5 +1,6 @@
 import json
 import math
+import os
 from fractions import Fraction
 
 import numpy as np
@@ -12,7 +13,6 @@ from scipy.stats import binomtest
 
 from hf_rft import RobustnessReport
 from hf_rft.attacks.base import Passes
-from hf_rft.evaluation import report as module
 from hf_rft.evaluation.report import AdversarialExamples
 
 
@@ -202,7 +202,7 @@ def test_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch, fails):
         def fail(*args):
             raise OSError("No space left on device")
 
-        monkeypatch.setattr(module.os, "replace", fail)
+        monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(TypeError if fails == "write" else OSError):
         report.save(path)
     assert path.read_bytes() == old
