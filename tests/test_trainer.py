@@ -8,41 +8,12 @@ import torch
 from conftest import NUM_LABELS, SIZE, Images, make_model, without_dropout
 from transformers import TrainerCallback, ViTImageProcessor
 
-from hf_rft import EpsilonScheduleCallback, RobustTrainer, RobustTrainingArguments
+from hf_rft import EpsilonScheduleCallback, RobustTrainer
 from hf_rft.attacks import pgd
 from hf_rft.losses import LOSSES, trades_loss
 
 
 ALL_FAMILIES = ["vit", "swin", "convnext", "resnet", "dinov2", "timm"]
-
-
-@pytest.fixture
-def make_trainer(tmp_path, processor):
-    """A trainer on tiny data: L-inf 8/255, constant epsilon, two PGD steps."""
-
-    def make(model="vit", count=32, trainer_class=RobustTrainer, trainer_options=None, **args):
-        defaults = {
-            "output_dir": str(tmp_path / "output"),
-            "report_to": "none",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            "per_device_train_batch_size": 8,
-            "epsilon": "8/255",
-            "attack": "pgd",
-            "attack_steps": 2,
-            "eval_attack_steps": 2,
-            "epsilon_schedule_type": "constant",
-            "save_strategy": "no",
-            "logging_steps": 1,
-        }
-        options = {"train_dataset": Images(count), "eval_dataset": Images(13, seed=1), "processing_class": processor}
-        return trainer_class(
-            model=make_model(model) if isinstance(model, str) else model,
-            args=RobustTrainingArguments(**{**defaults, **args}),
-            **{**options, **(trainer_options or {})},
-        )
-
-    return make
 
 
 def weights(model):
