@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from hf_rft import RobustTrainingArguments
-from hf_rft.cli import parse_with_config
+from hf_rft.cli import parse_with_config, published_command
 
 
 @dataclass
@@ -161,3 +161,18 @@ def test_errors_of_the_arguments_end_the_program(fails, tmp_path):
         f"output_dir: {tmp_path}\nepsilon_schedule_kwargs: {{start: early}}\n", types=(RobustTrainingArguments,)
     )
     assert "start" in message and "early" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "published"),
+    [
+        ([], "run"),
+        (["--seed", "1", "--epsilon=4/255"], "run --seed 1 --epsilon=4/255"),
+        (["--token", "hf_secret", "--seed", "1", "--hub-token=hf_secret"], "run --seed 1"),
+        (["--output_dir", "/home/me/out", "--train_dir", "/home/me/images/"], "run --train_dir images"),
+        (["--config=/home/me/x.yaml", "--resume_from_checkpoint", "/a"], "run --config=x.yaml"),
+        (["--epsilon_schedule_kwargs", '{"start": 0.1}'], "run --epsilon_schedule_kwargs '{\"start\": 0.1}'"),
+    ],
+)
+def test_published_command_has_no_secrets_and_no_paths(arguments, published):
+    assert published_command("run", arguments) == published

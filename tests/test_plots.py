@@ -6,7 +6,7 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from hf_rft import plots
+from hf_rft import ThreatModel, plots
 from hf_rft.evaluation.report import AdversarialExamples
 
 
@@ -152,3 +152,8 @@ def test_perturbation_of_zero_is_shown_grey(tmp_path, drawn):
     plots.plot_adversarial_examples(adversarial_examples(epsilon=0.0), [0, 1, 2, 0, 0], {}, tmp_path / "examples.png")
     shown = np.asarray(drawn[0].axes[1].images[0].get_array())
     np.testing.assert_allclose(shown, 0.5)
+
+
+def test_epsilon_schedule(tmp_path):
+    plots.plot_epsilon_schedule([0, 5, 10], [0.0, 2 / 255, 8 / 255], ThreatModel("linf", "8/255"), tmp_path / "s.png")
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")

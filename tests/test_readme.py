@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import make_model
 from PIL import Image
+from published import publish, save_model
 
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -63,6 +64,17 @@ def test_measure_robustness(tmp_path, processor, local_dataset, capsys, monkeypa
     }
 
 
+def test_load_robust_model(tmp_path, capsys):
+    code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "min_expected" in block)
+    save_model(tmp_path)
+    publish(tmp_path)
+    for shown, tried in (("my-name/my-robust-model", str(tmp_path)), ("robustness=0.5", "robustness=0.0")):
+        assert shown in code
+        code = code.replace(shown, tried)
+    exec(compile(code, "README.md", "exec"), {})
+    assert "expected robustness" in capsys.readouterr().out
+
+
 def test_metrics(monkeypatch):
     code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "evaluate.load" in block)
     monkeypatch.chdir(Path(__file__).parents[1])
@@ -76,6 +88,8 @@ def test_file_tree_is_complete():
     tree = README.split("## Where things are")[1].split("## ")[0]
     for path in (Path(__file__).parents[1] / "hf_rft").glob("*.py"):
         assert path.name == "__init__.py" or path.name in tree, path.name
+    for path in (Path(__file__).parents[1] / "recipes").glob("*.py"):
+        assert path.name in tree, path.name
 
 
 def test_nothing_is_left_to_fill_in():

@@ -307,3 +307,32 @@ def test_plot_shows_curve_and_intervals(tmp_path, monkeypatch):
     assert options == {"intervals": {"a model": report.accuracy_intervals}}
     assert title == f"expected robustness {100 * report.expected_robustness:.1f} %"
     assert calls[1][0][3] == "mine"
+
+
+# --- Other reports ---
+
+
+@given(reports(), st.data())
+@hypothesis_settings(deadline=None, max_examples=30)
+def test_up_to_is_the_report_of_the_shorter_grid(report, data):
+    epsilon = data.draw(st.sampled_from(report.epsilons[1:]))
+    cut = report.up_to(epsilon)
+    count = report.epsilons.index(epsilon) + 1
+    assert cut.epsilons == report.epsilons[:count]
+    assert cut.accuracies == report.accuracies[:count]
+    assert (cut.predictions == report.predictions[:, :count]).all()
+
+
+@pytest.mark.parametrize("epsilon", [Fraction(0), Fraction(1, 7)])
+def test_up_to_needs_an_epsilon_of_the_grid(epsilon):
+    with pytest.raises(ValueError, match="was not evaluated at epsilon"):
+        make_report().up_to(epsilon)
+
+
+@given(reports())
+@hypothesis_settings(deadline=None, max_examples=30)
+def test_a_report_from_its_own_predictions_is_equal(report):
+    options = {"norm": report.norm, "epsilons": report.epsilons, "passes": report.passes, "settings": report.settings}
+    again = RobustnessReport.from_predictions(report.predictions, report.labels, report.distances, **options)
+    assert {**again.to_dict(), "flags": {}} == report.to_dict()
+    assert again.flags is None

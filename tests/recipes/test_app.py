@@ -679,7 +679,7 @@ class Visitor:
     def text(self):
         return self.browser.find_element("tag name", "body").text.replace("\xa0", " ")
 
-    def wait(self, *words, seconds=20):
+    def wait(self, *words, seconds=60):
         deadline = time.monotonic() + seconds
         while not all(word in self.text for word in words):
             assert time.monotonic() < deadline, f"{words} do not appear in:\n{self.text}"
