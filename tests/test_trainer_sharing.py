@@ -70,7 +70,7 @@ def test_the_card_states_the_last_evaluation(trained):
     assert {"mine", "generated_from_trainer", "adversarial-robustness", "robust-fine-tuning"} <= set(card.data.tags)
     report = read_evidence(output(trainer))
     assert card.data.eval_results == eval_results(report)
-    assert report.accuracies[-1] == trainer.evaluate()["eval_robust_accuracy"]
+    assert report.accuracies[-1] == pytest.approx(trainer.evaluate()["eval_robust_accuracy"])
     assert report.flags is None
     assert report.passes.backward > 0
     for stated in ("some images", "2-step `pgd`", "(epsilon_schedule.png)", "## Citation", "Not made"):

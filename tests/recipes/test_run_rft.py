@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import run_rft
 import torch
+from hub_server import WRITE_TOKEN, HubServer
 from model_and_data import ModelArguments, load_model
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, pipeline
+
+from hf_rft import ThreatModel, load_robust_model
 
 
 RECIPES = Path(run_rft.__file__).parent
@@ -71,6 +74,35 @@ def test_labels_survive_save_reload_and_pipeline(default_run, tmp_path):
     AutoModelForImageClassification.from_pretrained(folder).save_pretrained(tmp_path)
     again = AutoModelForImageClassification.from_pretrained(tmp_path)
     assert set(again.config.id2label.values()) == labels
+
+
+def test_default_run_has_its_evidence(default_run):
+    folder, metrics = default_run
+    report = load_robust_model(folder, threat_model=ThreatModel("linf", "8/255")).report
+    assert report.expected_robustness == pytest.approx(metrics["eval_expected_robustness"])
+    assert report.settings["dataset"]["name"] == "fashion_mnist_5k"
+    assert report.flags is not None
+    card = (folder / "README.md").read_text()
+    assert "accelerate launch recipes/run_rft.py --seed 1" in card
+    assert str(folder) not in card
+
+
+def test_push_to_hub(tmp_path, monkeypatch, capsys):
+    with HubServer() as hub:
+        for name, value in hub.environment(tmp_path / "home", WRITE_TOKEN).items():
+            monkeypatch.setenv(name, value)
+        flags = ["--output_dir", str(tmp_path / "out"), "--push_to_hub", "--hub_model_id", "user/robust", *TINY]
+        run_rft.main([*flags, "--hub_token", WRITE_TOKEN])
+        pushed = hub.repo("models", "user/robust").files()
+        assert {"README.md", "model.safetensors", "robustness.json", "all_results.json"} <= set(pushed)
+        for name, content in pushed.items():
+            for secret in (str(tmp_path), str(Path.home()) + "/", str(Path(run_rft.__file__).parent), WRITE_TOKEN):
+                assert secret.encode() not in content, name
+
+        hub.fail("commit", status=403)
+        metrics = run_rft.main([*flags, "--seed", "2"])
+        assert metrics["eval_samples"] == 12
+        assert "user/robust was not updated: the Hub answered 403" in capsys.readouterr().err
 
 
 @pytest.fixture
