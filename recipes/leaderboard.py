@@ -23,14 +23,13 @@ from hf_rft import RobustnessReport
 from hf_rft.evidence import REPORT_NAME, hash_weight_files, read_report
 from hf_rft.files import replacing, write_text
 from hf_rft.hub import download
+from hf_rft.metrics.expected_robustness.expected_robustness import expected_robustness
 from hf_rft.plots import plot_robustness_curve
-from hf_rft.threat_model import format_epsilon, parse_epsilon
+from hf_rft.threat_model import NORMS, format_epsilon, parse_epsilon
 
 
 SORT_KEYS = ("expected_robustness", "robust_accuracy", "clean_accuracy")
-
-Refusal = dict[str, str]  # "entry" and "reason"
-Interval = tuple[float, float]
+SHOWN = (*SORT_KEYS, "confidence_interval", "accuracies", "accuracy_intervals")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +40,6 @@ class Candidate:
     name: str
     report: RobustnessReport
     weights_checked: bool  # against the hashes in the report
-
-
-# --- Comparing ---
 
 
 def conditions(report: RobustnessReport) -> dict[str, Any]:
@@ -73,42 +69,37 @@ def first_difference(report: RobustnessReport, other: RobustnessReport) -> str |
 def group(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
     """Sets of comparable reports, largest first; of equally large ones, that of the report given first."""
     groups: list[list[Candidate]] = []
-    for candidate in candidates:
-        for members in groups:
-            if first_difference(candidate.report, members[0].report) is None:
-                members.append(candidate)
-                break
+    for one in candidates:
+        fitting = [members for members in groups if first_difference(one.report, members[0].report) is None]
+        if fitting:
+            fitting[0].append(one)
         else:
-            groups.append([candidate])
+            groups.append([one])
     return sorted(groups, key=len, reverse=True)  # sorting is stable
 
 
 def contributions(report: RobustnessReport) -> np.ndarray:
     """What each example adds to the expected robustness, which is the mean of these."""
-    # The module holds the one definition; `evaluate` is slow to import.
-    from hf_rft.metrics.expected_robustness.expected_robustness import expected_robustness
-
     withstands = report.broken_at[:, None] > np.arange(len(report.epsilons))
     return expected_robustness([float(epsilon) for epsilon in report.epsilons], withstands.astype(float))
 
 
-def paired_difference(report: RobustnessReport, other: RobustnessReport) -> tuple[float, Interval]:
+def paired_difference(report: RobustnessReport, other: RobustnessReport) -> tuple[float, tuple[float, float]]:
     """Expected robustness minus that of `other` on the same examples, with its 95 % bootstrap interval.
 
     An example that is hard for one model is often hard for the other, so the interval is narrower than the two
     models' own intervals suggest.
     """
-    ours, theirs = contributions(report), contributions(other)
-    differences = ours - theirs
-    mean = float(differences.mean())
-    if np.ptp(differences) == 0:  # nothing to resample, which scipy refuses or warns about
-        return mean, (mean, mean)
 
-    def statistic(ours, theirs, axis):
+    def mean_difference(ours, theirs, axis=-1):
         return (ours - theirs).mean(axis=axis)
 
-    result = bootstrap((ours, theirs), statistic, paired=True, method="percentile", n_resamples=2000, batch=100, rng=0)
-    return mean, (float(result.confidence_interval.low), float(result.confidence_interval.high))
+    pair = contributions(report), contributions(other)
+    mean = float(mean_difference(*pair))
+    if np.ptp(pair[0] - pair[1]) == 0:  # nothing to resample
+        return mean, (mean, mean)
+    found = bootstrap(pair, mean_difference, paired=True, method="percentile", n_resamples=2000, batch=100, rng=0)
+    return mean, (float(found.confidence_interval.low), float(found.confidence_interval.high))
 
 
 def rank(candidates: Sequence[Candidate], sort_by: str) -> list[Candidate]:
@@ -120,44 +111,28 @@ def make_rows(ranked: Sequence[Candidate]) -> list[dict[str, Any]]:
     """The lines of a table, as JSON values."""
     rows = []
     for place, candidate in enumerate(ranked, start=1):
-        report, is_last = candidate.report, place == len(ranked)
-        difference, interval = (None, None) if is_last else paired_difference(report, ranked[place].report)
-        rows.append(
-            {
-                "rank": place,
-                "name": candidate.name,
-                "entry": candidate.entry,
-                "clean_accuracy": report.clean_accuracy,
-                "accuracies": report.accuracies,
-                "accuracy_intervals": report.accuracy_intervals,
-                "robust_accuracy": report.robust_accuracy,
-                "expected_robustness": report.expected_robustness,
-                "confidence_interval": report.confidence_interval,
-                "difference_to_next": difference,
-                "difference_interval": interval,
-                "trust_checks": "not made" if report.flags is None else ", ".join(report.flags) or "none",
-                "weights_checked": candidate.weights_checked,
-            }
-        )
+        report = candidate.report
+        lead = paired_difference(report, ranked[place].report) if place < len(ranked) else (None, None)
+        checks = "not made" if report.flags is None else ", ".join(report.flags) or "none"
+        row = {"rank": place, "name": candidate.name, "entry": candidate.entry}
+        row |= {number: getattr(report, number) for number in SHOWN}
+        row |= {"difference_to_next": lead[0], "difference_interval": lead[1]}
+        rows.append({**row, "trust_checks": checks, "weights_checked": candidate.weights_checked})
     return rows
 
 
-def make_leaderboard(candidates: Sequence[Candidate], not_read: Sequence[Refusal], sort_by: str) -> dict[str, Any]:
+def make_leaderboard(candidates: Sequence[Candidate], not_read: Sequence[dict], sort_by: str) -> dict[str, Any]:
     """Everything that leaderboard.json says. There must be a candidate."""
     first, *others = group(candidates)
-    tables = [first, *(members for members in others if len(members) > 1)]
-    left_out = [members[0] for members in others if len(members) == 1]
-    reasons = [
-        {"entry": one.entry, "name": one.name, "reason": first_difference(one.report, first[0].report)}
-        for one in left_out
-    ]
-    groups = [
-        {"conditions": conditions(members[0].report), "rows": make_rows(rank(members, sort_by))} for members in tables
-    ]
-    return {"sort_by": sort_by, "groups": groups, "not_comparable": reasons, "not_read": list(not_read)}
-
-
-# --- Writing ---
+    tables, left_out = [], []
+    for members in (first, *others):
+        one = members[0]
+        if members is first or len(members) > 1:
+            tables.append({"conditions": conditions(one.report), "rows": make_rows(rank(members, sort_by))})
+        else:
+            reason = first_difference(one.report, first[0].report)
+            left_out.append({"entry": one.entry, "name": one.name, "reason": reason})
+    return {"sort_by": sort_by, "groups": tables, "not_comparable": left_out, "not_read": list(not_read)}
 
 
 def markdown(leaderboard: dict[str, Any]) -> str:
@@ -177,36 +152,31 @@ def _markdown_table(one: dict[str, Any], sort_by: str) -> str:
     header = ["rank", "model", "clean", *further, "expected robustness", "minus the next row's", "failed trust checks"]
     lines = [header, ["---"] * len(header)]
     for row in rows:
-        lines.append(
-            [str(row["rank"]), row["name"], *(f"{100 * accuracy:.1f}" for accuracy in row["accuracies"])]
-            + [_with_interval(row["expected_robustness"], row["confidence_interval"])]
-            + [_with_interval(row["difference_to_next"], row["difference_interval"], sign="+"), row["trust_checks"]]
-        )
+        expected = _with_interval(row["expected_robustness"], row["confidence_interval"])
+        lead = _with_interval(row["difference_to_next"], row["difference_interval"], sign="+")
+        accuracies = (f"{100 * accuracy:.1f}" for accuracy in row["accuracies"])
+        lines.append([str(row["rank"]), row["name"], *accuracies, expected, lead, row["trust_checks"]])
     table = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
-    title = f"## {shared['norm']} up to {shared['epsilons'][-1]}, tier {shared['tier']}"
-    data = f"data {_as_text(shared['data (SHA-256)'])}"
-    notes = f"In %, on {shared['number of examples']} examples ({data}), sorted by {sort_by.replace('_', ' ')}; in "
+    notes = f"In %, on {shared['number of examples']} examples, sorted by {sort_by.replace('_', ' ')}; in "
     notes += "brackets 95 % bootstrap intervals over examples, of differences over the same examples of both models."
-    if unchecked := [row["name"] for row in rows if not row["weights_checked"]]:
+    if unchecked := [_cell(row["name"]) for row in rows if not row["weights_checked"]]:
         notes += f"\n\nOnly the report was read, the weights were not checked against it: {', '.join(unchecked)}. "
         notes += "`hf_rft.load_robust_model` does check them."
-    return f"{_cell(title)}\n\n{table}\n\n{notes}"
+    title = _cell(f"{shared['norm']} up to {shared['epsilons'][-1]}, tier {shared['tier']}")
+    return f"## {title}\n\n{table}\n\n{notes}"
 
 
-def _with_interval(value: float | None, interval: Interval | None, sign: str = "") -> str:
-    if value is None or interval is None:
+def _with_interval(value: float | None, interval: Sequence[float], sign: str = "") -> str:
+    if value is None:
         return ""
-    low, high = interval
-    return f"{100 * value:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+    return f"{100 * value:{sign}.1f} [" + ", ".join(f"{100 * bound:{sign}.1f}" for bound in interval) + "]"
 
 
 def _as_text(value: Any) -> str:
     """A condition to be read: hashes shortened, what is not known said so."""
     if value is None:
         return "not known"
-    if isinstance(value, str):
-        return value if len(value) < 64 else value[:12]
-    return json.dumps(value)
+    return (value if len(value) < 64 else value[:12]) if isinstance(value, str) else json.dumps(value)
 
 
 def _cell(text: str) -> str:
@@ -221,41 +191,36 @@ def write_leaderboard(leaderboard: dict[str, Any], output_dir: Path) -> None:
     shared, rows = leaderboard["groups"][0]["conditions"], leaderboard["groups"][0]["rows"]
     epsilons = [parse_epsilon(epsilon) for epsilon in shared["epsilons"]]
     names = [row["name"].replace("$", r"\$") for row in rows]  # to matplotlib, a dollar begins a formula
-    curves = {name: (epsilons, row["accuracies"]) for name, row in zip(names, rows, strict=True)}
-    intervals = {name: row["accuracy_intervals"] for name, row in zip(names, rows, strict=True)}
+    curves = dict(zip(names, [(epsilons, row["accuracies"]) for row in rows], strict=True))
+    intervals = dict(zip(names, [row["accuracy_intervals"] for row in rows], strict=True))
     with replacing(output_dir / "leaderboard.png") as scratch:
         plot_robustness_curve(curves, shared["norm"], scratch, intervals=intervals)
-
-
-# --- Reading ---
 
 
 def find_report(entry: str, token: str | None = None) -> Path:
     """Path of the report; that of a repository is downloaded, without weights."""
     path = Path(entry)
-    if path.is_file() or path.suffix == ".json":  # a mistyped file name is not looked for on the Hub
-        return path
     if path.is_dir():
         return path / REPORT_NAME
+    if path.is_file() or path.suffix == ".json":  # a mistyped file name is not looked for on the Hub
+        return path
     repo, _, revision = entry.partition("@")
     return download(repo, revision=revision or None, token=token, with_weights=False) / REPORT_NAME
 
 
 def read_candidate(entry: str, path: Path) -> Candidate:
-    """
-    Raises:
-        ValueError: if there is no report, it is damaged, or the weights beside it are others.
-    """
+    """The report, checked against the weights beside it if there are any; an error says what is wrong with it."""
     report = read_report(path, name=entry)
-    report.summary()  # of a damaged report, numbers cannot be computed
-    model = report.settings["model"]
-    has_weights = any(path.parent.glob("*.safetensors"))
+    report.summary()  # refuses a grid or examples from which no numbers follow
+    if report.norm not in NORMS or not isinstance(report.flags, dict | None):
+        raise ValueError(f"{path} is damaged: its norm is {report.norm!r}, its flags are {report.flags!r}.")
+    model, has_weights = report.settings["model"], any(path.parent.glob("*.safetensors"))
     if has_weights and model.get("files") != (found := hash_weight_files(path.parent)):
-        raise ValueError(f"refused: the report is about the weights {model.get('files')}, beside it are {found}")
+        raise ValueError(f"refused: it is about the weights {model.get('files')}, beside it are {found}")
     return Candidate(entry, str(model.get("name") or entry), report, has_weights)
 
 
-def read_all(entries: Sequence[str], token: str | None = None) -> tuple[list[Candidate], list[Refusal]]:
+def read_all(entries: Sequence[str], token: str | None = None) -> tuple[list[Candidate], list[dict]]:
     """The reports that can be read, each once, and why the others cannot."""
     candidates: dict[Path, Candidate] = {}
     not_read: dict[str, str] = {}
@@ -269,11 +234,9 @@ def read_all(entries: Sequence[str], token: str | None = None) -> tuple[list[Can
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             not_read[entry] = f"{error}" or type(error).__name__
     occurrences = Counter(one.name for one in candidates.values())
-    named = [
-        replace(one, name=f"{one.name} ({one.entry})") if occurrences[one.name] > 1 else one
-        for one in candidates.values()
-    ]
-    return named, [{"entry": entry, "reason": reason} for entry, reason in not_read.items()]
+    found = list(candidates.values())
+    found = [replace(one, name=f"{one.name} ({one.entry})") if occurrences[one.name] > 1 else one for one in found]
+    return found, [{"entry": entry, "reason": reason} for entry, reason in not_read.items()]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -285,8 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     candidates, not_read = read_all(args.entries, args.token)
     if not candidates:
-        reasons = "\n".join(f"{one['entry']}: {one['reason']}" for one in not_read)
-        sys.exit(f"No report could be read.\n{reasons}")
+        sys.exit("\n".join(["No report could be read.", *(f"{one['entry']}: {one['reason']}" for one in not_read)]))
     leaderboard = make_leaderboard(candidates, not_read, args.sort_by)
     write_leaderboard(leaderboard, args.output_dir)
     print(markdown(leaderboard))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hub_server import WRITE_TOKEN, HubServer
 from transformers import (
     AutoModelForImageClassification,
     ConvNextConfig,
@@ -133,3 +134,12 @@ def make_trainer(tmp_path, processor):
         )
 
     return make
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub that pushes of this process go to: the process that uploads reads the environment anew."""
+    with HubServer() as hub:
+        for name, value in hub.environment(tmp_path / "home", WRITE_TOKEN).items():
+            monkeypatch.setenv(name, value)
+        yield hub

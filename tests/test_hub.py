@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from conftest import Images
-from hub_server import READ_TOKEN, WRITE_TOKEN, HubServer
+from hub_server import READ_TOKEN, WRITE_TOKEN
 from huggingface_hub import CommitInfo
 from published import publish, save_model
 
@@ -25,15 +25,6 @@ def folder(tmp_path_factory):
     save_model(folder)
     publish(folder)
     return folder
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub that pushes of this process go to: the process that uploads reads the environment anew."""
-    with HubServer() as hub:
-        for name, value in hub.environment(tmp_path / "home", WRITE_TOKEN).items():
-            monkeypatch.setenv(name, value)
-        yield hub
 
 
 @pytest.fixture

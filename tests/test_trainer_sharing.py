@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Images
-from hub_server import WRITE_TOKEN, HubServer
+from hub_server import WRITE_TOKEN
 from huggingface_hub import ModelCard, snapshot_download
 from test_trainer import weights
 from transformers import Trainer, TrainerCallback
@@ -23,14 +23,6 @@ from hf_rft.model_card import eval_results
 
 
 REPO = "user/robust"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with HubServer() as hub:
-        for name, value in hub.environment(tmp_path / "home", WRITE_TOKEN).items():
-            monkeypatch.setenv(name, value)
-        yield hub
 
 
 @pytest.fixture

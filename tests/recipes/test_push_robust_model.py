@@ -1,6 +1,5 @@
 import push_robust_model
 import pytest
-from hub_server import WRITE_TOKEN, HubServer
 from huggingface_hub import ModelCard
 from published import evaluate, publish, save_model
 
@@ -20,14 +19,6 @@ def folder(tmp_path):
 def report(folder, tmp_path):
     evaluate(folder).save(tmp_path / "robustness.json")
     return tmp_path / "robustness.json"
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with HubServer() as hub:
-        for name, value in hub.environment(tmp_path / "home", WRITE_TOKEN).items():
-            monkeypatch.setenv(name, value)
-        yield hub
 
 
 def run(folder, *arguments):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import run_rft
 import torch
-from hub_server import WRITE_TOKEN, HubServer
+from hub_server import WRITE_TOKEN
 from model_and_data import ModelArguments, load_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -87,22 +87,19 @@ def test_default_run_has_its_evidence(default_run):
     assert str(folder) not in card
 
 
-def test_push_to_hub(tmp_path, monkeypatch, capsys):
-    with HubServer() as hub:
-        for name, value in hub.environment(tmp_path / "home", WRITE_TOKEN).items():
-            monkeypatch.setenv(name, value)
-        flags = ["--output_dir", str(tmp_path / "out"), "--push_to_hub", "--hub_model_id", "user/robust", *TINY]
-        run_rft.main([*flags, "--hub_token", WRITE_TOKEN])
-        pushed = hub.repo("models", "user/robust").files()
-        assert {"README.md", "model.safetensors", "robustness.json", "all_results.json"} <= set(pushed)
-        for name, content in pushed.items():
-            for secret in (str(tmp_path), str(Path.home()) + "/", str(Path(run_rft.__file__).parent), WRITE_TOKEN):
-                assert secret.encode() not in content, name
+def test_push_to_hub(hub, tmp_path, capsys):
+    flags = ["--output_dir", str(tmp_path / "out"), "--push_to_hub", "--hub_model_id", "user/robust", *TINY]
+    run_rft.main([*flags, "--hub_token", WRITE_TOKEN])
+    pushed = hub.repo("models", "user/robust").files()
+    assert {"README.md", "model.safetensors", "robustness.json", "all_results.json"} <= set(pushed)
+    for name, content in pushed.items():
+        for secret in (str(tmp_path), str(Path.home()) + "/", str(Path(run_rft.__file__).parent), WRITE_TOKEN):
+            assert secret.encode() not in content, name
 
-        hub.fail("commit", status=403)
-        metrics = run_rft.main([*flags, "--seed", "2"])
-        assert metrics["eval_samples"] == 12
-        assert "user/robust was not updated: the Hub answered 403" in capsys.readouterr().err
+    hub.fail("commit", status=403)
+    metrics = run_rft.main([*flags, "--seed", "2"])
+    assert metrics["eval_samples"] == 12
+    assert "user/robust was not updated: the Hub answered 403" in capsys.readouterr().err
 
 
 @pytest.fixture
