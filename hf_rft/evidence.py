@@ -6,7 +6,6 @@ weights cannot be exchanged without being noticed.
 
 import dataclasses
 import hashlib
-import logging
 import os
 from pathlib import Path
 
@@ -21,8 +20,6 @@ from .files import replacing
 from .model_card import check_card
 from .pixel_space import PixelNormalization
 
-
-logger = logging.getLogger(__name__)
 
 REPORT_NAME, CURVE_NAME, CARD_NAME = "robustness.json", "robustness_curve.png", "README.md"
 
@@ -86,7 +83,9 @@ def write_evidence(
     return report
 
 
-def read_evidence(folder: str | os.PathLike, *, name: str | None = None) -> RobustnessReport:
+def read_evidence(
+    folder: str | os.PathLike, *, name: str | None = None, trust_remote_code: bool = False
+) -> RobustnessReport:
     """Read a model's report and check that it, the card, the processor and the weights belong together.
 
     Args:
@@ -111,7 +110,7 @@ def read_evidence(folder: str | os.PathLike, *, name: str | None = None) -> Robu
             )
     if missing := set(hashes) - set(os.listdir(folder)):
         raise ValueError(f"{name} lacks the weights {sorted(missing)} that {REPORT_NAME} is about.")
-    processor = AutoImageProcessor.from_pretrained(folder)
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     _check_processor(report, PixelNormalization.from_processor(processor), name)
     card_path = folder / CARD_NAME
     if not card_path.is_file():

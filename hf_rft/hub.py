@@ -99,7 +99,7 @@ def load_robust_model(
             f"`min_expected_robustness={min_expected_robustness}` must lie in [0, 1]: it is a mean accuracy."
         )
     folder = download(repo_or_path, revision=revision, token=token, cache_dir=cache_dir, with_code=trust_remote_code)
-    report = read_evidence(folder, name=str(repo_or_path))
+    report = read_evidence(folder, name=str(repo_or_path), trust_remote_code=trust_remote_code)
     check_requirements(report, str(repo_or_path), threat_model, min_expected_robustness)
     model = AutoModelForImageClassification.from_pretrained(
         folder, use_safetensors=True, trust_remote_code=trust_remote_code

@@ -70,6 +70,17 @@ def test_the_card_states_the_last_evaluation(trained):
     assert (output(trainer) / "epsilon_schedule.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("options", [{}, {"bf16": True}], ids=["float32", "bf16"])
+@pytest.mark.parametrize("family", ["swin", "convnext", "resnet", "dinov2", "timm"])
+def test_the_model_in_memory_is_the_saved_one(make_trainer, family, options):
+    trainer = make_trainer(family, max_steps=1, **options)
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    trainer.create_model_card()
+    read_evidence(output(trainer))
+
+
 def test_writing_the_card_twice_changes_nothing(trained):
     trainer = trained()
     trainer.save_model()
