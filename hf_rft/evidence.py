@@ -142,8 +142,8 @@ def read_report(path: str | os.PathLike, *, name: str | None = None) -> Robustne
     is_described = not missing and all(isinstance(report.settings[key], dict) for key in ("model", "processor"))
     if not is_described or "sha256" not in report.settings["model"]:
         raise ValueError(
-            f"{path} does not say what was attacked, or how: `settings` lacks {missing or 'details'}. Evaluate "
-            "the model again."
+            f"{path} does not say what was attacked, or how: `settings` lacks "
+            f"{missing or 'the hash of the model, or the values of the processor'}. Evaluate the model again."
         )
     return report
 

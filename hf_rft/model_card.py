@@ -284,6 +284,9 @@ def update_card(
     data = cast(ModelCardData, card.data)
     tags = data.tags or []
     data.tags = [*tags, *(tag for tag in TAGS if tag not in tags)]
+    # With these `pipeline(model=...)` knows what to do.
+    data.library_name = data.library_name or "transformers"
+    data.pipeline_tag = data.pipeline_tag or "image-classification"
     if report is not None:
         # `model-index` belongs to a model with a name.
         data.model_name = getattr(data, "model_name", None) or report.settings["model"].get("name", "model")

@@ -108,7 +108,7 @@ pixels = torch.load(sys.argv[2])
 with torch.no_grad():
     torch.save(model(pixels).logits, sys.argv[3])
 from PIL import Image
-print(json.dumps(len(pipeline("image-classification", model=repo)(Image.new("RGB", (20, 20))))))
+print(json.dumps(len(pipeline(model=repo)(Image.new("RGB", (20, 20))))))
 """
 
 ROBUST = """

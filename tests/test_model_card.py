@@ -181,6 +181,7 @@ def test_a_card_from_elsewhere_keeps_its_text_tags_and_results(report):
     again = loaded(card)
     assert again.text.startswith(ModelCard(FOREIGN).text.rstrip())
     assert again.data.license == "mit"
+    assert again.data.pipeline_tag == "image-classification"
     assert again.data.tags == ["vision", *TAGS]
     foreign = EvalResult("image-classification", "imagenet-1k", "ImageNet", "accuracy", 0.8)
     assert again.data.eval_results == [foreign, *eval_results(report)]
