@@ -95,6 +95,7 @@ class ResumeMixin(Trainer):
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(folder.parent, self.args.save_total_limit, keep=[best] if best else [])
+        self.accelerator.wait_for_everyone()  # no process goes on, or ends, before the checkpoint is complete
         if self.interruption.requested is not None:
             self.interruption.requested.checkpoint = str(folder)
 

@@ -1,6 +1,10 @@
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,3 +136,21 @@ def test_evaluation_outside_of_training_asks_nobody(make_trainer):
     trainer.interruption.request(AlarmRaised("late"))
     assert "eval_accuracy" in trainer.evaluate()
     assert not trainer.control.should_training_stop
+
+
+@pytest.mark.slow
+def test_all_processes_stop_at_the_same_step(tmp_path):
+    """One of two is asked to stop, or finds a loss that is not finite: both stop, neither hangs."""
+    worker = str(Path(__file__).parent / "interruption_worker.py")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launcher, worker, str(tmp_path)], check=True, timeout=300, env=environment)
+    first, second = (json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in (0, 1))
+    assert first["world_size"] == second["world_size"] == 2
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    assert first["preempted"].startswith("Another process of this run was asked to stop.")
+    assert second["preempted"].startswith("Training was asked to end (SIGTERM)")
+    assert first["preempted"].endswith(f"is in {checkpoint}.") and second["preempted"].endswith(f"is in {checkpoint}.")
+    assert first["resumed_is_exact"] and second["resumed_is_exact"]
+    assert "in micro-batch 1 of optimizer step 2: on another process." in first["not_finite"]
+    assert "in micro-batch 1 of optimizer step 2: nan for examples [0, 1, 2, 3] of the batch." in second["not_finite"]
