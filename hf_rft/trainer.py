@@ -19,7 +19,7 @@ from .attacks import ATTACKS, Attack
 from .attacks.base import checked
 from .attacks.objectives import KLDivergence
 from .callbacks import DatasetEpochCallback, EpsilonScheduleCallback
-from .checkpoints import restore_weights
+from .checkpoints import check_pickles, restore_weights
 from .checks import check_batch, check_dataset, check_loss, check_setup
 from .losses import LOSSES, RobustLoss
 from .model_state import batch_norm_frozen, under_attack
@@ -229,6 +229,7 @@ class RobustTrainer(EvaluationMixin, SharingMixin):
     # --- Restoring weights ---
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        check_pickles(resume_from_checkpoint)
         if self._is_sharded or not restore_weights(model or self.model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
