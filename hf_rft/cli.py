@@ -42,7 +42,7 @@ def parse_with_config(
         One instance of each dataclass. Bad input ends the program with a message and exit status 2.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
+    parser = _Parser(dataclass_types, description=description, allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="YAML file with values for the flags below; flags win over it.")
     names = {action.dest for action in parser._actions} - {"help", "config"}
     given = {argument[2:].split("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
@@ -65,6 +65,13 @@ def parse_with_config(
     if config is not None:
         print(f"Configuration: {config}")
     return tuple(instances[: len(dataclass_types)])  # a last one would hold `--config`
+
+
+class _Parser(HfArgumentParser):
+    """Whose messages, which quote what was typed, hold no token."""
+
+    def error(self, message: str):
+        super().error(without_tokens(message))
 
 
 def without_tokens(text: str) -> str:
@@ -102,7 +109,11 @@ def _pop_config(arguments: list[str]) -> Path | None:
 
 def _as_flags(config: Path, names: set[str], dropped: set[str]) -> list[str]:
     try:
-        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+        text = config.read_text(encoding="utf-8")
+        # A few lines of aliases of aliases stand for gigabytes.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ValueError(f"{config} uses an alias (`*name`); write the value out.")
+        values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{config} is not valid YAML: {error}") from error
     if not isinstance(values, dict):

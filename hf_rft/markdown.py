@@ -10,7 +10,9 @@ def one_line(text: object) -> str:
 
 def plain(text: object) -> str:
     """As text: no HTML, no links, no pictures (which a page would fetch). Code between backticks stays code."""
-    return one_line(text).replace("\\", "\\\\").replace("<", "&lt;").replace("](", "]\\(").replace("][", "]\\[")
+    # A backslash before anything but a letter, digit or space would hide what is put before that next.
+    text = re.sub(r"\\(?=[^\w\s]|$)", r"\\\\", one_line(text))
+    return text.replace("<", "&lt;").replace("](", "]\\(").replace("][", "]\\[")
 
 
 def cell(text: object) -> str:
@@ -20,5 +22,4 @@ def cell(text: object) -> str:
 
 def code(text: object) -> str:
     """Between backticks, in which there is no markup at all."""
-    # Parts of the card begin and end with comments.
-    return "`" + re.sub(r"<(?=!--)", "< ", one_line(text).replace("`", "'")) + "`"
+    return "`" + one_line(text).replace("`", "'") + "`"

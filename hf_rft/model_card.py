@@ -153,8 +153,8 @@ def describe_robustness(report: RobustnessReport, curve: str | None = None) -> s
     parts += [
         f"Measured on {len(report)} examples ({_dataset(settings.get('dataset', {}))}) with the tier "
         f"{code(settings['tier'])}: {plain(_attacks(settings['attacks']))}; seed {plain(settings['seed'])}. An "
-        "example counts only if the model is right on it clean and under every attack. Any curve through these points has a mean between "
-        f"{_percent(low)} and {_percent(high)}.",
+        "example counts only if the model is right on it clean and under every attack. Any curve through these points "
+        f"has a mean between {_percent(low)} and {_percent(high)}.",
         "### Trust checks",
         _flags(report.flags),
         "### Limits of the claim",
@@ -302,6 +302,7 @@ def update_card(
 def _with_part(text: str, name: str, part: str) -> str:
     """The text with the part between its two comments: in place of the one that is there, or at the end."""
     begin, end = f"<!-- hf_rft: {name} -->", f"<!-- hf_rft: end of {name} -->"
+    part = part.replace("<!--", "< !--")  # of a name: the part would seem to end there
     block = f"{begin}\n\n{part}\n\n{end}"
     known = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     if known.search(text):

@@ -65,8 +65,8 @@ def load_classifier(
             raise
         raise ValueError(
             f"{name_or_path} holds no weights in the safetensors format. Others (pytorch_model.bin) are pickles, "
-            "which can run code and are not opened; if you trust its author, load it with transformers once, and use the "
-            "folder that `save_pretrained` writes."
+            "which can run code and are not opened; if you trust its author, load it with transformers once, and use "
+            "the folder that `save_pretrained` writes."
         ) from error
 
 
