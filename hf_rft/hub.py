@@ -15,6 +15,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from .evaluation.report import RobustnessReport
 from .evidence import read_evidence
+from .files import check_links
 from .threat_model import ThreatModel, format_epsilon
 from .untrusted import load_classifier, load_config
 
@@ -206,12 +207,14 @@ def push_folder(
             Show the upload's progress.
 
     Raises:
-        ValueError: if there is nothing to upload, or a repository cannot have that name.
+        ValueError: if there is nothing to upload, a link leads out of the folder, or a repository cannot have that
+            name.
         PushError: if it did not work.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"`folder={str(folder)!r}` is not a folder.")
+    check_links(folder)
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     names = list(filter_repo_objects(names, ignore_patterns=list(ignore_patterns)))
     if not names:

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import compare
 import datasets
+import push_robust_model
 import pytest
 import torch
 import yaml
@@ -37,8 +38,8 @@ from hf_rft.checkpoints import restore_weights
 from hf_rft.cli import published_command
 from hf_rft.evaluation.cache import ResultCache
 from hf_rft.evaluation.examples import Examples
-from hf_rft.evidence import hash_weight_files
-from hf_rft.hub import create_repo
+from hf_rft.evidence import hash_weight_files, read_report, write_evidence
+from hf_rft.hub import create_repo, push_folder
 from hf_rft.markdown import cell, code, plain
 from hf_rft.model_card import describe_robustness, update_card
 from hf_rft.untrusted import load_classifier, load_config
@@ -420,6 +421,37 @@ def test_an_adapter_brings_in_no_other_model(folder):
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "someone/else"}')
     with pytest.raises(ValueError, match="adapter_config.json"):
         load_robust_model(folder)
+
+
+@pytest.mark.parametrize("name", ["README.md", "notes.md", "sub/key"])
+def test_what_a_link_leads_to_is_not_published(folder, tmp_path, monkeypatch, name):
+    """A cloned repository may hold links, say to the key of whoever publishes it again."""
+    monkeypatch.setattr(subprocess, "run", lambda *_, **options: pytest.fail("an upload was started"))
+    (tmp_path / "key").write_text("private")
+    link = folder / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(tmp_path / "key")
+    with pytest.raises(ValueError, match=rf"{name} is a link to .*key, outside of the folder"):
+        push_folder(folder, "user/x")
+    with pytest.raises(SystemExit, match="is a link to"):
+        push_robust_model.main(["--model_dir", str(folder)])
+
+
+def test_links_within_a_folder_are_no_trouble(folder):
+    (folder / "again.md").symlink_to("README.md")
+    push_robust_model.main(["--model_dir", str(folder)])
+
+
+def test_nothing_is_written_through_a_link(folder, tmp_path):
+    report = read_report(folder / "robustness.json")
+    for name in ("robustness.json", "robustness_curve.png"):
+        (folder / name).unlink()
+        (tmp_path / name).write_text("mine")
+        (folder / name).symlink_to(tmp_path / name)
+    write_evidence(folder, report)
+    for name in ("robustness.json", "robustness_curve.png"):
+        assert (tmp_path / name).read_text() == "mine" and not (folder / name).is_symlink()
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b/c", "a/../b", "x\0y", "x\ny", "a\\..\\b"])
