@@ -30,6 +30,7 @@ from .threat_model import ThreatModel
 from .trainer_evaluation import EvaluationMixin
 from .trainer_sharing import SharingMixin
 from .training_args import RobustTrainingArguments
+from .uneven_batches import own_real_examples, training_remainder
 
 
 class RobustTrainer(EvaluationMixin, SharingMixin):
@@ -105,7 +106,8 @@ class RobustTrainer(EvaluationMixin, SharingMixin):
 
         self._train_epsilon: float | None = None  # of the last training step, for the log
         self._micro_batch = 0  # within the optimizer step
-        self._examples_in_step: int | None = None  # over all micro-batches and processes
+        self._examples_in_step = 0  # over all micro-batches and processes
+        self._real_examples: list[int] = []  # of this process, in each micro-batch of the step
         self._until_backward_ends: contextlib.ExitStack | None = None
 
     # --- Training ---
@@ -119,12 +121,27 @@ class RobustTrainer(EvaluationMixin, SharingMixin):
         return None
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        examples = sum(len(batch["labels"]) for batch in batches if "labels" in batch)
+        self._real_examples = []
+
+        def counted():
+            for batch in epoch_iterator:
+                self._real_examples.append(self._count_real(len(batch["labels"])) if "labels" in batch else 0)
+                yield batch
+
+        batches, num_items_in_batch = super().get_batch_samples(counted(), num_batches, device)
+        examples = sum(self._real_examples)
         if self.args.world_size > 1:
             examples = int(self.accelerator.reduce(torch.tensor(examples, device=device), "sum"))
         self._examples_in_step, self._micro_batch = examples, 0
         return batches, num_items_in_batch
+
+    def _count_real(self, batch_size: int) -> int:
+        """How many examples of the batch just fetched are not repetitions that complete the epoch's last batch."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader:
+            return batch_size
+        remainder = training_remainder(state.active_dataloader, self.args.world_size)
+        return own_real_examples(remainder, batch_size, self.args.process_index)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         # `compute_loss` freezes BatchNorm; activation checkpointing runs the forward pass again during backward.
@@ -163,10 +180,13 @@ class RobustTrainer(EvaluationMixin, SharingMixin):
                 weight=self._loss_weight,
                 label_smoothing=self.args.label_smoothing_factor,
             )
-        examples = self._examples_in_step if self._until_backward_ends is not None else None
-        if examples is None:  # called by hand, not by the training loop: this batch is the whole step
-            examples = len(labels) * self.args.world_size
-        loss = loss.sum() * self.args.world_size / examples  # DDP averages gradients over processes
+        if self._until_backward_ends is not None and self._micro_batch < len(self._real_examples):
+            examples, real = self._examples_in_step, self._real_examples[self._micro_batch]
+        else:  # called by hand, not by the training loop: this batch is the whole step
+            examples, real = len(labels) * self.args.world_size, len(labels)
+        # Without a real example the gradient is zero, but there is one: the other processes wait for it. DDP averages
+        # gradients over processes.
+        loss = loss[:real].sum() * self.args.world_size / examples
         return (loss, outputs) if return_outputs else loss
 
     @property
@@ -187,7 +207,8 @@ class RobustTrainer(EvaluationMixin, SharingMixin):
         if not is_attacked:
             return None
         # The position of the first example in the global batch: neither accumulation nor processes change it.
-        first = (self._micro_batch * self.args.world_size + self.args.process_index) * self._train_batch_size
+        of_all_processes = self._over_processes(self._train_batch_size)
+        first = self._micro_batch * of_all_processes + self.args.process_index * len(pixels)
         generator = example_generators(
             pixels.device,
             range(first, first + len(pixels)),

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import find_batch_size, recursively_apply
 from transformers import EvalPrediction, PreTrainedModel, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -20,12 +21,13 @@ from .evaluation.counting import CountedForward
 from .evaluation.metrics import robust_metrics
 from .evaluation.provenance import describe_dataset, describe_model, describe_normalization, versions
 from .evaluation.report import RobustnessReport
-from .evaluation.search import find_breaking_points
+from .evaluation.search import BreakingPoints, find_breaking_points
 from .evaluation.tiers import make_tier
 from .model_state import under_attack
 from .pixel_space import PixelNormalization
 from .threat_model import ThreatModel
 from .training_args import RobustTrainingArguments
+from .uneven_batches import filled_up, first_examples, own_real_examples
 
 
 class EvaluationMixin(Trainer):
@@ -55,16 +57,29 @@ class EvaluationMixin(Trainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Adds to the parent's logits the predicted label at each epsilon, and the distance at which each breaks."""
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if prediction_loss_only or logits is None or labels is None:
-            return loss, logits, labels
-        logits = logits[0] if isinstance(logits, tuple) else logits
-        inputs = self._prepare_inputs(dict(inputs))
-        pixel_values, _ = inputs.pop("pixel_values"), inputs.pop("labels")
-        first = (self._eval_batch * self.args.world_size + self.args.process_index) * self.args.eval_batch_size
+        """Adds to the parent's logits the predicted label at each epsilon, and the distance at which each breaks.
+
+        Examples that only complete the last batch are left out. Zeros stand in their place: the processes exchange
+        results of one shape, and the parent then cuts them off.
+        """
+        size = find_batch_size(inputs)
+        state = self.accelerator.gradient_state
+        real = own_real_examples(state.remainder, size, self.args.process_index) if state.end_of_dataloader else size
+        first = self._eval_batch * self._over_processes(self.args.eval_batch_size) + self.args.process_index * size
         self._eval_batch += 1
-        epsilons = self._evaluated_epsilons
+        if real < size:  # at least one is kept: the model cannot be asked about nothing
+            inputs = first_examples(inputs, max(real, 1))
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if not prediction_loss_only and logits is not None and labels is not None:
+            logits = logits[0] if isinstance(logits, tuple) else logits
+            broken = self._attack(first_examples(inputs, real), logits[:real], range(first, first + real))
+            logits = (logits, broken.predictions(len(self._evaluated_epsilons)), broken.distances)
+        return loss, *recursively_apply(partial(filled_up, batch_size=size), (logits, labels))
+
+    def _attack(self, inputs: dict[str, Any], logits: torch.Tensor, positions: range) -> BreakingPoints:
+        """Attack a batch, of which the clean logits are known; add up the passes, with the one that made those."""
+        inputs = self._prepare_inputs(dict(inputs))
+        pixel_values, labels = inputs.pop("pixel_values"), inputs.pop("labels")
         forward = CountedForward(partial(self._forward, **inputs))
         with under_attack(self.model, training=False):
             broken = find_breaking_points(
@@ -72,15 +87,19 @@ class EvaluationMixin(Trainer):
                 self.pixel_normalization.to_pixels(pixel_values),
                 labels,
                 norm=self.args.norm,
-                epsilons=epsilons,
+                epsilons=self._evaluated_epsilons,
                 tier=self.eval_tier,
                 seed=self.args.seed,
-                positions=range(first, first + len(labels)),
+                positions=positions,
                 clean_predictions=logits.argmax(dim=1),
             )
-        total, of_batch = self._eval_passes, forward.passes  # without the parent's clean pass
+        total, of_batch = self._eval_passes, forward.passes
         self._eval_passes = Passes(total.forward + len(labels) + of_batch.forward, total.backward + of_batch.backward)
-        return loss, (logits, broken.predictions(len(epsilons)), broken.distances), labels
+        return broken
+
+    def _over_processes(self, batch_size: int) -> int:
+        """Examples in the batch of all processes together; `split_batches` makes the argument that number."""
+        return batch_size * (1 if self.args.accelerator_config.split_batches else self.args.world_size)
 
     @property
     def _evaluated_epsilons(self) -> list[Fraction]:
@@ -117,7 +136,7 @@ class EvaluationMixin(Trainer):
                 "dataset": {**describe_dataset(dataset), "sha256": None},
                 "processor": describe_normalization(self.pixel_normalization),
                 **self.evaluation_settings(),
-                "batch_size": self.args.eval_batch_size,
+                "batch_size": self._over_processes(self.args.eval_batch_size),  # of all processes
             },
         )
 
