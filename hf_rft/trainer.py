@@ -21,6 +21,7 @@ from .attacks.objectives import KLDivergence
 from .callbacks import DatasetEpochCallback, EpsilonScheduleCallback
 from .checkpoints import restore_weights
 from .checks import check_batch, check_dataset, check_loss, check_setup
+from .distributed import set_ddp_options
 from .losses import LOSSES, RobustLoss
 from .model_state import batch_norm_frozen, under_attack
 from .noise import TRAINING_ATTACK, example_generators
@@ -84,6 +85,8 @@ class RobustTrainer(EvaluationMixin, SharingMixin):
             raise ValueError(f"`args` must be RobustTrainingArguments, got {type(args).__name__}.")
         super().__init__(model, args, *trainer_args, eval_attack=eval_attack, **trainer_kwargs)
         check_setup(self)
+        if self.accelerator.ddp_handler is not None and args.world_size > 1 and not self._is_sharded:
+            set_ddp_options(self.accelerator.ddp_handler, args, self.model)
         self.pixel_normalization = PixelNormalization.from_processor(self.processing_class)
         num_labels = self.model.config.num_labels
         check_dataset("train_dataset", self.train_dataset, num_labels)
@@ -154,8 +157,8 @@ class RobustTrainer(EvaluationMixin, SharingMixin):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         check_batch(inputs, self.model.config.num_labels)
-        if not self.model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training:  # the mean over this process's examples: the parent weights it with their number
+            return super().compute_loss(model, inputs, return_outputs)
         inputs = dict(inputs)
         labels, pixel_values = inputs.pop("labels"), inputs.pop("pixel_values")
         with contextlib.ExitStack() as until_loss_is_computed:

@@ -72,29 +72,33 @@ class EvaluationMixin(Trainer):
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         if not prediction_loss_only and logits is not None and labels is not None:
             logits = logits[0] if isinstance(logits, tuple) else logits
-            broken = self._attack(first_examples(inputs, real), logits[:real], range(first, first + real))
+            broken = self._attack(inputs, logits, range(first, first + real))
             logits = (logits, broken.predictions(len(self._evaluated_epsilons)), broken.distances)
         return loss, *recursively_apply(partial(filled_up, batch_size=size), (logits, labels))
 
     def _attack(self, inputs: dict[str, Any], logits: torch.Tensor, positions: range) -> BreakingPoints:
-        """Attack a batch, of which the clean logits are known; add up the passes, with the one that made those."""
-        inputs = self._prepare_inputs(dict(inputs))
-        pixel_values, labels = inputs.pop("pixel_values"), inputs.pop("labels")
+        """Attack the first examples of a batch, as many as `positions`, whose clean logits are known.
+
+        Adds up the passes, that which made the logits included.
+        """
+        inputs, count = self._prepare_inputs(dict(inputs)), len(positions)
+        pixels = self.pixel_normalization.to_pixels(inputs.pop("pixel_values"))[:count]
+        labels = inputs.pop("labels")[:count]
         forward = CountedForward(partial(self._forward, **inputs))
         with under_attack(self.model, training=False):
             broken = find_breaking_points(
                 forward,
-                self.pixel_normalization.to_pixels(pixel_values),
+                pixels,
                 labels,
                 norm=self.args.norm,
                 epsilons=self._evaluated_epsilons,
                 tier=self.eval_tier,
                 seed=self.args.seed,
                 positions=positions,
-                clean_predictions=logits.argmax(dim=1),
+                clean_predictions=logits[:count].argmax(dim=1),
             )
         total, of_batch = self._eval_passes, forward.passes
-        self._eval_passes = Passes(total.forward + len(labels) + of_batch.forward, total.backward + of_batch.backward)
+        self._eval_passes = Passes(total.forward + count + of_batch.forward, total.backward + of_batch.backward)
         return broken
 
     def _over_processes(self, batch_size: int) -> int:
