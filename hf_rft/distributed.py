@@ -1,9 +1,14 @@
 """What several processes need of a model: how DDP is to treat it, and its whole weights while it is attacked."""
 
+import contextlib
+import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from .model_state import in_mode
@@ -50,3 +55,31 @@ def _blank_image(model: PreTrainedModel) -> torch.Tensor:
         channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
     return torch.zeros(1, channels, height, width, dtype=model.dtype, device=model.device)
+
+
+class WholeCopy:
+    """A second model without weights of its own, which borrows those of a model that is divided over processes.
+
+    FSDP and ZeRO-3 gather weights in every forward and backward pass, on all processes at once: an attack would gather
+    them in each of its steps, and an evaluation in which one process needs more steps than another would hang. Borrowed,
+    they are gathered once, and the divided model, whose hooks and flags stay untouched, takes no part in the attack.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), False) for p in model.parameters()}
+        self.model: PreTrainedModel = copy.deepcopy(model, empty)
+        self._empty = dict(self.model.named_parameters())
+
+    @contextlib.contextmanager
+    def holding(self, divided: nn.Module) -> Iterator[PreTrainedModel]:
+        """The copy with the present weights of the divided model, on each process; all must ask at the same time."""
+        whole = {name: _gathered(value) for name, value in divided.state_dict().items()}
+        self.model.load_state_dict(whole, assign=True)
+        try:
+            yield self.model
+        finally:
+            self.model.load_state_dict(self._empty, assign=True, strict=False)
+
+
+def _gathered(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value

@@ -2,7 +2,8 @@
 
 Here is what differs while training, each in an override that calls `super()`: the loss (`compute_loss`,
 `training_step`, `get_batch_samples`), the logged epsilon (`log`) and how weights are restored
-(`_load_from_checkpoint`, `_load_best_model`). Evaluation is in trainer_evaluation.py, the model card and pushing to
+(`_load_from_checkpoint`, `_load_best_model`). Evaluation is in trainer_evaluation.py, what several processes need in
+trainer_distributed.py, the model card and pushing to
 the Hub in trainer_sharing.py.
 """
 
@@ -21,9 +22,8 @@ from .attacks.objectives import KLDivergence
 from .callbacks import DatasetEpochCallback, EpsilonScheduleCallback
 from .checkpoints import restore_weights
 from .checks import check_batch, check_dataset, check_loss, check_setup
-from .distributed import set_ddp_options
 from .losses import LOSSES, RobustLoss
-from .model_state import batch_norm_frozen, under_attack
+from .model_state import batch_norm_frozen
 from .noise import TRAINING_ATTACK, example_generators
 from .pixel_space import PixelNormalization
 from .schedules import EpsilonSchedule
@@ -85,8 +85,7 @@ class RobustTrainer(EvaluationMixin, SharingMixin):
             raise ValueError(f"`args` must be RobustTrainingArguments, got {type(args).__name__}.")
         super().__init__(model, args, *trainer_args, eval_attack=eval_attack, **trainer_kwargs)
         check_setup(self)
-        if self.accelerator.ddp_handler is not None and args.world_size > 1 and not self._is_sharded:
-            set_ddp_options(self.accelerator.ddp_handler, args, self.model)
+        self._set_up_processes()
         self.pixel_normalization = PixelNormalization.from_processor(self.processing_class)
         num_labels = self.model.config.num_labels
         check_dataset("train_dataset", self.train_dataset, num_labels)
@@ -219,7 +218,7 @@ class RobustTrainer(EvaluationMixin, SharingMixin):
             self.args.seed,
             self.state.global_step,
         )
-        with under_attack(self.model, training=self.args.attack_model_mode == "train"):
+        with self._under_attack(training=self.args.attack_model_mode == "train"):
             forward = partial(self._forward, **extra_inputs)
             options = {}
             if self.robust_loss.attack_objective == "kl":
@@ -237,11 +236,6 @@ class RobustTrainer(EvaluationMixin, SharingMixin):
         adversarial_values = self.pixel_normalization.from_pixels(adversarial)
         # Bytes (a processor that does nothing) cannot hold a perturbation: those stay float.
         return adversarial_values.to(pixel_values.dtype) if pixel_values.is_floating_point() else adversarial_values
-
-    def _forward(self, pixels: torch.Tensor, **extra_inputs) -> torch.Tensor:
-        """Pixels in [0, 1] to logits, through the bare model: crafting must not trigger gradient synchronisation."""
-        pixel_values = self.pixel_normalization.from_pixels(pixels).to(self.model.dtype)
-        return self.model(pixel_values=pixel_values, **extra_inputs).logits
 
     # --- Logging ---
 

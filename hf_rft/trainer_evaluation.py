@@ -12,7 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.utils import find_batch_size, recursively_apply
-from transformers import EvalPrediction, PreTrainedModel, Trainer
+from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
 from .attacks import Attack
@@ -23,23 +23,16 @@ from .evaluation.provenance import describe_dataset, describe_model, describe_no
 from .evaluation.report import RobustnessReport
 from .evaluation.search import BreakingPoints, find_breaking_points
 from .evaluation.tiers import make_tier
-from .model_state import under_attack
-from .pixel_space import PixelNormalization
 from .threat_model import ThreatModel
-from .training_args import RobustTrainingArguments
+from .trainer_distributed import DistributedMixin
 from .uneven_batches import filled_up, first_examples, own_real_examples
 
 
-class EvaluationMixin(Trainer):
+class EvaluationMixin(DistributedMixin):
     """The part of [`RobustTrainer`] that measures robustness."""
 
-    args: RobustTrainingArguments
-    model: PreTrainedModel
     threat_model: ThreatModel
-    pixel_normalization: PixelNormalization
     robustness_report: RobustnessReport | None = None
-    _forward: Callable[..., torch.Tensor]
-    _is_sharded: bool
 
     def __init__(self, model=None, args=None, *trainer_args, eval_attack: Attack | None = None, **trainer_kwargs):
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
@@ -85,7 +78,7 @@ class EvaluationMixin(Trainer):
         pixels = self.pixel_normalization.to_pixels(inputs.pop("pixel_values"))[:count]
         labels = inputs.pop("labels")[:count]
         forward = CountedForward(partial(self._forward, **inputs))
-        with under_attack(self.model, training=False):
+        with self._under_attack(training=False):
             broken = find_breaking_points(
                 forward,
                 pixels,
@@ -100,10 +93,6 @@ class EvaluationMixin(Trainer):
         total, of_batch = self._eval_passes, forward.passes
         self._eval_passes = Passes(total.forward + count + of_batch.forward, total.backward + of_batch.backward)
         return broken
-
-    def _over_processes(self, batch_size: int) -> int:
-        """Examples in the batch of all processes together; `split_batches` makes the argument that number."""
-        return batch_size * (1 if self.args.accelerator_config.split_batches else self.args.world_size)
 
     @property
     def _evaluated_epsilons(self) -> list[Fraction]:
@@ -122,12 +111,13 @@ class EvaluationMixin(Trainer):
 
     def _keep_report(self, output: EvalLoopOutput, dataset: Any) -> None:
         is_attacked = isinstance(output.predictions, tuple) and len(self._evaluated_epsilons) > 1
-        # Weights that are divided over processes have no hash on any of them.
-        if not is_attacked or output.num_samples == 0 or self._is_sharded:
+        if not is_attacked or output.num_samples == 0:
             return
         _, predictions, distances = cast(tuple[np.ndarray, np.ndarray, np.ndarray], output.predictions)
         passes = torch.tensor([*self._eval_passes], device=self.args.device)
         passes = cast(torch.Tensor, self.accelerator.reduce(passes, "sum"))
+        with self._whole_weights() as model:
+            described_model = describe_model(model)
         self.robustness_report = RobustnessReport.from_predictions(
             predictions,
             cast(np.ndarray, output.label_ids),
@@ -136,7 +126,7 @@ class EvaluationMixin(Trainer):
             epsilons=self._evaluated_epsilons,
             passes=Passes(*passes.tolist()),
             settings={
-                "model": describe_model(self.model),
+                "model": described_model,
                 "dataset": {**describe_dataset(dataset), "sha256": None},
                 "processor": describe_normalization(self.pixel_normalization),
                 **self.evaluation_settings(),
