@@ -1,4 +1,4 @@
-"""Callbacks that schedule robust fine-tuning."""
+"""Callbacks of every run: the schedule of epsilon, and what `Trainer` leaves undone."""
 
 import math
 import sys
@@ -7,6 +7,7 @@ from numbers import Real
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from .checkpoints import why_incomplete
 from .schedules import EpsilonSchedule
 
 
@@ -80,3 +81,13 @@ class DatasetEpochCallback(TrainerCallback):
         set_epoch = getattr(getattr(train_dataloader, "dataset", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(math.floor(state.epoch or 0.0))
+
+
+class BestCheckpointCallback(TrainerCallback):
+    """Forgets a best checkpoint that a resumed run can no longer load, so that another one becomes the best."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        best = state.best_model_checkpoint
+        if best is not None and (reason := why_incomplete(best)) is not None:
+            logger.warning("The best checkpoint so far, %s, is ignored, it is not complete: %s.", best, reason)
+            state.best_model_checkpoint = state.best_metric = state.best_global_step = None

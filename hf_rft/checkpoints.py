@@ -1,12 +1,137 @@
-"""Restoring a model from a checkpoint folder."""
+"""Checkpoint folders: which of them are complete, and restoring a model from one.
+
+A process can be killed at any moment, also while it writes a checkpoint. So a checkpoint counts only if it holds a
+marker, written after everything else, which lists its files and their sizes, and if they are all there.
+"""
 
 import copy
+import json
 import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
 from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+
+from .files import write_text
+
+
+logger = logging.get_logger(__name__)
+
+MARKER_NAME = "checkpoint_complete.json"
+
+
+def mark_complete(folder: str | os.PathLike) -> None:
+    """Write the marker, once every process has written its files."""
+    files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != MARKER_NAME]
+    for path in files:
+        _flush(path)  # a machine that is switched off must not keep the marker and lose what it vouches for
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    write_text(Path(folder) / MARKER_NAME, json.dumps({"files": sizes}, indent=2) + "\n")
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def why_incomplete(folder: str | os.PathLike) -> str | None:
+    """What is wrong with a checkpoint, in words; None if it is complete."""
+    marker = Path(folder) / MARKER_NAME
+    try:
+        files = json.loads(marker.read_text(encoding="utf-8"))["files"].items()
+    except FileNotFoundError:
+        return f"it has no {MARKER_NAME}, which is written last"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"its {MARKER_NAME} cannot be read ({error})"
+    for name, size in files:
+        path = Path(folder) / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def complete_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """The complete checkpoints of a run, oldest first; a warning names each incomplete one."""
+    complete = []
+    for folder in _checkpoints(output_dir):
+        reason = why_incomplete(folder)
+        if reason is None:
+            complete.append(folder)
+        else:
+            logger.warning("%s is ignored, it is not complete: %s.", folder, reason)
+    return complete
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """Where a run that was interrupted can go on; None if no complete checkpoint was written."""
+    complete = complete_checkpoints(output_dir)
+    return complete[-1] if complete else None
+
+
+def remove_checkpoint(folder: str | os.PathLike) -> None:
+    """Delete a checkpoint; half deleted, it is no longer a complete one."""
+    (Path(folder) / MARKER_NAME).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None, keep: Iterable[str | os.PathLike]) -> None:
+    """Delete the oldest complete checkpoints until `limit` are left, never the newest or one of those to `keep`.
+
+    Incomplete ones do not count: they would displace complete ones.
+    """
+    if limit is None or limit <= 0:
+        return
+    complete = [folder for folder in _checkpoints(output_dir) if why_incomplete(folder) is None]
+    kept = {Path(folder).resolve() for folder in [*keep, *complete[-1:]]}
+    deletable = [folder for folder in complete if folder.resolve() not in kept]
+    for folder in deletable[: max(0, len(complete) - max(limit, len(kept)))]:
+        remove_checkpoint(folder)
+
+
+def check_resumable(folder: str | os.PathLike) -> None:
+    """Refuse a folder from which training cannot go on exactly.
+
+    A checkpoint without a marker (of a plain `Trainer`, or from the Hub) is accepted with a warning.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    names = [path.name for path in Path(folder).iterdir()] if Path(folder).is_dir() else []
+    if "trainer_state.json" not in names:
+        raise ValueError(
+            f"`resume_from_checkpoint={str(folder)!r}` is no checkpoint: it holds no trainer_state.json. Name a "
+            f"folder such as {PREFIX_CHECKPOINT_DIR}-500, or True for the last complete one of `output_dir`."
+        )
+    reason = why_incomplete(folder)
+    if MARKER_NAME in names and reason is not None:
+        raise ValueError(
+            f"`resume_from_checkpoint={str(folder)!r}` is not complete: {reason}. Resume from an earlier one, or from "
+            "True for the last complete one of `output_dir`."
+        )
+    if reason is not None:
+        logger.warning("Resuming from %s, of which nobody knows whether it is complete: %s.", folder, reason)
+    if not any(name.startswith(("optimizer", "global_step")) for name in names):  # the latter is DeepSpeed's
+        raise ValueError(
+            f"`resume_from_checkpoint={str(folder)!r}` holds no optimizer state (`save_only_model=True`?), without "
+            "which training does not go on, but begins anew. Load the model from there and train without resuming."
+        )
+
+
+def _checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """Folders that are named like checkpoints, by step."""
+    found = []
+    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)) and folder.is_dir():
+            found.append((int(match[1]), folder))
+    return [folder for _, folder in sorted(found)]
 
 
 def restore_weights(model: nn.Module, folder: str | os.PathLike) -> bool:

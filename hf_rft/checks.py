@@ -129,3 +129,39 @@ def check_labels(where: str, labels: Any, num_labels: int) -> None:
             f"{num_labels - 1}); load it with `num_labels={highest + 1}` and `ignore_mismatched_sizes=True`, or "
             "correct the labels."
         )
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or gradient is infinite or not a number; the weights are those of the last optimizer step."""
+
+
+def check_finite(what: str, values: torch.Tensor, when: str, world_size: int) -> None:
+    """Refuse NaN and infinity, on all processes or none.
+
+    Args:
+        what (`str`):
+            What `values` are, for the message.
+        values (`torch.Tensor`):
+            Of this process; any shape.
+        when (`str`):
+            Step and micro-batch.
+
+    Raises:
+        NonFiniteError: on every process if any of them found one.
+    """
+    bad = (~values.isfinite()).flatten()
+    found = bad.any().to(torch.int32)
+    if world_size > 1:
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    if not found:
+        return
+    positions = bad.nonzero().flatten().tolist()
+    where = "on another process"
+    if positions:
+        values = values.detach().flatten()[bad]
+        where = f"{values[0].item()}" + (f" for examples {positions} of the batch" if len(bad) > 1 else "")
+    raise NonFiniteError(
+        f"The {what} is not finite {when}: {where}. No optimizer step was taken from it and no checkpoint written. Go "
+        "on from the last checkpoint with `resume_from_checkpoint=True`, after looking at the images, with a lower "
+        "`learning_rate`, a `max_grad_norm`, or `bf16` in place of `fp16`."
+    )

@@ -29,6 +29,7 @@ NOT_PUSHED = [
     ".*",
     "*/.*",
     "checkpoint-*",
+    "checkpoint_complete.json",
     "*.pyc",
 ]
 

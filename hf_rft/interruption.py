@@ -1,8 +1,8 @@
 """Stopping a training run before its end, with nothing lost.
 
 Whoever wants to stop it, a signal or an alarm, makes a request. The optimizer step in progress ends, an ordinary
-checkpoint is written, and once that is complete `train` raises. (transformers' `enable_jit_checkpoint` saves before the
-step that it then takes, and returns as if training had ended.)
+checkpoint is written, and once that is complete `train` raises. (transformers' `enable_jit_checkpoint` saves before
+the step that it then takes, and returns as if training had ended.)
 """
 
 import contextlib
@@ -46,6 +46,7 @@ class InterruptionCallback(TrainerCallback):
     def __init__(self):
         self.requested: TrainingInterrupted | None = None
         self._is_agreed = False  # by all processes, so that all of them save and leave at the same step
+        self._is_training = False
 
     def request(self, reason: TrainingInterrupted) -> None:
         """Stop after the optimizer step in progress, save, and raise `reason`. The first request counts."""
@@ -53,19 +54,33 @@ class InterruptionCallback(TrainerCallback):
             self.requested = reason
 
     def reset(self) -> None:
+        """Forget the request of an earlier training."""
         self.requested, self._is_agreed = None, False
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._is_training = True
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self._agree(args)
-        return self._stop(control)
+        return self._stop_if_requested(args, control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        return self._stop_if_requested(args, control) if self._is_training else control
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self._agree(args)  # requests made by an evaluation or a log of the last step
-        return self._stop(control)
+        return self._stop_if_requested(args, control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if self._is_agreed and self.requested is not None:
             raise self.requested
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._is_training = False
+
+    def _stop_if_requested(self, args: TrainingArguments, control: TrainerControl) -> TrainerControl:
+        self._agree(args)
+        if self._is_agreed:
+            control.should_save = control.should_training_stop = True
+        return control
 
     def _agree(self, args: TrainingArguments) -> None:
         """Signals reach processes at different moments: one that has heard nothing learns of it here."""
@@ -79,11 +94,6 @@ class InterruptionCallback(TrainerCallback):
         if kind > 0:
             self.request(_KINDS[kind - 1]("Another process of this run was asked to stop."))
             self._is_agreed = True
-
-    def _stop(self, control: TrainerControl) -> TrainerControl:
-        if self._is_agreed:
-            control.should_save = control.should_training_stop = True
-        return control
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """`RobustTrainer`: `Trainer` that learns from adversarial examples and measures robustness.
 
 Here is what differs while training, each in an override that calls `super()`: the loss (`compute_loss`,
-`training_step`, `get_batch_samples`), the logged epsilon (`log`) and how weights are restored
-(`_load_from_checkpoint`, `_load_best_model`). Evaluation is in trainer_evaluation.py, the model card and pushing to
-the Hub in trainer_sharing.py.
+`training_step`, `get_batch_samples`, `_get_grad_norm`) and the logged epsilon (`log`). Evaluation is in
+trainer_evaluation.py, checkpoints and resuming in trainer_resume.py, the model card and pushing to the Hub in
+trainer_sharing.py.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from .attacks import ATTACKS, Attack
 from .attacks.base import checked
 from .attacks.objectives import KLDivergence
-from .callbacks import DatasetEpochCallback, EpsilonScheduleCallback
-from .checkpoints import restore_weights
-from .checks import check_batch, check_dataset, check_loss, check_setup
+from .callbacks import BestCheckpointCallback, DatasetEpochCallback, EpsilonScheduleCallback
+from .checks import check_batch, check_dataset, check_finite, check_loss, check_setup
+from .interruption import InterruptionCallback
 from .losses import LOSSES, RobustLoss
 from .model_state import batch_norm_frozen, under_attack
 from .noise import TRAINING_ATTACK, example_generators
@@ -28,11 +28,12 @@ from .pixel_space import PixelNormalization
 from .schedules import EpsilonSchedule
 from .threat_model import ThreatModel
 from .trainer_evaluation import EvaluationMixin
+from .trainer_resume import ResumeMixin
 from .trainer_sharing import SharingMixin
 from .training_args import RobustTrainingArguments
 
 
-class RobustTrainer(EvaluationMixin, SharingMixin):
+class RobustTrainer(EvaluationMixin, ResumeMixin, SharingMixin):
     """Robust fine-tuning of an image classifier.
 
     The data pipeline is that of any image classification with [`~transformers.Trainer`]: batches hold `pixel_values`,
@@ -96,12 +97,15 @@ class RobustTrainer(EvaluationMixin, SharingMixin):
         check_loss(self.robust_loss, args, attack)
 
         self.add_callback(DatasetEpochCallback())
+        self.add_callback(BestCheckpointCallback())
         self._has_own_schedule = epsilon_schedule is not None or self._epsilon_callback is not None
         if self._epsilon_callback is None:
             schedule = epsilon_schedule or args.make_epsilon_schedule()
             self.add_callback(EpsilonScheduleCallback(schedule, args.epsilon_schedule_interval))
         elif epsilon_schedule is not None:
             raise ValueError("Give either `epsilon_schedule` or an `EpsilonScheduleCallback`, not both.")
+        self.interruption = InterruptionCallback()
+        self.add_callback(self.interruption)  # the last one: others may have requests
 
         self._train_epsilon: float | None = None  # of the last training step, for the log
         self._micro_batch = 0  # within the optimizer step
@@ -163,11 +167,22 @@ class RobustTrainer(EvaluationMixin, SharingMixin):
                 weight=self._loss_weight,
                 label_smoothing=self.args.label_smoothing_factor,
             )
+        if self._until_backward_ends is not None:
+            micro_batch, step = self._micro_batch + 1, self.state.global_step + 1
+            check_finite("loss", loss, f"in micro-batch {micro_batch} of optimizer step {step}", self.args.world_size)
         examples = self._examples_in_step if self._until_backward_ends is not None else None
         if examples is None:  # called by hand, not by the training loop: this batch is the whole step
             examples = len(labels) * self.args.world_size
         loss = loss.sum() * self.args.world_size / examples  # DDP averages gradients over processes
         return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # With a loss scale (fp16) infinite gradients are normal now and then: the scaler skips the step.
+        if self.accelerator.scaler is None and not self.is_deepspeed_enabled:
+            when = f"before optimizer step {self.state.global_step + 1}, though the loss is"
+            check_finite("gradient", torch.as_tensor(grad_norm), when, self.args.world_size)
+        return grad_norm
 
     @property
     def _loss_weight(self) -> float | None:
@@ -225,17 +240,3 @@ class RobustTrainer(EvaluationMixin, SharingMixin):
         if "loss" in logs and self._train_epsilon is not None:
             logs = {**logs, "epsilon": self._train_epsilon}
         super().log(logs, start_time)
-
-    # --- Restoring weights ---
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self._is_sharded or not restore_weights(model or self.model, resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self):
-        if self._is_sharded or not restore_weights(self.model, self.state.best_model_checkpoint):
-            super()._load_best_model()
-
-    @property
-    def _is_sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled

@@ -272,6 +272,11 @@ class RobustTrainingArguments(TrainingArguments):
                 "Activation checkpointing with `use_reentrant=True` does not support `torch.autograd.grad`, which "
                 "attacks use. Set `use_reentrant` to False."
             )
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "`enable_jit_checkpoint=True` saves before the optimizer step that it then takes, so that resuming "
+                "takes it twice. Leave it out: `RobustTrainer` saves and stops on SIGTERM by itself."
+            )
         if not self.eval_do_concat_batches:
             raise ValueError("`eval_do_concat_batches=False` is not supported: robust metrics need all predictions.")
         if self.batch_eval_metrics:

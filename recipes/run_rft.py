@@ -11,6 +11,11 @@ Writes into `--output_dir`: the model and its processor, robustness.json (the ev
 robustness_curve.png and epsilon_schedule.png, all_results.json and trainer_state.json. `--push_to_hub --hub_model_id
 name` publishes them. Without --config, --model_name_or_path, --dataset_name and --train_dir the bundled recipe
 recipes/fashion_mnist/efficientnet_lite0_hinge.yaml applies, under all other flags.
+
+SIGTERM (preemption) ends the run after the optimizer step in progress: it writes a checkpoint, but no final model, and
+exits with status 75. An alarm exits with status 3 in the same way, with `--abort_on_alarm`. The same command with
+`--resume auto` goes on from the last complete checkpoint, also after a crash, and starts anew if there is none.
+(`accelerate launch` and `torchrun` turn both into status 1; send the signal to the Python processes.)
 """
 
 import sys
@@ -29,7 +34,11 @@ from hf_rft.cli import parse_with_config, published_command
 from hf_rft.evaluation.examples import num_image_channels
 from hf_rft.evaluation.metrics import robust_metrics
 from hf_rft.hub import PushError
+from hf_rft.interruption import AlarmRaised, TrainingInterrupted, TrainingPreempted
 
+
+# EX_TEMPFAIL of sysexits.h, "try again later".
+EXIT_STATUS = {TrainingPreempted: 75, AlarmRaised: 3}
 
 DEFAULT_CONFIG = Path(__file__).parent / "fashion_mnist" / "efficientnet_lite0_hinge.yaml"
 
@@ -44,6 +53,28 @@ class RecipeTrainingArguments(RobustTrainingArguments):
     dataloader_pin_memory: bool = field(
         default=torch.accelerator.is_available(), metadata={"help": "Pin the memory of batches, for a GPU."}
     )
+    resume: str = field(
+        default="no",
+        metadata={
+            "help": "auto: go on from the last complete checkpoint in output_dir, or start anew if there is none.",
+            "choices": ["no", "auto"],
+        },
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.resume == "auto" and self.resume_from_checkpoint is not None:
+            raise ValueError("Give either --resume auto or --resume_from_checkpoint, not both.")
+
+
+def check_fresh_start(args: RecipeTrainingArguments) -> None:
+    """Refuse to mix the checkpoints of two runs: a later `--resume auto` could go on from the wrong one."""
+    found = sorted(path.name for path in Path(args.output_dir).glob("checkpoint-*"))
+    if found and args.resume == "no" and args.resume_from_checkpoint is None:
+        raise ValueError(
+            f"--output_dir {args.output_dir} holds checkpoints of an earlier run ({found[-1]}); add --resume auto to "
+            "go on from there, name another folder, or delete them."
+        )
 
 
 def parse_arguments(
@@ -81,6 +112,7 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(arguments)
+    check_fresh_start(training_args)
     set_seed(training_args.seed)
 
     # --- Data, model and processor ---
@@ -128,7 +160,12 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     )
     if training_args.head_learning_rate is not None:
         set_head_learning_rate(trainer.create_optimizer(), model, training_args.head_learning_rate)
-    result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    checkpoint = trainer.find_checkpoint() if training_args.resume == "auto" else training_args.resume_from_checkpoint
+    try:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    except TrainingInterrupted as reason:
+        print(f"\n{reason} The same command with --resume auto goes on from there.", file=sys.stderr)
+        sys.exit(EXIT_STATUS[type(reason)])
     trainer.save_model()
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)

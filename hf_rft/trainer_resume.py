@@ -1,0 +1,122 @@
+"""How `RobustTrainer` survives being killed: checkpoints that are complete or ignored, and resuming from them."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from .checkpoints import (
+    check_resumable,
+    last_complete_checkpoint,
+    mark_complete,
+    remove_checkpoint,
+    restore_weights,
+    rotate_checkpoints,
+)
+from .interruption import InterruptionCallback, preemption_requests
+from .training_args import RobustTrainingArguments
+
+
+logger = logging.get_logger(__name__)
+
+
+class ResumeMixin(Trainer):
+    """The part of [`RobustTrainer`] that writes checkpoints and goes on from them."""
+
+    args: RobustTrainingArguments
+    model: PreTrainedModel
+    interruption: InterruptionCallback
+    _is_sharded: bool
+
+    @functools.wraps(Trainer.train)
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        # True stands for the last complete checkpoint of `output_dir`. SIGTERM ends training after the step in
+        # progress, with a checkpoint: `TrainingPreempted` is raised.
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self.find_checkpoint()
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"`resume_from_checkpoint=True`, but `output_dir={self.args.output_dir!r}` holds no complete "
+                    "checkpoint; leave it out to start anew."
+                )
+        if resume_from_checkpoint:
+            check_resumable(resume_from_checkpoint)
+            resume_from_checkpoint = str(resume_from_checkpoint)
+            if self.is_world_process_zero():
+                logger.warning("Training goes on from %s.", resume_from_checkpoint)
+        self.interruption.reset()
+        with preemption_requests(self.interruption):
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.interruption.requested is not None:  # too late to stop: this was the end
+            raise self.interruption.requested
+        return output
+
+    def find_checkpoint(self) -> Path | None:
+        """The last complete checkpoint of `output_dir`, the same for all processes; None if there is none."""
+        checkpoint = last_complete_checkpoint(self.args.output_dir)
+        if self.args.world_size > 1:
+            number = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
+            numbers = self.accelerator.gather(torch.tensor([number], device=self.args.device)).tolist()
+            if len(set(numbers)) > 1:
+                raise ValueError(
+                    f"The processes see different last checkpoints in `output_dir={self.args.output_dir!r}` (steps "
+                    f"{numbers}, -1 for none); put it on storage that all machines share."
+                )
+        return checkpoint
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            remove_checkpoint(folder)  # of an attempt that was killed, or of an earlier run
+        self.accelerator.wait_for_everyone()
+        try:
+            with self._without_rotation():  # which would delete old ones before the new one is complete
+                super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                mark_complete(folder)
+        except Exception as error:
+            raise self._failed_save(folder, error) from error
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(folder.parent, self.args.save_total_limit, keep=[best] if best else [])
+        if self.interruption.requested is not None:
+            self.interruption.requested.checkpoint = str(folder)
+
+    def _failed_save(self, folder: Path, error: Exception) -> RuntimeError:
+        """Say what is left, and free the space that the torn checkpoint takes."""
+        if self.args.should_save:
+            remove_checkpoint(folder)
+        last = last_complete_checkpoint(folder.parent)
+        left = f"The last complete checkpoint is {last}" if last else "There is no complete checkpoint"
+        return RuntimeError(
+            f"{folder.name} could not be written after step {self.state.global_step}: {error}. {left}; make room (or "
+            f"`output_dir={self.args.output_dir!r}` writable) and resume."
+        )
+
+    @contextmanager
+    def _without_rotation(self) -> Iterator[None]:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            yield
+        finally:
+            self.args.save_total_limit = limit
+
+    # --- Restoring weights ---
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self._is_sharded or not restore_weights(model or self.model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if self._is_sharded or not restore_weights(self.model, self.state.best_model_checkpoint):
+            super()._load_best_model()
+
+    @property
+    def _is_sharded(self) -> bool:
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
