@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from .attacks import fgsm, pgd
-from .attacks.base import Forward, Passes, evaluate
+from .attacks.base import Forward, evaluate
 from .attacks.objectives import log_odds, margin
+from .augmentation import SeededAugmentation
 from .evaluation.flags import has_zero_gradient
 from .noise import Generators
 from .threat_model import ThreatModel
@@ -24,9 +25,6 @@ PROBED_EXAMPLES = 32
 MULTI_STEPS = 10
 # Times a run that the probe is made: once an epoch, but within these bounds.
 LEAST_PROBES, MOST_PROBES = 10, 100
-
-# What the probe measures for an example, without and with an attack, at the most.
-PASSES = {"without": Passes(1, 1), "with": Passes(1 + 2 + MULTI_STEPS + 1, 1 + 1 + MULTI_STEPS)}
 
 
 def probe(
@@ -81,9 +79,10 @@ def probe_interval(max_steps: int, num_epochs: float) -> int:
 
 
 def probe_examples(dataset: Any, seed: int) -> list[Any]:
-    """A few examples of a training dataset, evenly spread over it: always the same, whatever the process or the epoch.
+    """A few examples of a training dataset, evenly spread over it: the same in every process, and after resuming.
 
-    Random transforms see generators seeded for the purpose; the global ones are untouched afterwards.
+    Random transforms see generators seeded for the purpose (those of a [`SeededAugmentation`] its first epoch); the
+    global ones are untouched afterwards.
 
     Returns:
         `list`: at most 32 examples; empty if the dataset has no random access (an iterable dataset).
@@ -92,6 +91,8 @@ def probe_examples(dataset: Any, seed: int) -> list[Any]:
         return []
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         return []
+    if isinstance(dataset, SeededAugmentation):
+        dataset = SeededAugmentation(dataset.dataset, dataset.transform, dataset.seed)
     count = min(PROBED_EXAMPLES, len(dataset))
     with _global_generators_seeded(seed):
         return [dataset[index * len(dataset) // count] for index in range(count)]

@@ -113,7 +113,7 @@ def _output_flags(forward: Forward, pixels: torch.Tensor) -> dict[str, str]:
 
 
 def has_zero_gradient(gradient: torch.Tensor) -> torch.Tensor:
-    """Which examples have an input gradient of exactly zero, shape `(batch,)`; `gradient` is that of their log-odds."""
+    """Which examples have an input gradient of exactly zero, shape `(batch,)`."""
     return (gradient.flatten(1) == 0).all(dim=1)
 
 
