@@ -8,6 +8,7 @@ Each is a pure function of `TrainerState.log_history`, so that resuming changes 
 import functools
 import math
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ History = Sequence[Mapping[str, Any]]
 
 # A loss this near that of guessing says that nothing was learnt.
 SHARE_OF_GUESSING = 0.95
-# Share of training after which adaptation is due, and share over which the loss is averaged.
+# Share of the epochs after which adaptation is due, and share of training over which the loss is averaged.
 DUE, WINDOW = 0.2, 0.1
 # Fall of the accuracy under several steps (Wong et al. 2020, section 5.4).
 MULTI_STEP_FALL = 0.2
@@ -77,12 +78,12 @@ def transfer_failure(history: History, run: Run) -> Alarm | None:
     """The model does not begin to learn the task (paper, section 3): the loss stays near that of guessing, or no
     evaluation passes the threshold of adaptation by the epoch where that is due.
 
-    Both are due after 20 % of training, and one epoch at least. A loss near that of guessing is no failure while
+    Both are due after 20 % of the epochs, rounded up. A loss near that of guessing is no failure while
     the latest clean accuracy, of an evaluation or a probe, is above the threshold: then only the attack is too strong.
     """
     losses = [entry for entry in history if "loss" in entry]
     measured = evaluations(history, run.prefix)
-    threshold = onset_threshold(run.num_classes)
+    threshold, due = onset_threshold(run.num_classes), max(1, math.ceil(DUE * run.num_epochs))
     meaning = (
         "The model does not begin to learn the task. Let epsilon grow from 0 (`epsilon_schedule_type='hinge'`), or "
         "try a smaller `epsilon` or another `learning_rate`; see 'Robust Fine-Tuning from Non-Robust Pretrained "
@@ -93,7 +94,7 @@ def transfer_failure(history: History, run: Run) -> Alarm | None:
         loss = statistics.fmean(
             entry["loss"] for entry in losses if entry["step"] > min(step - WINDOW * run.max_steps, step - 1)
         )
-        is_due = step >= DUE * run.max_steps and epoch >= 1
+        is_due = step >= DUE * run.max_steps and epoch >= due
         accuracies = _last(measured, f"{run.prefix}_accuracy") + _last(history, "probe_clean_accuracy")
         has_learnt = any(accuracy > threshold for accuracy in accuracies)
         if is_due and not has_learnt and loss > SHARE_OF_GUESSING * run.chance_loss():
@@ -102,7 +103,6 @@ def transfer_failure(history: History, run: Run) -> Alarm | None:
                 f"classes {run.chance_loss():.4g}."
             )
             return Alarm("transfer_failure", f"Transfer failure: {seen} {meaning}")
-    due = max(1, math.ceil(DUE * run.num_epochs))
     if measured and measured[-1]["epoch"] >= due and find_onset(history, run.num_classes, run.prefix) is None:
         best = max(entry[f"{run.prefix}_accuracy"] for entry in measured)
         seen = (
@@ -116,16 +116,16 @@ def transfer_failure(history: History, run: Run) -> Alarm | None:
 def catastrophic_overfitting(history: History, run: Run) -> Alarm | None:
     """The model withstands one step of an attack as well as before, but several steps no more (Wong et al. 2020, "Fast
     is better than free", https://huggingface.co/papers/2001.03994): compared with an earlier probe, the accuracy under
-    one step is no lower, that under several more than 20 points.
+    one step is no lower, that under several more than 20 points, in two probes in a row.
     """
     probes = [entry for entry in history if "probe_multi_step_accuracy" in entry]
-    if not probes:
+    if len(probes) < 3:
         return None
     single, multi = "probe_single_step_accuracy", "probe_multi_step_accuracy"
-    now = probes[-1]
-    earlier = [entry for entry in probes[:-1] if entry[single] <= now[single]]
+    *earlier, last_but_one, now = probes
+    earlier = [entry for entry in earlier if entry[single] <= min(last_but_one[single], now[single])]
     before = max(earlier, key=lambda entry: entry[multi], default=now)
-    if not _falls_by_more(before[multi], now[multi], MULTI_STEP_FALL):
+    if not all(_falls_by_more(before[multi], entry[multi], MULTI_STEP_FALL) for entry in (last_but_one, now)):
         return None
     return Alarm(
         "catastrophic_overfitting",
@@ -142,7 +142,8 @@ def robust_overfitting(history: History, run: Run) -> Alarm | None:
     adversarially robust deep learning", https://huggingface.co/papers/2002.11569).
 
     The last two evaluations must lie below the best one by more than 2 points and more than two standard errors of the
-    difference. Only evaluations are compared before which training was at the same epsilon as now.
+    difference, and training accuracy above validation accuracy by as much: what is not learnt on training data either
+    is no overfitting. Only evaluations are compared before which training was at the same epsilon as now.
     """
     accuracy = f"{run.prefix}_robust_accuracy"
     compared = [entry for entry in _robust_evaluations(history, accuracy) if entry.epsilon > 0]
@@ -151,11 +152,13 @@ def robust_overfitting(history: History, run: Run) -> Alarm | None:
         return None
     *earlier, last_but_one, last = compared
     best = max(earlier, key=lambda entry: entry.validation)
-    falls = (
-        _falls_by_more(best.validation, entry.validation, _noise(best.validation, entry.validation, run))
-        for entry in (last_but_one, last)
-    )
-    if not all(falls) or last.training <= best.training:
+    for entry in (last_but_one, last):
+        margin = _noise(best.validation, entry.validation, run)
+        if not _falls_by_more(best.validation, entry.validation, margin):
+            return None
+        if not _falls_by_more(entry.training, entry.validation, margin):
+            return None
+    if last.training <= best.training:
         return None
     return Alarm(
         "robust_overfitting",
@@ -298,7 +301,7 @@ class AlarmCallback(TrainerCallback):
             self._num_classes,
             self._chance_loss,
             state.max_steps,
-            state.num_train_epochs,
+            state.num_train_epochs if state.num_train_epochs < sys.maxsize else 1,  # a dataset without a length
             self._num_eval_examples,
             self._prefix,
         )

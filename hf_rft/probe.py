@@ -17,7 +17,7 @@ from .attacks.base import Forward, evaluate
 from .attacks.objectives import log_odds, margin
 from .augmentation import SeededAugmentation
 from .evaluation.flags import has_zero_gradient
-from .noise import Generators
+from .noise import PROBE, Generators, mix_seed
 from .threat_model import ThreatModel
 
 
@@ -79,7 +79,7 @@ def probe_interval(max_steps: int, num_epochs: float) -> int:
 
 
 def probe_examples(dataset: Any, seed: int) -> list[Any]:
-    """A few examples of a training dataset, evenly spread over it: the same in every process, and after resuming.
+    """A few examples of a training dataset, drawn at random: the same in every process, and after resuming.
 
     Random transforms see generators seeded for the purpose (those of a [`SeededAugmentation`] its first epoch); the
     global ones are untouched afterwards.
@@ -94,8 +94,10 @@ def probe_examples(dataset: Any, seed: int) -> list[Any]:
     if isinstance(dataset, SeededAugmentation):
         dataset = SeededAugmentation(dataset.dataset, dataset.transform, dataset.seed)
     count = min(PROBED_EXAMPLES, len(dataset))
+    # Not at equal distances: datasets are often sorted, or repeat their classes in turn.
+    indices = np.random.default_rng(mix_seed(PROBE, seed)).choice(len(dataset), count, replace=False)
     with _global_generators_seeded(seed):
-        return [dataset[index * len(dataset) // count] for index in range(count)]
+        return [dataset[index] for index in sorted(indices.tolist())]
 
 
 @contextlib.contextmanager
