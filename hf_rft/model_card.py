@@ -6,7 +6,7 @@ stays as it is.
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import yaml
@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .evaluation.report import RobustnessReport
 from .markdown import code, one_line, plain
+from .onset import evaluations, find_onset
 from .threat_model import format_epsilon
 
 
@@ -175,13 +176,22 @@ _WEAK_TIER = (
 
 
 def describe_training(
-    arguments: Mapping[str, Any], *, command: str | None = None, schedule_plot: str | None = None
+    arguments: Mapping[str, Any],
+    *,
+    adaptation: str | None = None,
+    alarms: Mapping[str, str] | None = None,
+    command: str | None = None,
+    schedule_plot: str | None = None,
 ) -> str:
     """The section about robust fine-tuning.
 
     Args:
         arguments (`Mapping`):
             Threat model, attack, loss and schedule, by their names in [`RobustTrainingArguments`]; JSON values.
+        adaptation (`str`, *optional*):
+            What [`describe_onset`] wrote.
+        alarms (`Mapping`, *optional*):
+            Name and message of the alarms that went off in training; None if there was no training.
         command (`str`, *optional*):
             The command that trained the model.
         schedule_plot (`str`, *optional*):
@@ -196,10 +206,24 @@ def describe_training(
     ]
     if schedule_plot:
         parts.append(f"![Epsilon over training steps]({schedule_plot})")
+    if adaptation:
+        parts.append(
+            f"Onset of task adaptation (the epoch whose validation accuracy shows first learning): {adaptation}."
+        )
+    if alarms is not None:
+        parts.append("Alarms in training: " + ("\n\n" + _flags(alarms) if alarms else "none."))
     if command:
         parts.append(f"```bash\n{command}\n```")
     parts.append("```yaml\n" + yaml.safe_dump(dict(arguments), sort_keys=False) + "```")
     return "\n\n".join(parts)
+
+
+def describe_onset(history: Sequence[Mapping[str, Any]], num_classes: int, prefix: str = "eval") -> str:
+    """In which epoch a run began to learn its task, by its `log_history`."""
+    onset = find_onset(history, num_classes, prefix)
+    if onset is not None:
+        return f"epoch {onset}"
+    return "never (transfer failure)" if evaluations(history, prefix) else "not measured"
 
 
 def _percent(share: float) -> str:

@@ -13,7 +13,7 @@ import torch
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 # First number of a key: noise for different purposes must not share seeds.
-TRAINING_ATTACK, EVALUATION_ATTACK, AUGMENTATION = 1, 2, 3
+TRAINING_ATTACK, EVALUATION_ATTACK, AUGMENTATION, PROBE = 1, 2, 3, 4
 
 
 def mix_seed(*numbers: int) -> int:

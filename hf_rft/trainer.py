@@ -1,9 +1,10 @@
 """`RobustTrainer`: `Trainer` that learns from adversarial examples and measures robustness.
 
 Here is what differs while training, each in an override that calls `super()`: the loss (`compute_loss`,
-`training_step`, `get_batch_samples`, `_get_grad_norm`) and the logged epsilon (`log`). Evaluation is in
+`training_step`, `get_batch_samples`, `_get_grad_norm`) and the logged epsilon and accuracy (`log`). Evaluation is in
 trainer_evaluation.py, what several processes need in trainer_distributed.py, checkpoints and resuming in
-trainer_resume.py, the model card and pushing to the Hub in trainer_sharing.py.
+trainer_resume.py, what the alarms measure in trainer_alarms.py, the model card and pushing to the Hub in
+trainer_sharing.py.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from .noise import TRAINING_ATTACK, example_generators
 from .pixel_space import PixelNormalization
 from .schedules import EpsilonSchedule
 from .threat_model import ThreatModel
+from .trainer_alarms import AlarmsMixin
 from .trainer_evaluation import EvaluationMixin
 from .trainer_resume import ResumeMixin
 from .trainer_sharing import SharingMixin
@@ -34,7 +36,7 @@ from .training_args import RobustTrainingArguments
 from .uneven_batches import own_real_examples, training_remainder
 
 
-class RobustTrainer(EvaluationMixin, ResumeMixin, SharingMixin):
+class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
     """Robust fine-tuning of an image classifier.
 
     The data pipeline is that of any image classification with [`~transformers.Trainer`]: batches hold `pixel_values`,
@@ -106,6 +108,7 @@ class RobustTrainer(EvaluationMixin, ResumeMixin, SharingMixin):
             self.add_callback(EpsilonScheduleCallback(schedule, args.epsilon_schedule_interval))
         elif epsilon_schedule is not None:
             raise ValueError("Give either `epsilon_schedule` or an `EpsilonScheduleCallback`, not both.")
+        self.add_callback(self._make_alarm_callback())
         self.interruption = InterruptionCallback()
         self.add_callback(self.interruption)  # the last one: others may have requests
 
@@ -193,6 +196,7 @@ class RobustTrainer(EvaluationMixin, ResumeMixin, SharingMixin):
             micro_batch, step = self._micro_batch + 1, self.state.global_step + 1
             when = f"in micro-batch {micro_batch} of optimizer step {step}"
             check_finite("loss", loss[:real], when, self.args.world_size)
+        self._count_right(adversarial_logits[:real], labels[:real])
         # Without a real example the gradient is zero, but there is one: the other processes wait for it. DDP averages
         # gradients over processes.
         loss = loss[:real].sum() * self.args.world_size / examples
@@ -211,17 +215,23 @@ class RobustTrainer(EvaluationMixin, ResumeMixin, SharingMixin):
         weight = self.args.robust_loss_weight
         return self.robust_loss.weight if weight is None else weight
 
+    @property
+    def _scheduled_threat_model(self) -> ThreatModel:
+        """That of the next training step; epsilon is 0 for a loss that needs no adversarial examples."""
+        if not self.robust_loss.needs_adversarial:
+            return ThreatModel(self.args.norm, 0)
+        callback = self._epsilon_callback
+        multiplier = callback.multiplier(self.state) if callback is not None else 1.0
+        return ThreatModel(self.args.norm, multiplier * float(self.threat_model.epsilon))
+
     def _adversarial_pixel_values(
         self, pixel_values: torch.Tensor, labels: torch.Tensor, extra_inputs: dict[str, Any]
     ) -> torch.Tensor | None:
         """Adversarial examples for this step, normalised; None where no attack is due."""
-        callback = self._epsilon_callback
-        multiplier = callback.multiplier(self.state) if callback is not None else 1.0
-        threat_model = ThreatModel(self.args.norm, multiplier * float(self.threat_model.epsilon))
+        threat_model = self._scheduled_threat_model
         pixels = self.pixel_normalization.to_pixels(pixel_values)
-        is_attacked = self.robust_loss.needs_adversarial and not threat_model.is_trivial
-        self._train_epsilon = float(threat_model.epsilon) if is_attacked else 0.0
-        if not is_attacked:
+        self._train_epsilon = float(threat_model.epsilon)
+        if threat_model.is_trivial:
             return None
         # The position of the first example in the global batch: neither accumulation nor processes change it.
         of_all_processes = self._over_processes(self._train_batch_size)
@@ -256,5 +266,5 @@ class RobustTrainer(EvaluationMixin, ResumeMixin, SharingMixin):
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._train_epsilon is not None:
-            logs = {**logs, "epsilon": self._train_epsilon}
+            logs = {**logs, "epsilon": self._train_epsilon, **self._pop_adversarial_accuracy()}
         super().log(logs, start_time)

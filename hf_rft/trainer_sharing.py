@@ -25,6 +25,7 @@ from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
+from .alarms import recorded_alarms
 from .attacks import Attack
 from .callbacks import EpsilonScheduleCallback
 from .evaluation.report import RobustnessReport
@@ -33,7 +34,7 @@ from .evidence import CARD_NAME, CURVE_NAME, write_evidence
 from .files import replacing, write_text
 from .hub import NOT_PUSHED, PushError, create_repo, push_folder
 from .losses import LOSSES, RobustLoss
-from .model_card import describe_training, update_card
+from .model_card import describe_onset, describe_training, update_card
 from .plots import plot_epsilon_schedule
 from .threat_model import ThreatModel
 from .training_args import RobustTrainingArguments
@@ -76,6 +77,7 @@ class SharingMixin(Trainer):
     robustness_report: RobustnessReport | None = None
     _epsilon_callback: EpsilonScheduleCallback | None
     _has_own_schedule: bool
+    _eval_prefix: str
     # The command that started the training, for the card; set by recipes.
     command: str | None = None
     # Uploads wait for each other here, and training for none of them.
@@ -101,8 +103,13 @@ class SharingMixin(Trainer):
                 logger.warning("The model card states no robustness: %s", error)
         # The parent's last accuracy: a result without a threat model.
         cast(ModelCardData, card.data).eval_results = None
+        history = self.state.log_history
         training = describe_training(
-            self._described_arguments(), command=self.command, schedule_plot=self._write_schedule_plot(folder)
+            self._described_arguments(),
+            adaptation=describe_onset(history, self.model.config.num_labels, self._eval_prefix),
+            alarms=recorded_alarms(history) if self.state.global_step > 0 else None,
+            command=self.command,
+            schedule_plot=self._write_schedule_plot(folder),
         )
         update_card(card, report, training=training, curve=CURVE_NAME)
         write_text(folder / CARD_NAME, card.content)

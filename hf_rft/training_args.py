@@ -5,6 +5,7 @@ from fractions import Fraction
 from typing import Any, ClassVar, cast
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
 
 from .attacks import ATTACKS, TRAINING_ATTACKS
 from .callbacks import EpsilonScheduleCallback
@@ -13,6 +14,8 @@ from .schedules import EpsilonSchedule, get_epsilon_schedule
 from .threat_model import ThreatModel, format_epsilon, parse_epsilon
 
 
+# Learning rate schedules that follow `metric_for_best_model`, and expect it to fall.
+METRIC_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 ROBUST_METRICS = ("robust_accuracy", "expected_robustness")
 
 
@@ -74,6 +77,13 @@ class RobustTrainingArguments(TrainingArguments):
             Attack in the evaluations that happen while training runs. If False those report clean accuracy only,
             which is cheap; calling `evaluate` always attacks.
 
+        > Parameters that control the alarms
+
+        abort_on_alarm (`bool`, *optional*, defaults to `False`):
+            Stop when an alarm goes off (transfer failure, catastrophic or robust overfitting, gradient masking): a
+            checkpoint is written, and `train` raises [`hf_rft.interruption.AlarmRaised`]. If False an alarm is a
+            warning, and an entry of the log history. It goes off once a run: resuming carries on in spite of it.
+
         > Parameters that control pushing to the Hub
 
         hub_timeout (`float`, *optional*):
@@ -83,8 +93,11 @@ class RobustTrainingArguments(TrainingArguments):
     evaluation mode on the bare model.
 
     > [!NOTE]
-    > `remove_unused_columns` has another default than in [`~transformers.TrainingArguments`]: `False`, because image
-    > datasets are transformed on the fly, from a column that the model does not know.
+    > Two arguments have another default than in [`~transformers.TrainingArguments`]. `remove_unused_columns` is
+    > `False`, because image datasets are transformed on the fly, from a column that the model does not know. With
+    > `load_best_model_at_end`, `metric_for_best_model` is `"robust_accuracy"` (greater is better) instead of `"loss"`,
+    > the clean one: a model that overfits loses its robustness first. It stays `"loss"` where robust accuracy is not
+    > measured (`eval_attack_during_training=False`), and for learning rate schedules that follow the metric.
     >
     > `ddp_find_unused_parameters` and `ddp_broadcast_buffers`, left at None, are decided by the trainer: parameters are
     > looked for only in models that have unused ones, and buffers are sent only if BatchNorm is not frozen.
@@ -155,6 +168,12 @@ class RobustTrainingArguments(TrainingArguments):
         metadata={"help": "Attack in evaluations while training runs; if not, those report clean accuracy only."},
     )
 
+    # --- Alarms ---
+    abort_on_alarm: bool = field(
+        default=False,
+        metadata={"help": "Save and stop when an alarm says that the run is failing; if not, warn only."},
+    )
+
     # --- Hub ---
     hub_timeout: float | None = field(
         default=None,
@@ -162,6 +181,9 @@ class RobustTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        follows_metric = SchedulerType(self.lr_scheduler_type) in METRIC_SCHEDULERS
+        if self.metric_for_best_model is None and self.load_best_model_at_end and not follows_metric:
+            self.metric_for_best_model = "robust_accuracy" if self.eval_attack_during_training else None
         super().__post_init__()
         self.epsilon = str(self.epsilon)
         self._check_choices()

@@ -112,9 +112,13 @@ def _output_flags(forward: Forward, pixels: torch.Tensor) -> dict[str, str]:
     return flags
 
 
+def has_zero_gradient(gradient: torch.Tensor) -> torch.Tensor:
+    """Which examples have an input gradient of exactly zero, shape `(batch,)`."""
+    return (gradient.flatten(1) == 0).all(dim=1)
+
+
 def _gradient_flags(forward: Forward, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, str]:
-    gradient = evaluate(forward, pixels, labels, log_odds).gradient
-    share = (gradient.flatten(1) == 0).all(dim=1).float().mean().item()
+    share = has_zero_gradient(evaluate(forward, pixels, labels, log_odds).gradient).float().mean().item()
     if share <= ZERO_GRADIENT_SHARE:
         return {}
     return {
