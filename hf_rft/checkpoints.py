@@ -1,4 +1,4 @@
-"""Restoring a model from a checkpoint folder."""
+"""Restoring from a checkpoint folder: refusing what could run code, and every weight of the model."""
 
 import copy
 import os
@@ -51,7 +51,7 @@ def restore_weights(model: nn.Module, folder: str | os.PathLike) -> bool:
 
     `Trainer` loads a checkpoint's raw keys, which skips, with a warning only, every tensor whose name the saved format
     changes (ViT, DeiT, BEiT, DINOv2, Swin): huggingface/transformers#43701. `from_pretrained` maps the names. Delete
-    this module and its two calls when that issue is fixed.
+    this function and its two calls when that issue is fixed.
 
     Returns:
         `bool`: False if the folder or the model is of another kind (PEFT, for example); then nothing was done.
