@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from .images import read_example
 from .noise import AUGMENTATION, mix_seed
 
 
@@ -39,7 +40,7 @@ class SeededAugmentation(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Any:
-        example = self.dataset[index]
+        example = read_example(self.dataset, index)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed(AUGMENTATION, self.seed, int(self._epoch), index))
             return self.transform(example)

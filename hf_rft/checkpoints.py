@@ -13,17 +13,24 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, logging
+from transformers.utils.peft_utils import ADAPTER_WEIGHTS_NAME
 
 from .files import write_text
+from .untrusted import check_weight_index
 
 
 logger = logging.get_logger(__name__)
 
 MARKER_NAME = "checkpoint_complete.json"
+
+# What `Trainer` saves with pickle, apart from training_args.bin, which nothing loads.
+_PICKLES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 
 
 def mark_complete(folder: str | os.PathLike) -> None:
@@ -97,7 +104,7 @@ def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None, keep: I
 
 
 def check_resumable(folder: str | os.PathLike) -> None:
-    """Refuse a folder from which training cannot go on exactly.
+    """Refuse a folder from which training cannot go on exactly, or not safely.
 
     A checkpoint without a marker (of a plain `Trainer`, or from the Hub) is accepted with a warning.
 
@@ -123,6 +130,34 @@ def check_resumable(folder: str | os.PathLike) -> None:
             f"`resume_from_checkpoint={str(folder)!r}` holds no optimizer state (`save_only_model=True`?), without "
             "which training does not go on, but begins anew. Load the model from there and train without resuming."
         )
+    check_pickles(folder)
+
+
+def check_pickles(folder: str | os.PathLike) -> None:
+    """Refuse a checkpoint that resuming cannot read, before anything of it was restored.
+
+    torch's own message names no file, and advises to open it without the restriction that protects.
+
+    Raises:
+        ValueError: naming the file: damaged, or a pickle that holds more than tensors and plain values (it could run
+            code), or weights as a pickle.
+    """
+    folder = Path(folder)
+    for path in sorted(path for pattern in _PICKLES for path in folder.glob(pattern)):
+        try:
+            with safe_globals():
+                torch.load(path, map_location="meta", mmap=True, weights_only=True)
+        except Exception as error:  # on damaged files, whatever the decoder comes across
+            raise ValueError(
+                f"{path} is not loaded ({type(error).__name__}): it is damaged, or a pickle that holds more than "
+                "tensors and plain values and could run code. Resume from another checkpoint."
+            ) from None
+    for name in (WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json", ADAPTER_WEIGHTS_NAME):
+        if (folder / name).exists() and not list(folder.glob("*.safetensors")):
+            raise ValueError(
+                f"{folder / name} is not loaded: the checkpoint holds its weights as a pickle, which could run code. "
+                "Resume from a checkpoint with safetensors files, as `RobustTrainer` writes them."
+            )
 
 
 def _checkpoints(output_dir: str | os.PathLike) -> list[Path]:
@@ -152,9 +187,10 @@ def restore_weights(model: nn.Module, folder: str | os.PathLike) -> bool:
     )
     if not has_weights or not isinstance(model, PreTrainedModel):
         return False
+    check_weight_index(folder)
     config = copy.deepcopy(model.config)
     # Other sizes are let through here and refused below, with the missing ones.
-    options = {"config": config, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    options = {"config": config, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     restored, report = cast(tuple, type(model).from_pretrained(folder, **options))
     problems = {kind: sorted(map(str, keys)) for kind, keys in report.items() if kind.endswith("_keys") and keys}
     if problems:

@@ -4,6 +4,7 @@ import argparse
 import difflib
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +42,7 @@ def parse_with_config(
         One instance of each dataclass. Bad input ends the program with a message and exit status 2.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
+    parser = _Parser(dataclass_types, description=description, allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="YAML file with values for the flags below; flags win over it.")
     names = {action.dest for action in parser._actions} - {"help", "config"}
     given = {argument[2:].split("=")[0].replace("-", "_") for argument in arguments if argument.startswith("--")}
@@ -60,14 +61,26 @@ def parse_with_config(
         if remaining:
             raise ValueError(f"Values {remaining} belong to no flag.")
     except (ValueError, OSError, argparse.ArgumentError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(2, f"{parser.prog}: error: {without_tokens(str(error))}\n")
     if config is not None:
         print(f"Configuration: {config}")
     return tuple(instances[: len(dataclass_types)])  # a last one would hold `--config`
 
 
-# Flags whose values are secret, or places on one machine.
-PRIVATE_FLAGS = {"token", "hub_token", "output_dir", "cache_dir", "resume_from_checkpoint"}
+class _Parser(HfArgumentParser):
+    """Whose messages, which quote what was typed, hold no token."""
+
+    def error(self, message: str):
+        super().error(without_tokens(message))
+
+
+def without_tokens(text: str) -> str:
+    """The text with dots in place of what looks like a token of the Hub."""
+    return re.sub(r"\b(hf|api_org)_[A-Za-z0-9]{8,}", r"\1_...", text)
+
+
+# Flags whose values are places on one machine. Those that end in `token` are secret.
+PRIVATE_FLAGS = {"output_dir", "cache_dir", "resume_from_checkpoint"}
 
 
 def published_command(command: str, arguments: Sequence[str] | None = None) -> str:
@@ -76,7 +89,8 @@ def published_command(command: str, arguments: Sequence[str] | None = None) -> s
     for word in sys.argv[1:] if arguments is None else arguments:
         flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
         if flag:
-            is_private = flag[2:].replace("-", "_") in PRIVATE_FLAGS
+            name = flag[2:].replace("-", "_")
+            is_private = name in PRIVATE_FLAGS or name.endswith("token")
         if not is_private:
             value = os.path.basename(value.rstrip("/")) if value.startswith(("/", "~")) or ":\\" in value else value
             words.append(flag + equals + value)
@@ -95,7 +109,11 @@ def _pop_config(arguments: list[str]) -> Path | None:
 
 def _as_flags(config: Path, names: set[str], dropped: set[str]) -> list[str]:
     try:
-        values = yaml.safe_load(config.read_text(encoding="utf-8"))
+        text = config.read_text(encoding="utf-8")
+        # A few lines of aliases of aliases stand for gigabytes.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ValueError(f"{config} uses an alias (`*name`); write the value out.")
+        values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{config} is not valid YAML: {error}") from error
     if not isinstance(values, dict):

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from huggingface_hub import ModelCard
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor
 from transformers.utils import CONFIG_NAME
 
 from .evaluation.cache import hash_model
@@ -19,6 +19,7 @@ from .evaluation.report import RobustnessReport
 from .files import replacing
 from .model_card import check_card
 from .pixel_space import PixelNormalization
+from .untrusted import check_weight_index, load_classifier, load_config
 
 
 REPORT_NAME, CURVE_NAME, CARD_NAME = "robustness.json", "robustness_curve.png", "README.md"
@@ -28,8 +29,9 @@ def hash_weight_files(folder: str | os.PathLike) -> dict[str, str]:
     """SHA-256 of each safetensors file in the folder, by name.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or the weights that would be loaded are others.
     """
+    check_weight_index(folder)
     paths = sorted(Path(folder).glob("*.safetensors"))
     if not paths:
         raise ValueError(
@@ -64,9 +66,8 @@ def write_evidence(
     hashes = hash_weight_files(folder)
     if not Path(folder, CONFIG_NAME).is_file():
         raise ValueError(f"{folder} holds no {CONFIG_NAME}, so it is not a model that transformers can load.")
-    model = AutoModelForImageClassification.from_pretrained(
-        folder, use_safetensors=True, trust_remote_code=trust_remote_code
-    )
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    model = load_classifier(folder, config, trust_remote_code=trust_remote_code)
     evaluated, found = report.settings["model"]["sha256"], hash_model(model)
     if evaluated != found:
         raise ValueError(

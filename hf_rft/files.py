@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and folders that hold what they seem to hold."""
 
 import contextlib
 import os
@@ -26,3 +26,20 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def write_text(path: str | Path, text: str) -> None:
     with replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
+
+
+def check_links(folder: str | Path) -> None:
+    """Refuse a folder with a link to a file elsewhere: publishing it would publish that file.
+
+    A repository that was cloned may hold such links, to whatever its author hopes to find.
+
+    Raises:
+        ValueError: naming the link and where it leads.
+    """
+    folder = Path(folder)
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{path} is a link to {path.resolve()}, outside of the folder, which would be published. If that is "
+                "what you want, put a copy in its place (`cp -rL` copies a folder so)."
+            )

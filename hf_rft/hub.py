@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import CommitInfo, constants, snapshot_download
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .evaluation.report import RobustnessReport
 from .evidence import read_evidence
+from .files import check_links
 from .threat_model import ThreatModel, format_epsilon
+from .untrusted import load_classifier, load_config
 
 
 # Never published: a pickle full of local paths, a log with the path of the best checkpoint, event files (which hold
@@ -102,9 +104,8 @@ def load_robust_model(
     folder = download(repo_or_path, revision=revision, token=token, cache_dir=cache_dir, with_code=trust_remote_code)
     report = read_evidence(folder, name=str(repo_or_path), trust_remote_code=trust_remote_code)
     check_requirements(report, str(repo_or_path), threat_model, min_expected_robustness)
-    model = AutoModelForImageClassification.from_pretrained(
-        folder, use_safetensors=True, trust_remote_code=trust_remote_code
-    )
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    model = load_classifier(folder, config, trust_remote_code=trust_remote_code)
     processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return RobustModel(model.eval(), processor, report)
 
@@ -207,12 +208,14 @@ def push_folder(
             Show the upload's progress.
 
     Raises:
-        ValueError: if there is nothing to upload, or a repository cannot have that name.
+        ValueError: if there is nothing to upload, a link leads out of the folder, or a repository cannot have that
+            name.
         PushError: if it did not work.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"`folder={str(folder)!r}` is not a folder.")
+    check_links(folder)
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     names = list(filter_repo_objects(names, ignore_patterns=list(ignore_patterns)))
     if not names:

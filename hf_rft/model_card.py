@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .evaluation.report import RobustnessReport
+from .markdown import code, one_line, plain
 from .onset import evaluations, find_onset
 from .threat_model import format_epsilon
 
@@ -152,9 +153,9 @@ def describe_robustness(report: RobustnessReport, curve: str | None = None) -> s
         parts.append(f"![Accuracy over epsilon]({curve})")
     parts += [
         f"Measured on {len(report)} examples ({_dataset(settings.get('dataset', {}))}) with the tier "
-        f"`{settings['tier']}`: {_attacks(settings['attacks'])}; seed {settings['seed']}. An example counts only if "
-        "the model is right on it clean and under every attack. Any curve through these points has a mean between "
-        f"{_percent(low)} and {_percent(high)}.",
+        f"{code(settings['tier'])}: {plain(_attacks(settings['attacks']))}; seed {plain(settings['seed'])}. An "
+        "example counts only if the model is right on it clean and under every attack. Any curve through these points "
+        f"has a mean between {_percent(low)} and {_percent(high)}.",
         "### Trust checks",
         _flags(report.flags),
         "### Limits of the claim",
@@ -243,8 +244,8 @@ def _attacks(attacks: list[dict[str, Any]]) -> str:
 
 
 def _dataset(dataset: Mapping[str, Any]) -> str:
-    words = [f"`{dataset.get('name') or 'unknown'}`"]
-    words += [f"{key} `{dataset[key]}`" for key in ("config", "split", "revision") if dataset.get(key)]
+    words = [code(dataset.get("name") or "unknown")]
+    words += [f"{key} {code(dataset[key])}" for key in ("config", "split", "revision") if dataset.get(key)]
     return ", ".join(words)
 
 
@@ -259,7 +260,7 @@ def _flags(flags: Mapping[str, str] | None) -> str:
             "Passed: no sign of masked gradients, random outputs or wrong pixel scaling; the attacks break (nearly) "
             "every example at a huge epsilon, and get stronger with it."
         )
-    return "\n".join(f"- **{name}**: {message}" for name, message in flags.items())
+    return "\n".join(f"- **{plain(name)}**: {plain(message)}" for name, message in flags.items())
 
 
 def _reproduce(report: RobustnessReport) -> str:
@@ -284,7 +285,7 @@ again = evaluate_robustness(
 )
 ```
 
-Versions: {versions}.""" + (f" Hash of the examples: `{data}`." if data else "")
+Versions: {plain(versions)}.""" + (f" Hash of the examples: {code(data)}." if data else "")
 
 
 # --- Both ---
@@ -313,7 +314,7 @@ def update_card(
     data.pipeline_tag = data.pipeline_tag or "image-classification"
     if report is not None:
         # `model-index` belongs to a model with a name.
-        data.model_name = getattr(data, "model_name", None) or report.settings["model"].get("name", "model")
+        data.model_name = getattr(data, "model_name", None) or one_line(report.settings["model"].get("name", "model"))
         others = [result for result in data.eval_results or [] if not _is_ours(result)]
         data.eval_results = [*others, *eval_results(report)]
         card.text = _with_part(card.text, "robustness", describe_robustness(report, curve))
@@ -325,6 +326,7 @@ def update_card(
 def _with_part(text: str, name: str, part: str) -> str:
     """The text with the part between its two comments: in place of the one that is there, or at the end."""
     begin, end = f"<!-- hf_rft: {name} -->", f"<!-- hf_rft: end of {name} -->"
+    part = part.replace("<!--", "< !--")  # of a name: the part would seem to end there
     block = f"{begin}\n\n{part}\n\n{end}"
     known = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
     if known.search(text):

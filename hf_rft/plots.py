@@ -59,7 +59,7 @@ def plot_robustness_curve(
             low, high = ([100 * bound for bound in side] for side in zip(*intervals[name], strict=True))
             at = [float(epsilon) for epsilon in epsilons]
             axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     figure.savefig(path, dpi=150)
 
 
@@ -114,7 +114,7 @@ def plot_adversarial_examples(
         for axes, image, title in zip(grid[row], images, titles, strict=True):
             shown = image.movedim(0, -1).clamp(0, 1).float().numpy()
             axes.imshow(shown, cmap="gray" if shown.shape[-1] == 1 else None, vmin=0, vmax=1)
-            axes.set_title(title, fontsize="small")
+            axes.set_title(title, fontsize="small", parse_math=False)  # names may hold dollars
             axes.set_axis_off()
     figure.savefig(path, dpi=100)
 

@@ -2,8 +2,9 @@
 
 Here is what differs while training, each in an override that calls `super()`: the loss (`compute_loss`,
 `training_step`, `get_batch_samples`, `_get_grad_norm`) and the logged epsilon and accuracy (`log`). Evaluation is in
-trainer_evaluation.py, checkpoints and resuming in trainer_resume.py, what the alarms measure in trainer_alarms.py, the
-model card and pushing to the Hub in trainer_sharing.py.
+trainer_evaluation.py, what several processes need in trainer_distributed.py, checkpoints and resuming in
+trainer_resume.py, what the alarms measure in trainer_alarms.py, the model card and pushing to the Hub in
+trainer_sharing.py.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from .callbacks import BestCheckpointCallback, DatasetEpochCallback, EpsilonSche
 from .checks import check_batch, check_dataset, check_finite, check_loss, check_setup
 from .interruption import InterruptionCallback
 from .losses import LOSSES, RobustLoss
-from .model_state import batch_norm_frozen, under_attack
+from .model_state import batch_norm_frozen
 from .noise import TRAINING_ATTACK, example_generators
 from .pixel_space import PixelNormalization
 from .schedules import EpsilonSchedule
@@ -32,6 +33,7 @@ from .trainer_evaluation import EvaluationMixin
 from .trainer_resume import ResumeMixin
 from .trainer_sharing import SharingMixin
 from .training_args import RobustTrainingArguments
+from .uneven_batches import own_real_examples, training_remainder
 
 
 class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
@@ -85,6 +87,7 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
             raise ValueError(f"`args` must be RobustTrainingArguments, got {type(args).__name__}.")
         super().__init__(model, args, *trainer_args, eval_attack=eval_attack, **trainer_kwargs)
         check_setup(self)
+        self._set_up_processes()
         self.pixel_normalization = PixelNormalization.from_processor(self.processing_class)
         num_labels = self.model.config.num_labels
         check_dataset("train_dataset", self.train_dataset, num_labels)
@@ -111,7 +114,8 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
 
         self._train_epsilon: float | None = None  # of the last training step, for the log
         self._micro_batch = 0  # within the optimizer step
-        self._examples_in_step: int | None = None  # over all micro-batches and processes
+        self._examples_in_step = 0  # over all micro-batches and processes
+        self._real_examples: list[int] = []  # of this process, in each micro-batch of the step
         self._until_backward_ends: contextlib.ExitStack | None = None
 
     # --- Training ---
@@ -125,12 +129,27 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
         return None
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        examples = sum(len(batch["labels"]) for batch in batches if "labels" in batch)
+        self._real_examples = []
+
+        def counted():
+            for batch in epoch_iterator:
+                self._real_examples.append(self._count_real(len(batch["labels"])) if "labels" in batch else 0)
+                yield batch
+
+        batches, num_items_in_batch = super().get_batch_samples(counted(), num_batches, device)
+        examples = sum(self._real_examples)
         if self.args.world_size > 1:
             examples = int(self.accelerator.reduce(torch.tensor(examples, device=device), "sum"))
         self._examples_in_step, self._micro_batch = examples, 0
         return batches, num_items_in_batch
+
+    def _count_real(self, batch_size: int) -> int:
+        """How many examples of the batch just fetched are not repetitions that complete the epoch's last batch."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader:
+            return batch_size
+        remainder = training_remainder(state.active_dataloader, self.args.world_size)
+        return own_real_examples(remainder, batch_size, self.args.process_index)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         # `compute_loss` freezes BatchNorm; activation checkpointing runs the forward pass again during backward.
@@ -143,8 +162,8 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         check_batch(inputs, self.model.config.num_labels)
-        if not self.model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not self.model.training:  # the mean over this process's examples: the parent weights it with their number
+            return super().compute_loss(model, inputs, return_outputs)
         inputs = dict(inputs)
         labels, pixel_values = inputs.pop("labels"), inputs.pop("pixel_values")
         with contextlib.ExitStack() as until_loss_is_computed:
@@ -169,14 +188,18 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
                 weight=self._loss_weight,
                 label_smoothing=self.args.label_smoothing_factor,
             )
+        if self._until_backward_ends is not None and self._micro_batch < len(self._real_examples):
+            examples, real = self._examples_in_step, self._real_examples[self._micro_batch]
+        else:  # called by hand, not by the training loop: this batch is the whole step
+            examples, real = len(labels) * self.args.world_size, len(labels)
         if self._until_backward_ends is not None:
             micro_batch, step = self._micro_batch + 1, self.state.global_step + 1
-            check_finite("loss", loss, f"in micro-batch {micro_batch} of optimizer step {step}", self.args.world_size)
-        self._count_right(adversarial_logits, labels)
-        examples = self._examples_in_step if self._until_backward_ends is not None else None
-        if examples is None:  # called by hand, not by the training loop: this batch is the whole step
-            examples = len(labels) * self.args.world_size
-        loss = loss.sum() * self.args.world_size / examples  # DDP averages gradients over processes
+            when = f"in micro-batch {micro_batch} of optimizer step {step}"
+            check_finite("loss", loss[:real], when, self.args.world_size)
+        self._count_right(adversarial_logits[:real], labels[:real])
+        # Without a real example the gradient is zero, but there is one: the other processes wait for it. DDP averages
+        # gradients over processes.
+        loss = loss[:real].sum() * self.args.world_size / examples
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -211,7 +234,8 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
         if threat_model.is_trivial:
             return None
         # The position of the first example in the global batch: neither accumulation nor processes change it.
-        first = (self._micro_batch * self.args.world_size + self.args.process_index) * self._train_batch_size
+        of_all_processes = self._over_processes(self._train_batch_size)
+        first = self._micro_batch * of_all_processes + self.args.process_index * len(pixels)
         generator = example_generators(
             pixels.device,
             range(first, first + len(pixels)),
@@ -219,7 +243,7 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
             self.args.seed,
             self.state.global_step,
         )
-        with under_attack(self.model, training=self.args.attack_model_mode == "train"):
+        with self._under_attack(training=self.args.attack_model_mode == "train"):
             forward = partial(self._forward, **extra_inputs)
             options = {}
             if self.robust_loss.attack_objective == "kl":
@@ -237,11 +261,6 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
         adversarial_values = self.pixel_normalization.from_pixels(adversarial)
         # Bytes (a processor that does nothing) cannot hold a perturbation: those stay float.
         return adversarial_values.to(pixel_values.dtype) if pixel_values.is_floating_point() else adversarial_values
-
-    def _forward(self, pixels: torch.Tensor, **extra_inputs) -> torch.Tensor:
-        """Pixels in [0, 1] to logits, through the bare model: crafting must not trigger gradient synchronisation."""
-        pixel_values = self.pixel_normalization.from_pixels(pixels).to(self.model.dtype)
-        return self.model(pixel_values=pixel_values, **extra_inputs).logits
 
     # --- Logging ---
 

@@ -1,6 +1,7 @@
 """What `RobustTrainer` measures for its alarms (alarms.py) while it trains."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, cast
 
@@ -10,7 +11,6 @@ from transformers import PreTrainedModel, Trainer
 from .alarms import AlarmCallback
 from .interruption import InterruptionCallback
 from .losses import RobustLoss
-from .model_state import under_attack
 from .noise import PROBE, example_generators
 from .pixel_space import PixelNormalization
 from .probe import probe, probe_examples
@@ -27,6 +27,7 @@ class AlarmsMixin(Trainer):
     robust_loss: RobustLoss
     interruption: InterruptionCallback
     _forward: Callable[..., torch.Tensor]
+    _under_attack: Callable[..., AbstractContextManager]
     _loss_weight: float | None
     _scheduled_threat_model: ThreatModel
     _probed_batches: list[dict[str, Any]] | None = None
@@ -109,7 +110,7 @@ class AlarmsMixin(Trainer):
             pixels, labels = self.pixel_normalization.to_pixels(inputs.pop("pixel_values")), inputs.pop("labels")
             generator = example_generators(pixels.device, range(first, first + len(labels)), PROBE, self.args.seed)
             first += len(labels)
-            with under_attack(self.model, training=False):
+            with self._under_attack(training=False):
                 of_batch = probe(
                     partial(self._forward, **inputs),
                     pixels,

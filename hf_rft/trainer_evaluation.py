@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import EvalPrediction, PreTrainedModel, Trainer
+from accelerate.utils import find_batch_size, recursively_apply
+from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
 from .attacks import Attack
@@ -20,24 +21,18 @@ from .evaluation.counting import CountedForward
 from .evaluation.metrics import robust_metrics
 from .evaluation.provenance import describe_dataset, describe_model, describe_normalization, versions
 from .evaluation.report import RobustnessReport
-from .evaluation.search import find_breaking_points
+from .evaluation.search import BreakingPoints, find_breaking_points
 from .evaluation.tiers import make_tier
-from .model_state import under_attack
-from .pixel_space import PixelNormalization
 from .threat_model import ThreatModel
-from .training_args import RobustTrainingArguments
+from .trainer_distributed import DistributedMixin
+from .uneven_batches import filled_up, first_examples, own_real_examples
 
 
-class EvaluationMixin(Trainer):
+class EvaluationMixin(DistributedMixin):
     """The part of [`RobustTrainer`] that measures robustness."""
 
-    args: RobustTrainingArguments
-    model: PreTrainedModel
     threat_model: ThreatModel
-    pixel_normalization: PixelNormalization
     robustness_report: RobustnessReport | None = None
-    _forward: Callable[..., torch.Tensor]
-    _is_sharded: bool
 
     def __init__(self, model=None, args=None, *trainer_args, eval_attack: Attack | None = None, **trainer_kwargs):
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
@@ -55,32 +50,49 @@ class EvaluationMixin(Trainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Adds to the parent's logits the predicted label at each epsilon, and the distance at which each breaks."""
-        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if prediction_loss_only or logits is None or labels is None:
-            return loss, logits, labels
-        logits = logits[0] if isinstance(logits, tuple) else logits
-        inputs = self._prepare_inputs(dict(inputs))
-        pixel_values, _ = inputs.pop("pixel_values"), inputs.pop("labels")
-        first = (self._eval_batch * self.args.world_size + self.args.process_index) * self.args.eval_batch_size
+        """Adds to the parent's logits the predicted label at each epsilon, and the distance at which each breaks.
+
+        Examples that only complete the last batch are left out. Zeros stand in their place: the processes exchange
+        results of one shape, and the parent then cuts them off.
+        """
+        size = find_batch_size(inputs)
+        state = self.accelerator.gradient_state
+        real = own_real_examples(state.remainder, size, self.args.process_index) if state.end_of_dataloader else size
+        first = self._eval_batch * self._over_processes(self.args.eval_batch_size) + self.args.process_index * size
         self._eval_batch += 1
-        epsilons = self._evaluated_epsilons
+        if real < size:  # at least one is kept: the model cannot be asked about nothing
+            inputs = first_examples(inputs, max(real, 1))
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if not prediction_loss_only and logits is not None and labels is not None:
+            logits = logits[0] if isinstance(logits, tuple) else logits
+            broken = self._attack(inputs, logits, range(first, first + real))
+            logits = (logits, broken.predictions(len(self._evaluated_epsilons)), broken.distances)
+        return loss, *recursively_apply(partial(filled_up, batch_size=size), (logits, labels))
+
+    def _attack(self, inputs: dict[str, Any], logits: torch.Tensor, positions: range) -> BreakingPoints:
+        """Attack the first examples of a batch, as many as `positions`, whose clean logits are known.
+
+        Adds up the passes, that which made the logits included.
+        """
+        inputs, count = self._prepare_inputs(dict(inputs)), len(positions)
+        pixels = self.pixel_normalization.to_pixels(inputs.pop("pixel_values"))[:count]
+        labels = inputs.pop("labels")[:count]
         forward = CountedForward(partial(self._forward, **inputs))
-        with under_attack(self.model, training=False):
+        with self._under_attack(training=False):
             broken = find_breaking_points(
                 forward,
-                self.pixel_normalization.to_pixels(pixel_values),
+                pixels,
                 labels,
                 norm=self.args.norm,
-                epsilons=epsilons,
+                epsilons=self._evaluated_epsilons,
                 tier=self.eval_tier,
                 seed=self.args.seed,
-                positions=range(first, first + len(labels)),
-                clean_predictions=logits.argmax(dim=1),
+                positions=positions,
+                clean_predictions=logits[:count].argmax(dim=1),
             )
-        total, of_batch = self._eval_passes, forward.passes  # without the parent's clean pass
-        self._eval_passes = Passes(total.forward + len(labels) + of_batch.forward, total.backward + of_batch.backward)
-        return loss, (logits, broken.predictions(len(epsilons)), broken.distances), labels
+        total, of_batch = self._eval_passes, forward.passes
+        self._eval_passes = Passes(total.forward + count + of_batch.forward, total.backward + of_batch.backward)
+        return broken
 
     @property
     def _evaluated_epsilons(self) -> list[Fraction]:
@@ -99,12 +111,13 @@ class EvaluationMixin(Trainer):
 
     def _keep_report(self, output: EvalLoopOutput, dataset: Any) -> None:
         is_attacked = isinstance(output.predictions, tuple) and len(self._evaluated_epsilons) > 1
-        # Weights that are divided over processes have no hash on any of them.
-        if not is_attacked or output.num_samples == 0 or self._is_sharded:
+        if not is_attacked or output.num_samples == 0:
             return
         _, predictions, distances = cast(tuple[np.ndarray, np.ndarray, np.ndarray], output.predictions)
         passes = torch.tensor([*self._eval_passes], device=self.args.device)
         passes = cast(torch.Tensor, self.accelerator.reduce(passes, "sum"))
+        with self._whole_weights() as model:
+            described_model = describe_model(model)
         self.robustness_report = RobustnessReport.from_predictions(
             predictions,
             cast(np.ndarray, output.label_ids),
@@ -113,11 +126,11 @@ class EvaluationMixin(Trainer):
             epsilons=self._evaluated_epsilons,
             passes=Passes(*passes.tolist()),
             settings={
-                "model": describe_model(self.model),
+                "model": described_model,
                 "dataset": {**describe_dataset(dataset), "sha256": None},
                 "processor": describe_normalization(self.pixel_normalization),
                 **self.evaluation_settings(),
-                "batch_size": self.args.eval_batch_size,
+                "batch_size": self._over_processes(self.args.eval_batch_size),  # of all processes
             },
         )
 

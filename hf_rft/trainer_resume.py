@@ -1,13 +1,14 @@
 """How `RobustTrainer` survives being killed: checkpoints that are complete or ignored, and resuming from them."""
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
 from .checkpoints import (
@@ -31,12 +32,20 @@ class ResumeMixin(Trainer):
     args: RobustTrainingArguments
     model: PreTrainedModel
     interruption: InterruptionCallback
-    _is_sharded: bool
 
-    @functools.wraps(Trainer.train)
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        # True stands for the last complete checkpoint of `output_dir`. SIGTERM ends training after the step in
-        # progress, with a checkpoint: `TrainingPreempted` is raised.
+    def train(self, resume_from_checkpoint: str | PathLike | bool | None = None, *args, **kwargs) -> TrainOutput:
+        """As [`~transformers.Trainer.train`].
+
+        Args:
+            resume_from_checkpoint (`str` or `bool`, *optional*):
+                A checkpoint folder, or True for the last complete one of `output_dir`.
+
+        Raises:
+            TrainingPreempted: after SIGTERM; the optimizer step in progress was taken and a checkpoint written.
+            AlarmRaised: with `abort_on_alarm`, likewise.
+            NonFiniteError: if a loss or gradient is not finite; the step was not taken.
+            ValueError: if there is no such checkpoint, or it is not complete.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self.find_checkpoint()
             if resume_from_checkpoint is None:
@@ -61,7 +70,8 @@ class ResumeMixin(Trainer):
         checkpoint = last_complete_checkpoint(self.args.output_dir)
         if self.args.world_size > 1:
             number = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
-            numbers = self.accelerator.gather(torch.tensor([number], device=self.args.device)).tolist()
+            numbers = cast(torch.Tensor, self.accelerator.gather(torch.tensor([number], device=self.args.device)))
+            numbers = numbers.tolist()
             if len(set(numbers)) > 1:
                 raise ValueError(
                     f"The processes see different last checkpoints in `output_dir={self.args.output_dir!r}` (steps "
@@ -85,6 +95,7 @@ class ResumeMixin(Trainer):
         if self.args.should_save:
             best = self.state.best_model_checkpoint
             rotate_checkpoints(folder.parent, self.args.save_total_limit, keep=[best] if best else [])
+        self.accelerator.wait_for_everyone()  # no process goes on, or ends, before the checkpoint is complete
         if self.interruption.requested is not None:
             self.interruption.requested.checkpoint = str(folder)
 

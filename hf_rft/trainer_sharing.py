@@ -5,6 +5,7 @@ included; it has no time limit, and loses the errors of uploads in the backgroun
 `_push_from_checkpoint` keep the parent's behaviour, but not its code, and upload with hub.py.
 """
 
+import copy
 import functools
 import json
 import os
@@ -15,10 +16,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from huggingface_hub import CommitInfo, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
@@ -172,6 +174,18 @@ class SharingMixin(Trainer):
             revision=self.args.hub_revision,
         )
         self.push_in_progress = None
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        # The parent pickles the arguments as they are, with the token.
+        public = copy.copy(self.args)
+        for field in fields(public):
+            if field.name.endswith("token"):
+                setattr(public, field.name, None)
+        with replacing(Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME)) as scratch:
+            torch.save(public, scratch)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         # With `args.push_to_hub` the parent pushes what it saved.

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, set_client_factory
+from huggingface_hub import HfApi, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils._http import default_client_factory
@@ -79,8 +79,16 @@ def _is_same(path: Path, file: RepoFile) -> bool:
         return hashlib.file_digest(stream, "sha256").hexdigest() == file.lfs.sha256
 
 
-def describe(error: Exception) -> dict[str, Any]:
-    """The error, with the status of the Hub's answer if there was one."""
+def describe(error: Exception, token: str | None = None) -> dict[str, Any]:
+    """The error, with the status of the Hub's answer if there was one, and without the token."""
+    found = _describe(error)
+    if token:  # the client quotes a header that it cannot send; the repr of a token may differ from it
+        for secret in (token, repr(token)[1:-1], token.strip()):
+            found["message"] = found["message"].replace(secret, "<token>") if secret else found["message"]
+    return found
+
+
+def _describe(error: Exception) -> dict[str, Any]:
     cause: BaseException | None = error
     while cause is not None:  # the client wraps what happened to a single file
         if isinstance(cause, HfHubHTTPError) and cause.response is not None:
@@ -98,7 +106,7 @@ def main() -> int:
     try:
         answer, status = {"result": command(api, request["repo"], **request["options"])}, 0
     except Exception as error:
-        answer, status = {"error": describe(error)}, 1
+        answer, status = {"error": describe(error, request["token"] or get_token())}, 1
     sys.stdout.write(json.dumps(answer) + "\n")
     return status
 

@@ -25,11 +25,12 @@ from app_attack import MAX_FILE_BYTES, Classifier
 from app_page import CSS, NUM_EXAMPLES, Page
 from datasets import load_dataset
 from gradio.themes import Default
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor
 
 from hf_rft import bundled
 from hf_rft.cli import parse_with_config
 from hf_rft.hub import RobustModel, load_robust_model
+from hf_rft.untrusted import load_classifier, load_config
 
 
 # The settings of a Space, and the flags they stand for.
@@ -168,9 +169,10 @@ def main(arguments: list[str] | None = None) -> None:
     baseline = None
     if args.compare_with is not None:
         folder = bundled.resolve(args.compare_with)
+        config = load_config(folder, token=args.token)
         baseline = (
-            AutoModelForImageClassification.from_pretrained(folder, token=args.token).to(device),
-            AutoImageProcessor.from_pretrained(folder, token=args.token),
+            load_classifier(folder, config, token=args.token).to(device),
+            AutoImageProcessor.from_pretrained(folder, token=args.token, trust_remote_code=False),
         )
 
     # --- Page ---

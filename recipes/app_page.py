@@ -33,6 +33,7 @@ from app_text import (
 from PIL import Image
 
 from hf_rft import RobustnessReport, ThreatModel
+from hf_rft.markdown import plain
 from hf_rft.model_card import NORM_NAMES
 from hf_rft.threat_model import NORMS
 
@@ -98,7 +99,7 @@ class Panel(NamedTuple):
 def make_panel(classifier: Classifier, role: str) -> Panel:
     picture = {"format": "png", "height": 170, "interactive": False, "elem_classes": "pixels", "min_width": 100}
     with gr.Column(min_width=400):
-        gr.Markdown(f"### {role}: {classifier.name}")
+        gr.Markdown(f"### {role}: {plain(classifier.name)}")
         verdict = gr.Markdown(min_height=64)
         with gr.Row():
             clean = gr.Image(label="clean", buttons=[], **picture)
@@ -162,7 +163,7 @@ class Page:
         # Off the browser, nothing is asked of any other server: no statistics, no fonts.
         name, hour = classifiers[0].name, 3600
         with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(hour, 24 * hour)) as self.blocks:
-            gr.Markdown(f"# How robust is {name}?\n{describe_report(report)}")
+            gr.Markdown(f"# How robust is {plain(name)}?\n{describe_report(report)}")
             with gr.Row():
                 with gr.Column(scale=1, min_width=280):
                     self._make_controls(examples)
@@ -314,7 +315,7 @@ class Page:
                         shown |= show_result(panel, result)
                         if number is None and label != PREDICTED:
                             name = self.classifiers[0].classes[label]
-                            shown[panel.note] += f" It has no class *{name}*: attacked was its own prediction."
+                            shown[panel.note] += f" It has no class *{plain(name)}*: attacked was its own prediction."
                     message = f"Done in {time.monotonic() - begin:.1f} seconds."
                     yield {**shown, self.status: status_line(" ".join([*picture.notes, message]))}
         except ValueError as error:

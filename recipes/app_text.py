@@ -9,6 +9,7 @@ import torch
 from app_attack import AttackResult
 
 from hf_rft import RobustnessReport
+from hf_rft.markdown import code, plain
 from hf_rft.model_card import NORM_NAMES
 from hf_rft.plots import draw_curves
 from hf_rft.threat_model import format_epsilon
@@ -45,19 +46,19 @@ def describe_report(report: RobustnessReport) -> str:
     """What was measured, on what, how; and what the trust checks say."""
     settings = report.settings
     dataset = settings.get("dataset", {})
-    data = f"*{dataset.get('name') or 'a dataset without a name'}*"
-    data += f" ({dataset['split']})" if dataset.get("split") else ""
+    data = f"*{plain(dataset.get('name') or 'a dataset without a name')}*"
+    data += f" ({plain(dataset['split'])})" if dataset.get("split") else ""
     low, high = report.confidence_interval
     lines = [
         f"Measured on **{len(report)} examples** of {data}, {NORM_NAMES[report.norm]} up to "
-        f"{format_epsilon(report.epsilons[-1])}, tier **{settings.get('tier', 'unknown')}** "
+        f"{format_epsilon(report.epsilons[-1])}, tier **{plain(settings.get('tier', 'unknown'))}** "
         f"({_attack_list(report)}): clean accuracy {percent(report.clean_accuracy)}, expected robustness "
         f"**{percent(report.expected_robustness)}** (95 % interval {percent(low)} to {percent(high)})."
     ]
     if report.flags is None:
         lines.append("The trust checks were not run: nobody looked whether gradients are masked.")
     for name, message in (report.flags or {}).items():
-        lines.append(f"⚠️ **Do not trust these numbers yet** (`{name}`): {message}")
+        lines.append(f"⚠️ **Do not trust these numbers yet** ({code(name)}): {plain(message)}")
     return "\n\n".join(lines)
 
 
@@ -68,7 +69,7 @@ def _attack_list(report: RobustnessReport) -> str:
         + (f" x {attack['restarts']}" if attack.get("restarts", 1) > 1 else "")
         for attack in attacks
     ]
-    return ", ".join(listed) or "attacks unknown"
+    return plain(", ".join(listed)) or "attacks unknown"
 
 
 def compare_strength(report: RobustnessReport, steps: int) -> str:
@@ -162,7 +163,7 @@ def describe_result(result: AttackResult, classes: Sequence[str]) -> str:
         _prediction(logits, classes) for logits in (result.logits, result.adversarial_logits, result.rounded_logits)
     )
     if result.errs_already:
-        true = classes[result.label]
+        true = plain(classes[result.label])
         return f"**Wrong without any perturbation**: taken for {clean}, but the true class is *{true}*. Not attacked."
     if epsilon == 0:
         return f"**Epsilon is 0**: this is the clean image, taken for {clean}."
@@ -179,7 +180,7 @@ def describe_result(result: AttackResult, classes: Sequence[str]) -> str:
 
 def _prediction(logits: torch.Tensor, classes: Sequence[str]) -> str:
     ((name, probability),) = top_classes(logits, classes, count=1).items()
-    return f"*{name}* ({percent(probability)})"
+    return f"*{plain(name)}* ({percent(probability)})"
 
 
 # --- Status ---

@@ -9,6 +9,7 @@ the same configuration, is not repeated. Writes comparison.md, comparison.json a
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -100,6 +101,10 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"))
     parser.add_argument("--jobs", type=int, default=1, help="how many runs at a time")
     args, extra = parser.parse_known_args()
+    if secret := [word.partition("=")[0] for word in extra if re.match(r"--[\w-]*token(=|$)", word)]:
+        parser.error(
+            f"{secret[0]}: commands are printed and kept; log in with `hf auth login` or set HF_TOKEN instead"
+        )
     for config in args.configs:
         if not config.is_file():
             parser.error(f"{config} is not a file")

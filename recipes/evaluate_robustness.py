@@ -18,7 +18,7 @@ import torch
 from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Image, Value, load_dataset
 from model_and_data import subset
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoImageProcessor, PreTrainedModel
 
 from hf_rft import PixelNormalization, RobustnessReport, ThreatModel, bundled, evaluate_robustness
 from hf_rft.cli import parse_with_config
@@ -30,6 +30,7 @@ from hf_rft.evaluation.tiers import TIERS
 from hf_rft.model_state import under_attack
 from hf_rft.plots import plot_adversarial_examples
 from hf_rft.threat_model import NORMS, format_epsilon
+from hf_rft.untrusted import load_classifier, load_config
 
 
 @dataclass
@@ -215,7 +216,8 @@ def main(arguments: list[str] | None = None) -> RobustnessReport:
     }
     name_or_path = bundled.resolve(args.model_name_or_path)
     processor = AutoImageProcessor.from_pretrained(name_or_path, **hub_options)
-    model = AutoModelForImageClassification.from_pretrained(name_or_path, **hub_options).eval().to(state.device)
+    config = load_config(name_or_path, **hub_options)
+    model = load_classifier(name_or_path, config, **hub_options).eval().to(state.device)
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     dataset = with_model_labels(load_images(args), model, args)

@@ -23,6 +23,7 @@ from hf_rft import RobustnessReport
 from hf_rft.evidence import REPORT_NAME, hash_weight_files, read_report
 from hf_rft.files import replacing, write_text
 from hf_rft.hub import download
+from hf_rft.markdown import cell
 from hf_rft.metrics.expected_robustness.expected_robustness import expected_robustness
 from hf_rft.plots import plot_robustness_curve
 from hf_rft.threat_model import NORMS, format_epsilon, parse_epsilon
@@ -141,7 +142,7 @@ def markdown(leaderboard: dict[str, Any]) -> str:
     parts += [_markdown_table(one, leaderboard["sort_by"]) for one in leaderboard["groups"]]
     for title, key in (("Not comparable", "not_comparable"), ("Not read", "not_read")):
         if leaderboard[key]:
-            lines = [f"- {_cell(one.get('name', one['entry']))}: {_cell(one['reason'])}" for one in leaderboard[key]]
+            lines = [f"- {cell(one.get('name', one['entry']))}: {cell(one['reason'])}" for one in leaderboard[key]]
             parts.append(f"## {title}\n\n" + "\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
@@ -156,13 +157,13 @@ def _markdown_table(one: dict[str, Any], sort_by: str) -> str:
         lead = _with_interval(row["difference_to_next"], row["difference_interval"], sign="+")
         accuracies = (f"{100 * accuracy:.1f}" for accuracy in row["accuracies"])
         lines.append([str(row["rank"]), row["name"], *accuracies, expected, lead, row["trust_checks"]])
-    table = "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+    table = "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
     notes = f"In %, on {shared['number of examples']} examples, sorted by {sort_by.replace('_', ' ')}; in "
     notes += "brackets 95 % bootstrap intervals over examples, of differences over the same examples of both models."
-    if unchecked := [_cell(row["name"]) for row in rows if not row["weights_checked"]]:
+    if unchecked := [cell(row["name"]) for row in rows if not row["weights_checked"]]:
         notes += f"\n\nOnly the report was read, the weights were not checked against it: {', '.join(unchecked)}. "
         notes += "`hf_rft.load_robust_model` does check them."
-    title = _cell(f"{shared['norm']} up to {shared['epsilons'][-1]}, tier {shared['tier']}")
+    title = cell(f"{shared['norm']} up to {shared['epsilons'][-1]}, tier {shared['tier']}")
     return f"## {title}\n\n{table}\n\n{notes}"
 
 
@@ -177,11 +178,6 @@ def _as_text(value: Any) -> str:
     if value is None:
         return "not known"
     return (value if len(value) < 64 else value[:12]) if isinstance(value, str) else json.dumps(value)
-
-
-def _cell(text: str) -> str:
-    """Reports from elsewhere may hold any text: one with a line's end or a bar would break the table."""
-    return " ".join(text.split()).replace("|", "\\|")
 
 
 def write_leaderboard(leaderboard: dict[str, Any], output_dir: Path) -> None:

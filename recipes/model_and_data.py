@@ -5,9 +5,10 @@ from pathlib import Path
 
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor
 
 from hf_rft import bundled
+from hf_rft.untrusted import load_classifier, load_config
 
 
 @dataclass
@@ -179,7 +180,7 @@ def load_model(model_args: ModelArguments, class_names: list[str]):
         "token": model_args.token,
         "trust_remote_code": model_args.trust_remote_code,
     }
-    config = AutoConfig.from_pretrained(
+    config = load_config(
         name_or_path,
         num_labels=len(class_names),
         id2label=dict(enumerate(class_names)),
@@ -202,9 +203,9 @@ def load_model(model_args: ModelArguments, class_names: list[str]):
             processor.crop_size = {"height": size, "width": size}
         if hasattr(config, "image_size"):
             config.image_size = size
-    model, report = AutoModelForImageClassification.from_pretrained(
+    model, report = load_classifier(
         name_or_path,
-        config=config,
+        config,
         ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
         output_loading_info=True,
         **hub_options,

@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from hf_rft import RobustnessReport, load_robust_model
 from hf_rft.cli import parse_with_config
 from hf_rft.evidence import CARD_NAME, CURVE_NAME, REPORT_NAME, read_report, write_evidence
-from hf_rft.files import write_text
+from hf_rft.files import check_links, write_text
 from hf_rft.hub import PushError, push_folder
 from hf_rft.model_card import update_card
 
@@ -76,6 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     folder = Path(args.model_dir)
     name = args.repo_id or folder.resolve().name
     try:
+        check_links(folder)  # before the text of a card goes into another
         report = read_report(args.report or folder / REPORT_NAME)
         report = write_evidence(folder, report, name=name)
         write_card(folder, report, name.split("/")[-1], args)

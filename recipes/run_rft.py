@@ -140,11 +140,6 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         pixel_values = processor(image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixel_values, "labels": example[data_args.label_column_name]}
 
-    def prepare_batch(batch):
-        examples = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
-        prepared = [prepare(example) for example in examples]
-        return {key: [example[key] for example in prepared] for key in prepared[0]}
-
     train_dataset = SeededAugmentation(
         splits["train"], lambda example: prepare(example, augmentation), seed=training_args.seed
     )
@@ -154,7 +149,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         model=model,
         args=training_args,
         train_dataset=train_dataset,
-        eval_dataset=splits["validation"].with_transform(prepare_batch),
+        eval_dataset=SeededAugmentation(splits["validation"], prepare, seed=training_args.seed),
         data_collator=collate,
         processing_class=processor,
     )

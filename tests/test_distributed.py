@@ -1,4 +1,4 @@
-"""Two processes against one with the same global batch: noise, gradients and metrics must not tell them apart.
+"""Two processes against one with the same global batch: noise, gradients and evaluation must not tell them apart.
 
 And a process that is killed against one that is not.
 """
@@ -14,6 +14,8 @@ from pathlib import Path
 import evaluation_worker
 import pytest
 import torch
+from distributed_worker import TRAINING_CASES
+from safetensors.torch import load_file
 
 from hf_rft.evaluation import evaluate as evaluation
 from hf_rft.evaluation import flags
@@ -25,19 +27,66 @@ TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("robust_loss", "family"), [("at", "vit"), ("trades", "timm")])
-def test_two_processes_equal_one(tmp_path, robust_loss, family):
-    worker = [str(WORKER), str(tmp_path), robust_loss, family]
-    subprocess.run([sys.executable, *worker], check=True)
-    subprocess.run([*TWO_PROCESSES, *worker], check=True)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """All cases of the worker, in one process and in two: its folder, and what each process wrote."""
+    folder = tmp_path_factory.mktemp("distributed")
+    worker = [str(WORKER), str(folder)]
+    subprocess.run([sys.executable, *worker], check=True, env=ONE_THREAD)
+    subprocess.run([*TWO_PROCESSES, *worker], check=True, env=ONE_THREAD)
+    one, first, second = (json.loads((folder / f"result-{name}.json").read_text()) for name in ("1-0", "2-0", "2-1"))
+    assert [result["world_size"] for result in (one, first, second)] == [1, 2, 2]
+    return folder, one, first, second
 
-    results = [json.loads((tmp_path / f"result-{processes}.json").read_text()) for processes in (1, 2)]
-    assert [result["world_size"] for result in results] == [1, 2]
-    assert results[0]["metrics"] == results[1]["metrics"]
-    one, two = (torch.load(tmp_path / f"weights-{processes}.pt", weights_only=True) for processes in (1, 2))
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, atol=1e-6, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TRAINING_CASES, ids=lambda case: case[0])
+def test_two_processes_train_like_one(results, case):
+    """Every gradient to 1e-6, on data that does not divide evenly, and the metrics afterwards."""
+    folder, one, *both = results
+    name, _, _, count, batch_size, accumulation, _ = case
+    assert count % batch_size != 0
+    expected = one["training"][name]
+    for rank, result in enumerate(both):
+        found = result["training"][name]
+        assert found["steps"] == expected["steps"] >= 2
+        assert found["looks for unused parameters"] == (name == "unused parameters")
+        assert found["metrics"] == pytest.approx(expected["metrics"], abs=1e-6)
+        for step in range(expected["steps"]):
+            gradients = load_file(folder / f"{name}-{step}-1-0.safetensors")
+            assert max(gradient.abs().max() for gradient in gradients.values()) > 0.01
+            of_two = load_file(folder / f"{name}-{step}-2-{rank}.safetensors")
+            for parameter, gradient in gradients.items():
+                torch.testing.assert_close(
+                    of_two[parameter],
+                    gradient,
+                    atol=1e-6,
+                    rtol=0,
+                    msg=lambda text, where=(step, parameter): f"{where}: {text}",
+                )
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_like_one(results):
+    """The whole report of `evaluate`, number of passes and hash of the weights included."""
+    _, one, first, second = results
+    assert first["evaluation"] == second["evaluation"] == one["evaluation"]
+    accuracies = [len(set(result["report"]["accuracies"])) for result in one["evaluation"]]
+    assert min(accuracies) > 2 and len(accuracies) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["exchanges", "exchanges, accumulated"])
+def test_gradients_are_exchanged_as_often_as_in_plain_training(results, kind):
+    """In three steps, by size: besides the number of examples of each step, nothing is exchanged that a plain `Trainer`
+    does not, however many steps the attack takes.
+    """
+    for result in results[2:]:
+        plain, *robust = result[kind].values()
+        buckets = [count for name, count in plain.items() if name.startswith("gloo:all_reduce")]
+        assert len(buckets) > 3 and sum(buckets) > 15
+        for exchanged in robust:
+            assert exchanged == {**plain, "gloo:all_reduce [[]]": 3}
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ..checks import LABEL_COLUMNS
+from ..images import read_example
 
 
 IMAGE_COLUMNS = ("image", "img")
@@ -49,7 +50,7 @@ class Examples:
             raise ValueError("`dataset` is empty; robustness needs at least one example.")
         self.dataset, self.processor = dataset, processor
         self.mode = "L" if num_channels == 1 else "RGB"
-        example = dataset[0]
+        example = read_example(dataset, 0)
         if not isinstance(example, Mapping):
             raise ValueError(
                 f"`dataset` returns {type(example).__name__} objects; an example must be a dictionary with an image, "
@@ -65,7 +66,7 @@ class Examples:
 
     def batch(self, positions: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """`pixel_values` of shape `(batch, channels, height, width)` and labels of shape `(batch,)`."""
-        examples = [self.dataset[position] for position in positions]
+        examples = [read_example(self.dataset, position) for position in positions]
         labels = [example[self.label_column] for example in examples]
         requirement = f"The column {self.label_column!r} must hold one class index per image"
         try:

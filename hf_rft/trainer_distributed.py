@@ -1,0 +1,60 @@
+"""What `RobustTrainer` has to know about processes: the bare model, and the batch that all processes have together."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel, Trainer
+
+from .distributed import WholeCopy, set_ddp_options
+from .model_state import under_attack
+from .pixel_space import PixelNormalization
+from .training_args import RobustTrainingArguments
+
+
+class DistributedMixin(Trainer):
+    """The part of [`RobustTrainer`] that differs between one process and several.
+
+    The model is attacked bare: what DDP, FSDP or DeepSpeed put around it would exchange gradients or weights in every
+    step of an attack.
+    """
+
+    args: RobustTrainingArguments
+    model: PreTrainedModel
+    pixel_normalization: PixelNormalization
+    _whole_copy: WholeCopy | None = None
+
+    def _set_up_processes(self) -> None:
+        """To be called before the model is wrapped."""
+        if self.is_fsdp_enabled:
+            self._whole_copy = WholeCopy(self.model)
+        elif self.args.world_size > 1 and self.accelerator.ddp_handler is not None and not self.is_deepspeed_enabled:
+            set_ddp_options(self.accelerator.ddp_handler, self.args, self.model)
+
+    @property
+    def _bare_model(self) -> PreTrainedModel:
+        return self.model if self._whole_copy is None else self._whole_copy.model
+
+    @contextlib.contextmanager
+    def _whole_weights(self) -> Iterator[PreTrainedModel]:
+        """The bare model with all of its weights; every process must ask at the same time."""
+        if self._whole_copy is None:
+            yield self.model
+            return
+        # Unlike the model itself, the copy was not prepared for mixed precision.
+        with self._whole_copy.holding(self.model) as model, self.accelerator.autocast():
+            yield model
+
+    @contextlib.contextmanager
+    def _under_attack(self, *, training: bool) -> Iterator[None]:
+        with self._whole_weights() as model, under_attack(model, training=training):
+            yield
+
+    def _forward(self, pixels: torch.Tensor, **extra_inputs) -> torch.Tensor:
+        """Pixels in [0, 1] to logits, through the bare model."""
+        pixel_values = self.pixel_normalization.from_pixels(pixels).to(self._bare_model.dtype)
+        return self._bare_model(pixel_values=pixel_values, **extra_inputs).logits
+
+    def _over_processes(self, batch_size: int) -> int:
+        """Examples in the batch of all processes together; `split_batches` makes the argument that number."""
+        return batch_size * (1 if self.args.accelerator_config.split_batches else self.args.world_size)
