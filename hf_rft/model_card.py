@@ -211,7 +211,7 @@ def describe_training(
             f"Onset of task adaptation (the epoch whose validation accuracy shows first learning): {adaptation}."
         )
     if alarms is not None:
-        parts.append("Alarms in training: " + ("\n\n" + _flags(alarms) if alarms else "none."))
+        parts.append("Alarms in training:" + (f"\n\n{_flags(alarms)}" if alarms else " none."))
     if command:
         parts.append(f"```bash\n{command}\n```")
     parts.append("```yaml\n" + yaml.safe_dump(dict(arguments), sort_keys=False) + "```")

@@ -16,7 +16,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hf_rft.onset import adaptation_onset
+from hf_rft.onset import evaluations, find_onset
 from hf_rft.plots import plot_comparison
 
 
@@ -52,8 +52,7 @@ def read(folder: Path) -> dict:
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     config = json.loads((folder / "config.json").read_text())
     num_classes = len(config.get("label_names") or config["id2label"])  # timm's name, transformers' name
-    # The state was saved before the final evaluation, which is on other data.
-    validation = [entry for entry in log if "eval_accuracy" in entry]
+    validation = evaluations(log)
     return {
         "accuracies": {key.removeprefix(PREFIX): value for key, value in results.items() if key.startswith(PREFIX)},
         "robust": results["eval_robust_accuracy"],
@@ -62,7 +61,7 @@ def read(folder: Path) -> dict:
         "seconds": results["train_runtime"],
         "validation": [(entry["epoch"], entry["eval_accuracy"]) for entry in validation],
         "epsilon": [(entry["epoch"], entry["epsilon"]) for entry in log if "epsilon" in entry],
-        "onset": adaptation_onset([entry["eval_accuracy"] for entry in validation], num_classes),
+        "onset": find_onset(log, num_classes),
     }
 
 

@@ -9,6 +9,7 @@ from hf_rft.evaluation.tiers import TIERS
 from hf_rft.model_card import (
     TAGS,
     check_card,
+    describe_onset,
     describe_robustness,
     describe_training,
     eval_results,
@@ -160,6 +161,27 @@ def test_training_section():
     for stated in ("7-step `apgd`", "`hinge`", "accelerate launch x.py", "(schedule.png)"):
         assert stated in text
     assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == ARGUMENTS
+    assert "Onset" not in text and "Alarms" not in text
+
+
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [
+        ([], "not measured"),
+        ([{"eval_accuracy": 0.02, "epoch": 1.0}], "never (transfer failure)"),
+        ([{"eval_accuracy": 0.02, "epoch": 1.0}, {"eval_accuracy": 0.9, "epoch": 2.0}], "epoch 2"),
+        ([{"train_runtime": 1.0}, {"eval_accuracy": 0.9, "epoch": 2.0}], "not measured"),
+    ],
+)
+def test_onset_in_the_training_section(history, expected):
+    text = describe_training(ARGUMENTS, adaptation=describe_onset(history, num_classes=100))
+    assert f"shows first learning): {expected}." in text
+
+
+def test_alarms_in_the_training_section():
+    assert "Alarms in training: none." in describe_training(ARGUMENTS, alarms={})
+    text = describe_training(ARGUMENTS, alarms={"transfer_failure": "Nothing was learnt."})
+    assert "Alarms in training:\n\n- **transfer_failure**: Nothing was learnt." in text
 
 
 # --- Both ---

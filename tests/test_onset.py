@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_rft.onset import adaptation_onset
+from hf_rft.onset import adaptation_onset, evaluations, find_onset, onset_threshold
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,40 @@ def test_definition(accuracies, num_classes):
 @pytest.mark.parametrize("num_classes", [2, 3, 10, 40, 200])
 def test_a_solved_task_is_no_transfer_failure(num_classes):
     assert adaptation_onset([1 / num_classes, 1.0], num_classes) == 2
+
+
+@given(st.integers(2, 300))
+def test_threshold_lies_between_chance_and_certainty(num_classes):
+    assert 1 / num_classes < onset_threshold(num_classes) < 1
+
+
+# --- In a log ---
+
+
+def log(*accuracies, every=1.0, prefix="eval"):
+    return [{f"{prefix}_accuracy": value, "epoch": every * i} for i, value in enumerate(accuracies, start=1)]
+
+
+@pytest.mark.parametrize(
+    ("history", "expected"),
+    [
+        (log(0.01, 0.05, 0.06, 0.9), 3),
+        (log(0.01, 0.06, every=0.4), 1),  # in the first epoch
+        (log(0.01, 0.04, 0.06, every=0.4), 2),
+        (log(0.01, 0.06, every=5.0), 10),
+        (log(0.01, 0.02), None),
+        ([], None),
+        ([{"loss": 1.0, "epoch": 1.0}], None),
+        ([{"eval_accuracy": 0.9, "epoch": 0}, *log(0.01, 0.9)], 2),  # before the first step
+        ([*log(0.01), {"train_runtime": 1.0, "epoch": 1.0}, {"eval_accuracy": 0.9, "epoch": 1.0}], None),
+    ],
+)
+def test_onset_in_a_log(history, expected):
+    assert find_onset(history, num_classes=100) == expected
+
+
+def test_one_of_several_evaluation_datasets():
+    history = [*log(0.9, prefix="eval_easy"), *log(0.01, 0.9, prefix="eval_hard")]
+    assert find_onset(history, 100, "eval_hard") == 2
+    assert len(evaluations(history, "eval_easy")) == 1
+    assert evaluations(history) == []

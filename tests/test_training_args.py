@@ -107,3 +107,22 @@ def test_every_field_has_help():
     for field in own:
         assert field.metadata["help"], field.name
         assert f"{field.name} (`" in RobustTrainingArguments.__doc__, field.name
+
+
+@pytest.mark.parametrize(
+    ("options", "metric", "greater"),
+    [
+        ({}, None, None),
+        ({"load_best_model_at_end": True}, "robust_accuracy", True),
+        ({"load_best_model_at_end": True, "metric_for_best_model": "loss"}, "loss", False),
+        ({"load_best_model_at_end": True, "metric_for_best_model": "eval_accuracy"}, "eval_accuracy", True),
+        ({"load_best_model_at_end": True, "eval_attack_during_training": False}, "loss", False),
+        # It would take a rising accuracy for a reason to lower the learning rate.
+        ({"load_best_model_at_end": True, "lr_scheduler_type": "reduce_lr_on_plateau"}, "loss", False),
+    ],
+)
+def test_the_best_model_is_the_most_robust_one(make_args, options, metric, greater):
+    args = make_args(eval_strategy="epoch", save_strategy="epoch", **options)
+    assert (args.metric_for_best_model, args.greater_is_better) == (metric, greater)
+    again = RobustTrainingArguments(**{**args.to_dict(), "output_dir": args.output_dir})
+    assert (again.metric_for_best_model, again.greater_is_better) == (metric, greater)
