@@ -135,8 +135,8 @@ class NonFiniteError(ArithmeticError):
     """A loss or gradient is infinite or not a number; the weights are those of the last optimizer step."""
 
 
-def check_finite(what: str, values: torch.Tensor, when: str, world_size: int) -> None:
-    """Refuse NaN and infinity, on all processes or none.
+def check_finite(what: str, values: torch.Tensor, when: str, world_size: int = 1) -> None:
+    """Refuse NaN and infinity; where `world_size` processes have values of their own, on all of them or none.
 
     Args:
         what (`str`):

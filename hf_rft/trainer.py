@@ -207,7 +207,7 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
         # With a loss scale (fp16) infinite gradients are normal now and then: the scaler skips the step.
         if self.accelerator.scaler is None and not self.is_deepspeed_enabled:
             when = f"before optimizer step {self.state.global_step + 1}, though the loss is"
-            check_finite("gradient", torch.as_tensor(grad_norm), when, self.args.world_size)
+            check_finite("gradient", torch.as_tensor(grad_norm), when)  # the same on all processes
         return grad_norm
 
     @property

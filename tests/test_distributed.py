@@ -24,6 +24,7 @@ from hf_rft.evaluation import flags
 WORKER = Path(__file__).parent / "distributed_worker.py"
 EVALUATION_WORKER = Path(evaluation_worker.__file__)
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+NUMBERS = ("gloo:all_reduce [[]]", "gloo:all_reduce [[2]]")
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -78,15 +79,16 @@ def test_two_processes_evaluate_like_one(results):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["exchanges", "exchanges, accumulated"])
 def test_gradients_are_exchanged_as_often_as_in_plain_training(results, kind):
-    """In three steps, by size: besides the number of examples of each step, nothing is exchanged that a plain `Trainer`
-    does not, however many steps the attack takes.
+    """In three steps, by size: nothing is exchanged that a plain `Trainer` does not, but for single numbers (how many
+    examples there are, whether all losses are finite, whether to stop), and none of it more often for a longer attack.
     """
     for result in results[2:]:
         plain, *robust = result[kind].values()
         buckets = [count for name, count in plain.items() if name.startswith("gloo:all_reduce")]
         assert len(buckets) > 3 and sum(buckets) > 15
-        for exchanged in robust:
-            assert exchanged == {**plain, "gloo:all_reduce [[]]": 3}
+        assert all(exchanged == robust[0] for exchanged in robust)
+        assert {name: count for name, count in robust[0].items() if name not in NUMBERS} == plain
+        assert sum(robust[0].get(name, 0) for name in NUMBERS) <= 20
 
 
 @pytest.fixture
