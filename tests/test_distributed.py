@@ -14,7 +14,7 @@ from pathlib import Path
 import evaluation_worker
 import pytest
 import torch
-from distributed_worker import TRAINING_CASES
+from distributed_worker import FSDP_CASES, TRAINING_CASES
 from safetensors.torch import load_file
 
 from hf_rft.evaluation import evaluate as evaluation
@@ -39,23 +39,19 @@ def results(tmp_path_factory):
     return folder, one, first, second
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", TRAINING_CASES, ids=lambda case: case[0])
-def test_two_processes_train_like_one(results, case):
-    """Every gradient to 1e-6, on data that does not divide evenly, and the metrics afterwards."""
+def check_training(results, name, name_of_two):
+    """Every gradient to 1e-6, and the metrics afterwards."""
     folder, one, *both = results
-    name, _, _, count, batch_size, accumulation, _ = case
-    assert count % batch_size != 0
     expected = one["training"][name]
     for rank, result in enumerate(both):
-        found = result["training"][name]
+        found = result["training"][name_of_two]
         assert found["steps"] == expected["steps"] >= 2
         assert found["looks for unused parameters"] == (name == "unused parameters")
         assert found["metrics"] == pytest.approx(expected["metrics"], abs=1e-6)
         for step in range(expected["steps"]):
             gradients = load_file(folder / f"{name}-{step}-1-0.safetensors")
             assert max(gradient.abs().max() for gradient in gradients.values()) > 0.01
-            of_two = load_file(folder / f"{name}-{step}-2-{rank}.safetensors")
+            of_two = load_file(folder / f"{name_of_two}-{step}-2-{rank}.safetensors")
             for parameter, gradient in gradients.items():
                 torch.testing.assert_close(
                     of_two[parameter],
@@ -67,10 +63,33 @@ def test_two_processes_train_like_one(results, case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", TRAINING_CASES, ids=lambda case: case[0])
+def test_two_processes_train_like_one(results, case):
+    name, _, _, count, batch_size, *_ = case
+    assert count % batch_size != 0
+    check_training(results, name, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FSDP_CASES)
+def test_two_processes_with_divided_weights_train_like_one(results, name):
+    check_training(results, name, f"{name}, fsdp")
+
+
+@pytest.mark.slow
+def test_attack_on_divided_weights_gathers_them_once(results):
+    """However many steps it takes; and no gradient is exchanged for it."""
+    for result in results[2:]:
+        few, many = result["exchanges, fsdp"]
+        assert few == many and sum(few.values()) > 100
+
+
+@pytest.mark.slow
 def test_two_processes_evaluate_like_one(results):
     """The whole report of `evaluate`, number of passes and hash of the weights included."""
     _, one, first, second = results
     assert first["evaluation"] == second["evaluation"] == one["evaluation"]
+    assert first["evaluation, fsdp"] == second["evaluation, fsdp"] == one["evaluation"]
     accuracies = [len(set(result["report"]["accuracies"])) for result in one["evaluation"]]
     assert min(accuracies) > 2 and len(accuracies) == 4
 
