@@ -86,9 +86,9 @@ def check_parallelism(trainer: Any) -> None:
         and args.accelerator_config.dispatch_batches is False
     ):
         logger.warning(
-            "With `dispatch_batches=False` each process reads its own part of the iterable `train_dataset`. Should the "
-            "parts end unevenly, examples are repeated, and nobody can tell which; leave `dispatch_batches` out to "
-            "train as one process would."
+            "With `dispatch_batches=False` each process reads its own part of the iterable `train_dataset`. Should "
+            "the parts end unevenly, examples are repeated, and nobody can tell which; leave `dispatch_batches` out "
+            "to train as one process would."
         )
 
 

@@ -86,8 +86,8 @@ class RobustTrainingArguments(TrainingArguments):
     > `remove_unused_columns` has another default than in [`~transformers.TrainingArguments`]: `False`, because image
     > datasets are transformed on the fly, from a column that the model does not know.
     >
-    > `ddp_find_unused_parameters` and `ddp_broadcast_buffers`, left at None, are decided by the trainer: parameters are
-    > looked for only in models that have unused ones, and buffers are sent only if BatchNorm is not frozen.
+    > `ddp_find_unused_parameters` and `ddp_broadcast_buffers`, left at None, are decided by the trainer: unused
+    > parameters are looked for only in models that have some, and buffers are sent only if BatchNorm is not frozen.
 
     Raises:
         ValueError: naming the argument, its value and the remedy.

@@ -31,10 +31,10 @@ TRAINING_CASES = [
     ("trades timm", "trades", "timm", 20, 16, 1, {}),
     ("mart timm", "mart", "timm", 23, 8, 1, {}),
     ("unused parameters", "at", "dinov2", 13, 8, 1, {"gradient_checkpointing": True}),
-    ("dropped last batch", "at", "vit", 27, 16, 1, {"dataloader_drop_last": True}),
+    ("dropped last batch", "at", "vit", 27, 16, 1, {"dataloader_drop_last": True, "num_train_epochs": 2}),
     ("split batches", "at", "vit", 27, 16, 1, {"accelerator_config": {"split_batches": True}}),
     ("dispatched batches", "at", "vit", 27, 16, 1, {"accelerator_config": {"dispatch_batches": True}}),
-    ("iterable dataset", "at", "vit", 27, 16, 1, {"max_steps": 4}),
+    ("iterable dataset", "at", "vit", 27, 16, 1, {"max_steps": 3}),
 ]
 # Cases that are trained with FSDP2 as well: the layers whose weights are gathered together.
 FSDP_CASES = {"trades vit": "ViTLayer", "at timm": "BasicBlock"}
@@ -92,7 +92,7 @@ def arguments(folder: str, batch_size: int, options: dict) -> dict:
         "learning_rate": 0.02,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
-        "num_train_epochs": 2,
+        "num_train_epochs": 1,
         "save_strategy": "no",
         "logging_strategy": "no",
         "report_to": "none",
@@ -191,7 +191,9 @@ def main(folder: str) -> None:
                 keep(f"{name}, fsdp", *train(folder, *case, options, trainer_class=FullyShardedOnCPU))
         result["exchanges, fsdp"] = [collectives(folder, steps, by_layer, FullyShardedOnCPU) for steps in (1, 5)]
         options = fully_sharded("BasicBlock")
-        result["evaluation, fsdp"] = [evaluate(folder, *case, options, FullyShardedOnCPU) for case in EVALUATION_CASES]
+        result["evaluation, fsdp"] = [
+            evaluate(folder, *case, options, FullyShardedOnCPU) for case in EVALUATION_CASES[:2]
+        ]
     result["world_size"] = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     (Path(folder) / f"result-{PROCESSES}-{rank}.json").write_text(json.dumps(result))
 

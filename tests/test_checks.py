@@ -74,7 +74,9 @@ def environment(monkeypatch):
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
 
 
-def with_processes(*, fsdp=None, zero_stage=None, tp_size=1, family="vit", dataset=None, accelerator_config=None, **args):
+def with_processes(
+    *, fsdp=None, zero_stage=None, tp_size=1, family="vit", dataset=None, accelerator_config=None, **args
+):
     """What the check looks at of a trainer."""
     if fsdp is not None:
         fsdp = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT", **fsdp})

@@ -10,21 +10,80 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluation_worker
 import pytest
 import torch
+from conftest import CONFIGS, SIZE, make_model
 from distributed_worker import FSDP_CASES, TRAINING_CASES
 from safetensors.torch import load_file
 
+from hf_rft import RobustTrainingArguments
+from hf_rft.distributed import WholeCopy, may_have_unused_parameters, set_ddp_options
 from hf_rft.evaluation import evaluate as evaluation
 from hf_rft.evaluation import flags
+from hf_rft.evaluation.provenance import describe_model
 
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
 EVALUATION_WORKER = Path(evaluation_worker.__file__)
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_unused_parameters_are_found(family):
+    model = make_model(family)
+    before = [module.training for module in model.modules()]
+    assert may_have_unused_parameters(model) == (family == "dinov2")
+    assert [module.training for module in model.modules()] == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_frozen_parameters_need_no_gradient_and_odd_models_are_taken_to_need_a_search():
+    model = make_model("dinov2")
+    model.dinov2.embeddings.mask_token.requires_grad_(False)
+    assert not may_have_unused_parameters(model)
+    model.requires_grad_(False)
+    assert not may_have_unused_parameters(model)
+    vit = make_model("vit")
+    vit.config.image_size = 24  # the model itself takes 16 only
+    assert may_have_unused_parameters(vit)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (False, False)),
+        ({"freeze_batch_norm": False}, (False, None)),
+        ({"ddp_find_unused_parameters": True, "ddp_broadcast_buffers": True}, (None, None)),
+    ],
+)
+def test_ddp_options_follow_the_model_unless_they_are_given(tmp_path, options, expected):
+    args = RobustTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **options)
+    ddp = SimpleNamespace(find_unused_parameters=None, broadcast_buffers=None)
+    set_ddp_options(ddp, args, make_model("vit"))
+    assert (ddp.find_unused_parameters, ddp.broadcast_buffers) == expected
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_whole_copy_has_weights_only_while_it_holds_them(family):
+    model = make_model(family).eval()
+    images = torch.rand(2, 3, SIZE, SIZE)
+    whole_copy = WholeCopy(model)
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01)  # as a step of training does
+        assert all(parameter.is_meta for parameter in whole_copy.model.parameters())
+        with whole_copy.holding(model) as borrowed:
+            assert borrowed is not model and not any(parameter.requires_grad for parameter in borrowed.parameters())
+            with torch.no_grad():
+                assert torch.equal(borrowed(pixel_values=images).logits, model(pixel_values=images).logits)
+            assert describe_model(borrowed) == describe_model(model)
+    assert all(parameter.is_meta for parameter in whole_copy.model.parameters())
+    assert all(parameter.requires_grad and not parameter.is_meta for parameter in model.parameters())
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +105,6 @@ def check_training(results, name, name_of_two):
     for rank, result in enumerate(both):
         found = result["training"][name_of_two]
         assert found["steps"] == expected["steps"] >= 2
-        assert found["looks for unused parameters"] == (name == "unused parameters")
         assert found["metrics"] == pytest.approx(expected["metrics"], abs=1e-6)
         for step in range(expected["steps"]):
             gradients = load_file(folder / f"{name}-{step}-1-0.safetensors")
@@ -68,6 +126,8 @@ def test_two_processes_train_like_one(results, case):
     name, _, _, count, batch_size, *_ = case
     assert count % batch_size != 0
     check_training(results, name, name)
+    for result in results[2:]:
+        assert result["training"][name]["looks for unused parameters"] == (name == "unused parameters")
 
 
 @pytest.mark.slow
@@ -89,7 +149,7 @@ def test_two_processes_evaluate_like_one(results):
     """The whole report of `evaluate`, number of passes and hash of the weights included."""
     _, one, first, second = results
     assert first["evaluation"] == second["evaluation"] == one["evaluation"]
-    assert first["evaluation, fsdp"] == second["evaluation, fsdp"] == one["evaluation"]
+    assert first["evaluation, fsdp"] == second["evaluation, fsdp"] == one["evaluation"][:2]
     accuracies = [len(set(result["report"]["accuracies"])) for result in one["evaluation"]]
     assert min(accuracies) > 2 and len(accuracies) == 4
 
@@ -97,8 +157,8 @@ def test_two_processes_evaluate_like_one(results):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["exchanges", "exchanges, accumulated"])
 def test_gradients_are_exchanged_as_often_as_in_plain_training(results, kind):
-    """In three steps, by size: besides the number of examples of each step, nothing is exchanged that a plain `Trainer`
-    does not, however many steps the attack takes.
+    """In three steps, by size: besides the number of examples of each step, nothing is exchanged that a plain
+    `Trainer` does not, however many steps the attack takes.
     """
     for result in results[2:]:
         plain, *robust = result[kind].values()
