@@ -6,13 +6,17 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer
+from transformers.utils import logging
 
 from .attacks.base import takes
 from .augmentation import SeededAugmentation
 from .losses import LOSSES, RobustLoss
 from .training_args import RobustTrainingArguments
 
+
+logger = logging.get_logger(__name__)
 
 LABEL_COLUMNS = ("labels", "label")
 
@@ -37,11 +41,82 @@ def check_setup(trainer: Trainer) -> None:
         )
     if trainer.compute_loss_func is not None:
         raise ValueError("`compute_loss_func` would replace the robust loss; pass `robust_loss` instead.")
-    if trainer.args.n_gpu > 1:
+    check_parallelism(trainer)
+
+
+def check_parallelism(trainer: Any) -> None:
+    """Refuse what would train or measure something else than one process does, or wait for ever.
+
+    DDP, FSDP2 and DeepSpeed ZeRO-1 and -2 remain.
+
+    Raises:
+        ValueError: naming the setting, why it cannot be supported, and the remedy.
+    """
+    args, state = trainer.args, trainer.accelerator.state
+    if args.n_gpu > 1:
         raise ValueError(
-            f"{trainer.args.n_gpu} GPUs in one process (DataParallel) are not supported; start one process a GPU "
+            f"{args.n_gpu} GPUs in one process (DataParallel) are not supported; start one process a GPU "
             "with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
         )
+    if args.world_size > 1 and not args.accelerator_config.even_batches:
+        raise ValueError(
+            "`even_batches=False` lets some processes run out of batches while the others wait for their gradients; "
+            "leave it True: the examples that complete the last batch count for nothing."
+        )
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    sizes = {name: getattr(parallelism, name, None) or 1 for name in ("tp_size", "cp_size", "sp_size")}
+    divided = {name: size for name, size in sizes.items() if size > 1}
+    if divided or getattr(trainer, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            f"Several processes that share one batch ({divided or 'a model divided when it was loaded'}) are not "
+            "supported: loss and noise take each process to have examples of its own. Use data parallelism alone: "
+            "DDP, FSDP2 or DeepSpeed ZeRO-2."
+        )
+    if trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3:
+        raise ValueError(
+            "DeepSpeed `zero_stage: 3` is not supported: all processes gather the weights in each pass together, but "
+            "an attack may take more passes on one process than on another. Set `zero_stage: 2`, or use FSDP2 "
+            "(recipes/accelerate_configs/fsdp.yaml)."
+        )
+    if trainer.is_fsdp_enabled:
+        _check_fsdp(trainer, state.fsdp_plugin)
+    if (
+        args.world_size > 1
+        and isinstance(trainer.train_dataset, torch.utils.data.IterableDataset)
+        and args.accelerator_config.dispatch_batches is False
+    ):
+        logger.warning(
+            "With `dispatch_batches=False` each process reads its own part of the iterable `train_dataset`. Should "
+            "the parts end unevenly, examples are repeated, and nobody can tell which; leave `dispatch_batches` out "
+            "to train as one process would."
+        )
+
+
+def _check_fsdp(trainer: Any, plugin: Any) -> None:
+    problem = None
+    if plugin.fsdp_version != 2:
+        problem = f"`fsdp_version: {plugin.fsdp_version}` flattens weights, so that none is whole; set it to 2"
+    elif "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        problem = (
+            f"`fsdp_state_dict_type: {plugin.state_dict_type}` saves no model that `from_pretrained` could load; set "
+            "it to FULL_STATE_DICT"
+        )
+    elif plugin.cpu_ram_efficient_loading:
+        problem = "`fsdp_cpu_ram_efficient_loading: true` leaves processes without weights at first; set it to false"
+    elif isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        problem = "`fsdp_offload_params: true` would bring all weights back for each attack anyway; set it to false"
+    elif trainer.args.torch_compile:
+        problem = "`torch_compile=True` has not been tried with divided weights; set it to False"
+    else:
+        try:  # accelerate calls this method of every model, and some have none
+            trainer.model.get_input_embeddings()
+        except NotImplementedError:
+            problem = (
+                f"accelerate cannot divide a {type(trainer.model).__name__}, which has no `get_input_embeddings`; use "
+                "DDP (recipes/accelerate_configs/multi_gpu.yaml)"
+            )
+    if problem is not None:
+        raise ValueError(f"FSDP: {problem}.")
 
 
 def check_loss(robust_loss: RobustLoss, args: RobustTrainingArguments, attack: Callable | None) -> None:

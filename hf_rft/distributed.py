@@ -18,8 +18,8 @@ from .training_args import RobustTrainingArguments
 def set_ddp_options(ddp: DistributedDataParallelKwargs, args: RobustTrainingArguments, model: PreTrainedModel) -> None:
     """Switch off, where the arguments leave it open and it is safe, what DDP would do in every step for nothing.
 
-    Buffers are sent from process 0 to the others; those of a frozen BatchNorm are equal anyway. Parameters that have no
-    gradient are looked for in the whole graph; models without such parameters need no search.
+    Buffers are sent from process 0 to the others; those of a frozen BatchNorm are equal anyway. Parameters that have
+    no gradient are looked for in the whole graph; models without such parameters need no search.
     """
     if args.ddp_broadcast_buffers is None and args.freeze_batch_norm:
         ddp.broadcast_buffers = False
@@ -58,9 +58,9 @@ def _blank_image(model: PreTrainedModel) -> torch.Tensor:
 class WholeCopy:
     """A second model without weights of its own, which borrows those of a model that is divided over processes.
 
-    FSDP and ZeRO-3 gather weights in every forward and backward pass, on all processes at once: an attack would gather
-    them in each of its steps, and an evaluation in which one process needs more steps than another would hang. Borrowed,
-    they are gathered once, and the divided model, whose hooks and flags stay untouched, takes no part in the attack.
+    FSDP gathers weights in every forward and backward pass, on all processes at once: an attack would gather them in
+    each of its steps, and an evaluation in which one process needs more steps than another would hang. Borrowed, they
+    are gathered once, and the divided model, whose hooks and flags stay untouched, takes no part in the attack.
     """
 
     def __init__(self, model: PreTrainedModel):

@@ -2,9 +2,11 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .distributed import WholeCopy, set_ddp_options
 from .model_state import under_attack
@@ -57,4 +59,5 @@ class DistributedMixin(Trainer):
 
     def _over_processes(self, batch_size: int) -> int:
         """Examples in the batch of all processes together; `split_batches` makes the argument that number."""
-        return batch_size * (1 if self.args.accelerator_config.split_batches else self.args.world_size)
+        config = cast(AcceleratorConfig, self.args.accelerator_config)
+        return batch_size * (1 if config.split_batches else self.args.world_size)

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.utils import find_batch_size, recursively_apply
+from torch.distributed.fsdp import FSDPModule
 from transformers import EvalPrediction
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -44,6 +45,11 @@ class EvaluationMixin(DistributedMixin):
         self._eval_batch, self._eval_passes = 0, Passes(0, 0)  # within the evaluation
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
+        if self.is_fsdp_enabled and not isinstance(self.model, FSDPModule):
+            raise ValueError(
+                "FSDP2 can evaluate only a model that it has trained: accelerate divides a model together with its "
+                "optimizer. Call `evaluate` after `train`, or start the processes without FSDP."
+            )
         self._eval_batch, self._eval_passes = 0, Passes(0, 0)
         output = super().evaluation_loop(dataloader, *args, **kwargs)
         self._keep_report(output, dataloader.dataset)

@@ -99,8 +99,8 @@ class RobustTrainingArguments(TrainingArguments):
     > the clean one: a model that overfits loses its robustness first. It stays `"loss"` where robust accuracy is not
     > measured (`eval_attack_during_training=False`), and for learning rate schedules that follow the metric.
     >
-    > `ddp_find_unused_parameters` and `ddp_broadcast_buffers`, left at None, are decided by the trainer: parameters are
-    > looked for only in models that have unused ones, and buffers are sent only if BatchNorm is not frozen.
+    > `ddp_find_unused_parameters` and `ddp_broadcast_buffers`, left at None, are decided by the trainer: unused
+    > parameters are looked for only in models that have some, and buffers are sent only if BatchNorm is not frozen.
 
     Raises:
         ValueError: naming the argument, its value and the remedy.

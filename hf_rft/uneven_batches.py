@@ -1,8 +1,8 @@
 """Which examples of a batch count, where several processes share the last one of an epoch.
 
-All processes need batches of one size, so accelerate completes the last global batch with examples from the first. They
-are real images, but seen already: here they are told apart, so that several processes train on and measure what one
-would. In the global batch they come last, and each process holds one consecutive piece of it.
+All processes need batches of one size, so accelerate completes the last global batch with examples from the first.
+They have been seen already: here they are told from the others, the real ones, so that several processes train on and
+measure what one would. In the global batch they come last, and each process holds one consecutive piece of it.
 """
 
 from collections.abc import Mapping
@@ -37,7 +37,7 @@ def training_remainder(dataloader: Any, num_processes: int) -> int:
     """
     sampler = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
     is_split = getattr(sampler, "split_batches", False)
-    # accelerate's samplers, for one process or for the rest of an epoch after resuming, wrap the one that was prepared.
+    # accelerate's samplers, of one process or of the rest of an epoch after resuming, wrap the one that was prepared.
     while (inner := getattr(sampler, "batch_sampler", None)) is not None:
         sampler, is_split = inner, is_split or getattr(inner, "split_batches", False)
     # One process reads for all of them, and notes what it found; a sampler of another kind tells no length.

@@ -6,9 +6,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from conftest import SIZE, Images, make_model, without_dropout
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTImageProcessor
 
@@ -27,11 +31,13 @@ TRAINING_CASES = [
     ("trades timm", "trades", "timm", 20, 16, 1, {}),
     ("mart timm", "mart", "timm", 23, 8, 1, {}),
     ("unused parameters", "at", "dinov2", 13, 8, 1, {"gradient_checkpointing": True}),
-    ("dropped last batch", "at", "vit", 27, 16, 1, {"dataloader_drop_last": True}),
+    ("dropped last batch", "at", "vit", 27, 16, 1, {"dataloader_drop_last": True, "num_train_epochs": 2}),
     ("split batches", "at", "vit", 27, 16, 1, {"accelerator_config": {"split_batches": True}}),
     ("dispatched batches", "at", "vit", 27, 16, 1, {"accelerator_config": {"dispatch_batches": True}}),
-    ("iterable dataset", "at", "vit", 27, 16, 1, {"max_steps": 4}),
+    ("iterable dataset", "at", "vit", 27, 16, 1, {"max_steps": 3}),
 ]
+# Cases that are trained with FSDP2 as well: the layers whose weights are gathered together.
+FSDP_CASES = {"trades vit": "ViTLayer", "at timm": "BasicBlock"}
 # Examples and global batch: with two processes the last batch holds 4 and 1, 4 and none, 8 and 5, 4 and 4.
 EVALUATION_CASES = [(13, 8), (10, 8), (13, 16), (16, 8)]
 
@@ -46,6 +52,10 @@ class Stream(torch.utils.data.IterableDataset):
         return (self.images[index] for index in range(len(self.images)))
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 class Gradients(TrainerCallback):
     """Keeps the gradients of every optimizer step."""
 
@@ -54,9 +64,23 @@ class Gradients(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         # DDP leaves None or zeros for a parameter without gradient.
-        none = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        none = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
+        found = {name: whole(p.grad).clone() for name, p in model.named_parameters() if p.grad is not None}
         self.steps.append({**none, **found})
+
+
+class FullyShardedOnCPU(RobustTrainer):
+    """accelerate divides weights over GPUs only; FSDP2 itself works with any processes."""
+
+    def create_accelerator_and_postprocess(self):
+        PartialState()
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        super().create_accelerator_and_postprocess()
+
+
+def fully_sharded(layer: str) -> dict:
+    config = {"version": 2, "transformer_layer_cls_to_wrap": [layer], "state_dict_type": "FULL_STATE_DICT"}
+    return {"fsdp": True, "fsdp_config": config}
 
 
 def arguments(folder: str, batch_size: int, options: dict) -> dict:
@@ -68,7 +92,7 @@ def arguments(folder: str, batch_size: int, options: dict) -> dict:
         "learning_rate": 0.02,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
-        "num_train_epochs": 2,
+        "num_train_epochs": 1,
         "save_strategy": "no",
         "logging_strategy": "no",
         "report_to": "none",
@@ -78,9 +102,11 @@ def arguments(folder: str, batch_size: int, options: dict) -> dict:
     }
 
 
-def robust_trainer(family: str, dataset, options: dict, **trainer_options) -> RobustTrainer:
+def robust_trainer(
+    family: str, dataset, options: dict, trainer_class: type[RobustTrainer] = RobustTrainer, **trainer_options
+) -> RobustTrainer:
     attack = {"epsilon": "8/255", "attack": "pgd", "attack_steps": 2, "epsilon_schedule_type": "constant"}
-    return RobustTrainer(
+    return trainer_class(
         without_dropout(make_model(family)),
         RobustTrainingArguments(**{**attack, "eval_attack_steps": 3, **options}),
         train_dataset=dataset,
@@ -89,7 +115,7 @@ def robust_trainer(family: str, dataset, options: dict, **trainer_options) -> Ro
     )
 
 
-def train(folder, loss, family, count, batch_size, accumulation, options) -> tuple[list, dict]:
+def train(folder, loss, family, count, batch_size, accumulation, options, **trainer_options) -> tuple[list, dict]:
     gradients, images = Gradients(), Images(count)
     trainer = robust_trainer(
         family,
@@ -102,6 +128,7 @@ def train(folder, loss, family, count, batch_size, accumulation, options) -> tup
         },
         eval_dataset=Images(13, seed=1),
         callbacks=[gradients],
+        **trainer_options,
     )
     trainer.train()
     metrics = trainer.evaluate() if "accelerator_config" not in options else {}
@@ -110,21 +137,24 @@ def train(folder, loss, family, count, batch_size, accumulation, options) -> tup
     return gradients.steps, {"metrics": metrics, "looks for unused parameters": is_searched}
 
 
-def evaluate(folder: str, count: int, batch_size: int) -> dict:
+def evaluate(folder: str, count: int, batch_size: int, options: dict, *trainer_class) -> dict:
     """The whole report of a model whose predictions are the labels, apart from a few."""
-    trainer = robust_trainer(
-        "resnet", None, {**arguments(folder, 8, {}), "per_device_eval_batch_size": batch_size // PROCESSES}
-    )
+    options = {**arguments(folder, 8, options), "per_device_eval_batch_size": batch_size // PROCESSES}
+    trainer = robust_trainer("timm", Images(8), {**options, "max_steps": 1, "learning_rate": 0.0}, *trainer_class)
     images = Images(count)
     with torch.no_grad():
         images.labels = trainer.model.eval()((images.pixels - 0.5) / 0.5).logits.argmax(dim=1)
     images.labels[::5] = (images.labels[::5] + 1) % 4
+    if "fsdp" in options:
+        with pytest.raises(ValueError, match="FSDP2 can evaluate only a model that it has trained"):
+            trainer.evaluate(images)
+        trainer.train()  # without learning anything
     metrics = trainer.evaluate(images)
     metrics = {name: value for name, value in metrics.items() if "accuracy" in name or "robustness" in name}
     return {"metrics": metrics, "report": trainer.robustness_report.to_dict()}
 
 
-def collectives(folder: str, attack_steps: int | None, options: dict) -> dict[str, int]:
+def collectives(folder: str, attack_steps: int | None, options: dict, *trainer_class) -> dict[str, int]:
     """How often each exchange between processes, named with its sizes, happens in three steps of training."""
     arguments_ = {**arguments(folder, 8, options), "max_steps": 3, "ddp_bucket_cap_mb": 0.002}
     if attack_steps is None:
@@ -132,7 +162,7 @@ def collectives(folder: str, attack_steps: int | None, options: dict) -> dict[st
         trainer = Trainer(make_model("vit"), TrainingArguments(**arguments_), train_dataset=Images(48))
     else:
         arguments_ |= {"robust_loss": "trades", "attack_steps": attack_steps}
-        trainer = robust_trainer("vit", Images(48), arguments_)
+        trainer = robust_trainer("vit", Images(48), arguments_, *trainer_class)
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         trainer.train()
     return dict(Counter(f"{e.name} {e.input_shapes}" for e in profiler.events() if e.name.startswith("gloo:")))
@@ -140,19 +170,32 @@ def collectives(folder: str, attack_steps: int | None, options: dict) -> dict[st
 
 def main(folder: str) -> None:
     torch.set_num_threads(1)
-    result = {"training": {}, "evaluation": [evaluate(folder, *case) for case in EVALUATION_CASES]}
-    for name, *case in TRAINING_CASES:
-        gradients, result["training"][name] = train(folder, *case)
+    rank = os.environ.get("RANK", 0)
+    result = {"training": {}, "evaluation": [evaluate(folder, *case, {}) for case in EVALUATION_CASES]}
+
+    def keep(name, gradients, outcome):
         for step, tensors in enumerate(gradients):
-            save_file(tensors, Path(folder) / f"{name}-{step}-{PROCESSES}-{os.environ.get('RANK', 0)}.safetensors")
-        result["training"][name]["steps"] = len(gradients)
+            save_file(tensors, Path(folder) / f"{name}-{step}-{PROCESSES}-{rank}.safetensors")
+        result["training"][name] = {**outcome, "steps": len(gradients)}
+
+    for name, *case in TRAINING_CASES:
+        keep(name, *train(folder, *case))
     if PROCESSES > 1:
-        accumulated = {"gradient_accumulation_steps": 2}
+        accumulated, by_layer = {"gradient_accumulation_steps": 2}, fully_sharded("ViTLayer")
         result["exchanges"] = {str(steps): collectives(folder, steps, {}) for steps in (None, 1, 5)}
         result["exchanges, accumulated"] = {str(steps): collectives(folder, steps, accumulated) for steps in (None, 5)}
+
+        for name, *case, options in TRAINING_CASES:
+            if name in FSDP_CASES:
+                options = options | fully_sharded(FSDP_CASES[name])
+                keep(f"{name}, fsdp", *train(folder, *case, options, trainer_class=FullyShardedOnCPU))
+        result["exchanges, fsdp"] = [collectives(folder, steps, by_layer, FullyShardedOnCPU) for steps in (1, 5)]
+        options = fully_sharded("BasicBlock")
+        result["evaluation, fsdp"] = [
+            evaluate(folder, *case, options, FullyShardedOnCPU) for case in EVALUATION_CASES[:2]
+        ]
     result["world_size"] = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    name = f"result-{PROCESSES}-{os.environ.get('RANK', 0)}.json"
-    (Path(folder) / name).write_text(json.dumps(result))
+    (Path(folder) / f"result-{PROCESSES}-{rank}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

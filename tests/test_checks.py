@@ -1,9 +1,13 @@
+from types import SimpleNamespace
+
 import datasets
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from conftest import make_model
 
 from hf_rft.augmentation import SeededAugmentation
-from hf_rft.checks import check_batch, check_dataset, check_labels
+from hf_rft.checks import check_batch, check_dataset, check_labels, check_parallelism
 
 
 def rows(*labels, column="label"):
@@ -62,3 +66,68 @@ def test_labels_that_a_transform_makes_are_left_to_it():
 
 def test_check_labels_accepts_the_whole_range():
     check_labels("Here", torch.tensor([0, 1, 2]), 3)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    """What the plugin sets is set back."""
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+
+
+def with_processes(
+    *, fsdp=None, zero_stage=None, tp_size=1, family="vit", dataset=None, accelerator_config=None, **args
+):
+    """What the check looks at of a trainer."""
+    if fsdp is not None:
+        fsdp = FullyShardedDataParallelPlugin(**{"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT", **fsdp})
+    state = SimpleNamespace(fsdp_plugin=fsdp, deepspeed_plugin=SimpleNamespace(zero_stage=zero_stage))
+    config = {"even_batches": True, "dispatch_batches": None, **(accelerator_config or {})}
+    return SimpleNamespace(
+        args=SimpleNamespace(
+            **{"n_gpu": 1, "world_size": 2, "torch_compile": False, **args},
+            accelerator_config=SimpleNamespace(**config),
+        ),
+        accelerator=SimpleNamespace(state=state, parallelism_config=SimpleNamespace(tp_size=tp_size)),
+        is_fsdp_enabled=fsdp is not None,
+        is_deepspeed_enabled=zero_stage is not None,
+        model=make_model(family),
+        train_dataset=dataset,
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"fsdp": {}}, {"zero_stage": 1}, {"zero_stage": 2}])
+def test_supported_parallelism_passes(options, caplog):
+    check_parallelism(with_processes(**options))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_gpu": 2, "world_size": 1}, "2 GPUs in one process .* start one process a GPU with `accelerate launch`"),
+        ({"accelerator_config": {"even_batches": False}}, "`even_batches=False` lets some .*; leave it True"),
+        ({"tp_size": 2}, r"share one batch \(\{'tp_size': 2\}\) are not supported.* Use data parallelism alone"),
+        ({"zero_stage": 3}, "`zero_stage: 3` is not supported.* Set `zero_stage: 2`, or use FSDP2"),
+        ({"fsdp": {"fsdp_version": 1}}, "`fsdp_version: 1` flattens weights.* set it to 2"),
+        ({"fsdp": {"state_dict_type": "SHARDED_STATE_DICT"}}, "saves no model .* set it to FULL_STATE_DICT"),
+        ({"fsdp": {"cpu_ram_efficient_loading": True}}, "`fsdp_cpu_ram_efficient_loading: true` .* set it to false"),
+        ({"fsdp": {"cpu_offload": True}}, "`fsdp_offload_params: true` .* set it to false"),
+        ({"fsdp": {}, "torch_compile": True}, "`torch_compile=True` has not been tried .* set it to False"),
+        ({"fsdp": {}, "family": "convnext"}, "cannot divide a ConvNextForImageClassification.* use DDP"),
+    ],
+)
+def test_parallelism_that_would_go_wrong_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        check_parallelism(with_processes(**options))
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+
+def test_parts_of_unknown_length_are_warned_about(caplog):
+    check_parallelism(with_processes(dataset=Stream()))
+    assert not caplog.records
+    check_parallelism(with_processes(dataset=Stream(), accelerator_config={"dispatch_batches": False}))
+    assert "leave `dispatch_batches` out" in caplog.text

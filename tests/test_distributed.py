@@ -10,15 +10,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluation_worker
 import pytest
 import torch
-from distributed_worker import TRAINING_CASES
+from conftest import CONFIGS, SIZE, make_model
+from distributed_worker import FSDP_CASES, TRAINING_CASES
 from safetensors.torch import load_file
 
+from hf_rft import RobustTrainingArguments
+from hf_rft.distributed import WholeCopy, may_have_unused_parameters, set_ddp_options
 from hf_rft.evaluation import evaluate as evaluation
 from hf_rft.evaluation import flags
+from hf_rft.evaluation.provenance import describe_model
 
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
@@ -26,6 +31,60 @@ EVALUATION_WORKER = Path(evaluation_worker.__file__)
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 NUMBERS = ("gloo:all_reduce [[]]", "gloo:all_reduce [[2]]")
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_unused_parameters_are_found(family):
+    model = make_model(family)
+    before = [module.training for module in model.modules()]
+    assert may_have_unused_parameters(model) == (family == "dinov2")
+    assert [module.training for module in model.modules()] == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_frozen_parameters_need_no_gradient_and_odd_models_are_taken_to_need_a_search():
+    model = make_model("dinov2")
+    model.dinov2.embeddings.mask_token.requires_grad_(False)
+    assert not may_have_unused_parameters(model)
+    model.requires_grad_(False)
+    assert not may_have_unused_parameters(model)
+    vit = make_model("vit")
+    vit.config.image_size = 24  # the model itself takes 16 only
+    assert may_have_unused_parameters(vit)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, (False, False)),
+        ({"freeze_batch_norm": False}, (False, None)),
+        ({"ddp_find_unused_parameters": True, "ddp_broadcast_buffers": True}, (None, None)),
+    ],
+)
+def test_ddp_options_follow_the_model_unless_they_are_given(tmp_path, options, expected):
+    args = RobustTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True, **options)
+    ddp = SimpleNamespace(find_unused_parameters=None, broadcast_buffers=None)
+    set_ddp_options(ddp, args, make_model("vit"))
+    assert (ddp.find_unused_parameters, ddp.broadcast_buffers) == expected
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_whole_copy_has_weights_only_while_it_holds_them(family):
+    model = make_model(family).eval()
+    images = torch.rand(2, 3, SIZE, SIZE)
+    whole_copy = WholeCopy(model)
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.01)  # as a step of training does
+        assert all(parameter.is_meta for parameter in whole_copy.model.parameters())
+        with whole_copy.holding(model) as borrowed:
+            assert borrowed is not model and not any(parameter.requires_grad for parameter in borrowed.parameters())
+            with torch.no_grad():
+                assert torch.equal(borrowed(pixel_values=images).logits, model(pixel_values=images).logits)
+            assert describe_model(borrowed) == describe_model(model)
+    assert all(parameter.is_meta for parameter in whole_copy.model.parameters())
+    assert all(parameter.requires_grad and not parameter.is_meta for parameter in model.parameters())
 
 
 @pytest.fixture(scope="module")
@@ -40,23 +99,18 @@ def results(tmp_path_factory):
     return folder, one, first, second
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", TRAINING_CASES, ids=lambda case: case[0])
-def test_two_processes_train_like_one(results, case):
-    """Every gradient to 1e-6, on data that does not divide evenly, and the metrics afterwards."""
+def check_training(results, name, name_of_two):
+    """Every gradient to 1e-6, and the metrics afterwards."""
     folder, one, *both = results
-    name, _, _, count, batch_size, accumulation, _ = case
-    assert count % batch_size != 0
     expected = one["training"][name]
     for rank, result in enumerate(both):
-        found = result["training"][name]
+        found = result["training"][name_of_two]
         assert found["steps"] == expected["steps"] >= 2
-        assert found["looks for unused parameters"] == (name == "unused parameters")
         assert found["metrics"] == pytest.approx(expected["metrics"], abs=1e-6)
         for step in range(expected["steps"]):
             gradients = load_file(folder / f"{name}-{step}-1-0.safetensors")
             assert max(gradient.abs().max() for gradient in gradients.values()) > 0.01
-            of_two = load_file(folder / f"{name}-{step}-2-{rank}.safetensors")
+            of_two = load_file(folder / f"{name_of_two}-{step}-2-{rank}.safetensors")
             for parameter, gradient in gradients.items():
                 torch.testing.assert_close(
                     of_two[parameter],
@@ -68,10 +122,35 @@ def test_two_processes_train_like_one(results, case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", TRAINING_CASES, ids=lambda case: case[0])
+def test_two_processes_train_like_one(results, case):
+    name, _, _, count, batch_size, *_ = case
+    assert count % batch_size != 0
+    check_training(results, name, name)
+    for result in results[2:]:
+        assert result["training"][name]["looks for unused parameters"] == (name == "unused parameters")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FSDP_CASES)
+def test_two_processes_with_divided_weights_train_like_one(results, name):
+    check_training(results, name, f"{name}, fsdp")
+
+
+@pytest.mark.slow
+def test_attack_on_divided_weights_gathers_them_once(results):
+    """However many steps it takes; and no gradient is exchanged for it."""
+    for result in results[2:]:
+        few, many = result["exchanges, fsdp"]
+        assert few == many and sum(few.values()) > 100
+
+
+@pytest.mark.slow
 def test_two_processes_evaluate_like_one(results):
     """The whole report of `evaluate`, number of passes and hash of the weights included."""
     _, one, first, second = results
     assert first["evaluation"] == second["evaluation"] == one["evaluation"]
+    assert first["evaluation, fsdp"] == second["evaluation, fsdp"] == one["evaluation"][:2]
     accuracies = [len(set(result["report"]["accuracies"])) for result in one["evaluation"]]
     assert min(accuracies) > 2 and len(accuracies) == 4
 
