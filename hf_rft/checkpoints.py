@@ -1,4 +1,4 @@
-"""Checkpoint folders: which of them are complete, and restoring a model from one.
+"""Checkpoint folders: which are complete, which could run code, and restoring a model from one.
 
 A process can be killed at any moment, also while it writes a checkpoint. So a checkpoint counts only if it holds a
 marker, written after everything else, which lists its files and their sizes, and if they are all there.

@@ -184,8 +184,7 @@ class SharingMixin(Trainer):
         for field in fields(public):
             if field.name.endswith("token"):
                 setattr(public, field.name, None)
-        with replacing(Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME)) as scratch:
-            torch.save(public, scratch)
+        torch.save(public, Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         # With `args.push_to_hub` the parent pushes what it saved.
