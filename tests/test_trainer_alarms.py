@@ -170,7 +170,7 @@ def test_gradient_masking(train):
     trainer = train(
         quantised(make_model("vit")),
         Patterns(64),
-        num_train_epochs=4,
+        num_train_epochs=3,
         learning_rate=5e-3,
         eval_strategy="no",
         epsilon_schedule_type="hinge",
@@ -188,7 +188,7 @@ HEALTHY = {
         lambda: convnext(8, 16),
         {"robust_loss": "trades", "epsilon_schedule_type": "linear"},
     ),
-    "timm, at, constant": (timm_convnext, {"epsilon": "4/255"}),
+    "timm, at, constant": (timm_convnext, {"num_train_epochs": 3, "epsilon": "4/255"}),
     "resnet, standard": (resnet, {"robust_loss": "standard"}),
     "dinov2, mart, cosine": (
         lambda: make_model("dinov2"),
@@ -204,7 +204,7 @@ HEALTHY = {
 @pytest.mark.parametrize("name", HEALTHY)
 def test_silent_on_healthy_runs(train, name):
     make, args = HEALTHY[name]
-    trainer = train(make(), Patterns(128), num_train_epochs=5, learning_rate=5e-3, **args)
+    trainer = train(make(), Patterns(128), **{"num_train_epochs": 5, "learning_rate": 5e-3, **args})
     assert recorded_alarms(trainer.state.log_history) == {}
     assert logged(trainer, "eval_accuracy")[-1] > 0.95
     if trainer.robust_loss.needs_adversarial:
@@ -236,16 +236,16 @@ def test_resumed_run_has_the_same_history(make_trainer, tmp_path):
     options = {
         "num_train_epochs": 2,
         "eval_epsilons": ["0", "8/255"],
-        "learning_rate": 5e-3,
+        "learning_rate": 1e-2,
         "eval_strategy": "steps",
         "eval_steps": 4,
         "save_strategy": "steps",
         "save_steps": step,
         "trainer_options": {"train_dataset": Patterns(64), "eval_dataset": Patterns(16, seed=1)},
     }
-    whole = make_trainer("vit", output_dir=str(tmp_path / "whole"), **options)
+    whole = make_trainer(convnext(8, 16), output_dir=str(tmp_path / "whole"), **options)
     whole.train()
-    resumed = make_trainer("vit", output_dir=str(tmp_path / "resumed"), **options)
+    resumed = make_trainer(convnext(8, 16), output_dir=str(tmp_path / "resumed"), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
     assert len(logged(whole, "adaptation_onset")) == 1
 
@@ -307,10 +307,10 @@ def test_reporters_see_numbers_only(make_trainer):
 
 @pytest.mark.parametrize("logging_strategy", ["steps", "epoch"])
 def test_no_log_is_lost(make_trainer, logging_strategy):
-    trainer = make_trainer(num_train_epochs=3, logging_strategy=logging_strategy)
+    trainer = make_trainer(count=16, num_train_epochs=3, logging_strategy=logging_strategy)
     trainer.train()
     assert len(logged(trainer, "loss")) == len(logged(trainer, "adversarial_accuracy"))
-    assert len(logged(trainer, "loss")) == {"steps": 12, "epoch": 3}[logging_strategy]
+    assert len(logged(trainer, "loss")) == {"steps": 6, "epoch": 3}[logging_strategy]
 
 
 # --- What is measured ---
@@ -358,10 +358,11 @@ def test_several_evaluation_datasets(make_trainer):
     """The first counts."""
     datasets = {"wild": Patterns(16, seed=1), "hard": Images(13)}
     trainer = make_trainer(
-        num_train_epochs=4,
-        learning_rate=5e-3,
+        convnext(8, 16),
+        num_train_epochs=2,
+        learning_rate=1e-2,
         eval_strategy="epoch",
-        epsilon_schedule_type="hinge",
+        eval_epsilons=["0", "8/255"],
         trainer_options={"train_dataset": Patterns(64), "eval_dataset": datasets},
     )
     trainer.train()
