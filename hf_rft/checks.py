@@ -1,6 +1,6 @@
 """Checks of what a user hands over, before anything is computed from it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
@@ -39,6 +39,14 @@ def check_setup(trainer: Trainer) -> None:
             "`model` must be an image classifier with a `config` of at least 2 classes, one of which is right; got "
             f"{type(trainer.model).__name__} with num_labels={num_labels} and problem_type={problem_type!r}."
         )
+    for name in ("train_dataset", "eval_dataset"):
+        dataset = getattr(trainer, name)
+        for part in dataset.values() if isinstance(dataset, dict) else [dataset]:
+            part = part.dataset if isinstance(part, SeededAugmentation) else part
+            if isinstance(part, datasets.Dataset):
+                for column in LABEL_COLUMNS:
+                    class_names = getattr(part.features.get(column), "names", None)
+                    check_class_order(f"`{name}`", class_names, config)
     if trainer.compute_loss_func is not None:
         raise ValueError("`compute_loss_func` would replace the robust loss; pass `robust_loss` instead.")
     check_parallelism(trainer)
@@ -121,6 +129,12 @@ def _check_fsdp(trainer: Any, plugin: Any) -> None:
 
 def check_loss(robust_loss: RobustLoss, args: RobustTrainingArguments, attack: Callable | None) -> None:
     """Refuse a weight that the loss does not have, and a user's attack that cannot serve the loss."""
+    for name, function in (("robust_loss", robust_loss.function), ("attack", attack)):
+        if function is not None and not callable(function):
+            raise ValueError(
+                f"`{name}={function!r}` is no function; pass one, or name a built-in one with "
+                f"`RobustTrainingArguments({name}=...)`."
+            )
     weight = args.robust_loss_weight
     if weight is not None and robust_loss in LOSSES.values() and robust_loss.weight is None:
         raise ValueError(
@@ -163,6 +177,35 @@ def check_dataset(name: str, dataset: Any, num_labels: int) -> None:
             dtype = getattr(dataset.features.get(column), "dtype", "")
             if dtype.startswith(("int", "uint")):  # other columns are the transform's to turn into labels
                 check_labels(f"`{name}`", np.asarray(dataset.with_format("numpy")[column][:]), num_labels)
+
+
+def check_class_order(where: str, class_names: Sequence[str] | None, config: Any) -> None:
+    """Refuse a model that has the same class names at other numbers; `where` begins the message.
+
+    Args:
+        class_names (`Sequence[str]`, *optional*):
+            Those of the data, in the order of their numbers. None if they are not known.
+        config:
+            Of the model.
+
+    Raises:
+        ValueError: naming the first such class.
+    """
+    names = {int(number): str(name) for number, name in (getattr(config, "id2label", None) or {}).items()}
+    unique = {name: number for number, name in names.items() if list(names.values()).count(name) == 1}
+    for number, name in enumerate(class_names or []):
+        if unique.get(name, number) != number:
+            raise ValueError(
+                f"{where} numbers the class {name!r} {number}, the model {unique[name]} (`config.id2label`); bring "
+                "the labels into the model's order (recipes/evaluate_robustness.py does), or, if the numbers are "
+                "right and the names are not, cast the label column to `datasets.Value('int64')`."
+            )
+
+
+def names_of_missing_classes(labels: np.ndarray, class_names: Sequence[str]) -> list[str]:
+    """Classes without any example."""
+    counts = np.bincount(np.asarray(labels), minlength=len(class_names))
+    return [name for name, count in zip(class_names, counts, strict=True) if count == 0]
 
 
 def check_batch(inputs: dict[str, Any], num_labels: int) -> None:

@@ -16,6 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from .evaluation.report import RobustnessReport
 from .evidence import read_evidence
 from .files import check_links
+from .ranges import SHARE
 from .threat_model import ThreatModel, format_epsilon
 from .untrusted import load_classifier, load_config
 
@@ -97,9 +98,15 @@ def load_robust_model(
         ValueError: if there is no evidence, or it does not belong to these weights, or it states no threat model, or
             the model does not meet what is asked for.
     """
-    if min_expected_robustness is not None and not 0 <= min_expected_robustness <= 1:
+    if not isinstance(repo_or_path, str | os.PathLike):
+        raise ValueError(f"`repo_or_path={repo_or_path!r}` must be a folder or the name of a repository.")
+    if threat_model is not None and not isinstance(threat_model, ThreatModel):
         raise ValueError(
-            f"`min_expected_robustness={min_expected_robustness}` must lie in [0, 1]: it is a mean accuracy."
+            f"`threat_model={threat_model!r}` must be a ThreatModel, such as ThreatModel('linf', '8/255')."
+        )
+    if min_expected_robustness is not None and min_expected_robustness not in SHARE:
+        raise ValueError(
+            f"`min_expected_robustness={min_expected_robustness!r}` must lie in [0, 1]: it is a mean accuracy."
         )
     folder = download(repo_or_path, revision=revision, token=token, cache_dir=cache_dir, with_code=trust_remote_code)
     report = read_evidence(folder, name=str(repo_or_path), trust_remote_code=trust_remote_code)

@@ -1,11 +1,108 @@
-"""Images of a dataset, of which a small file may claim to be huge."""
+"""From whatever an image file holds to what a classifier takes, or an error that names the image.
+
+Decisions: transparent pixels show white, as in a browser (the colours hidden below them mean nothing); 16-bit grey is
+scaled to 8 bits, where PIL would clip it; of an animation the first frame counts, with a warning; pixels without a
+known white (32-bit integers, floats) are refused, and so is a small file that claims to be a huge image.
+"""
 
 import contextlib
+import logging
+import os
 import warnings
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import datasets
+import numpy as np
 from PIL import Image
+
+
+logger = logging.getLogger(__name__)
+
+# Images a thread decodes at a time.
+CHUNK = 64
+
+_WITHOUT_WHITE = ("I", "F")
+
+
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """`image` as `"RGB"` or `"L"`, with 8 bits a channel.
+
+    Raises:
+        ValueError: if the brightness of its pixels is not defined, or there is no way to the mode.
+    """
+    if image.mode == mode and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16"):
+        levels = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode in _WITHOUT_WHITE:
+        raise ValueError(
+            f"its pixels have the mode {image.mode!r} (32 bits), which does not say which value is white; save it "
+            "with 8 or 16 bits a channel"
+        )
+    try:
+        if image.has_transparency_data:
+            opaque = Image.new("RGBA", image.size, "white")
+            opaque.alpha_composite(image.convert("RGBA"))
+            image = opaque
+        return image.convert(mode)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"its mode {image.mode!r} cannot be converted to {mode!r}; save it as RGB") from error
+
+
+def num_frames(image: Image.Image) -> int:
+    """More than 1 for an animation or several pages. The preview that some cameras append (MPO) does not count."""
+    return 1 if getattr(image, "format", None) == "MPO" else getattr(image, "n_frames", 1)
+
+
+def check_images(where: str, dataset: datasets.Dataset, column: str, positions: Iterable[int]) -> None:
+    """Decode images once, so that a damaged one is found before the work starts, not in the middle of it.
+
+    Args:
+        where (`str`):
+            Begins the messages.
+        dataset, column:
+            The images.
+        positions (`Iterable[int]`):
+            Which of them.
+
+    Raises:
+        ValueError: naming the first image that is missing, damaged or cannot be converted.
+    """
+    images = dataset.select_columns([column])
+    positions = list(positions)
+    chunks = [positions[first : first + CHUNK] for first in range(0, len(positions), CHUNK)]
+    animated: list[int] = []
+    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+        for found in pool.map(lambda chunk: list(_look_at(where, images, column, chunk)), chunks):
+            animated += found
+    if animated:
+        logger.warning(
+            "%s: %d images have several frames (example %d first); their first frame counts.",
+            where,
+            len(animated),
+            animated[0],
+        )
+
+
+def _look_at(where: str, images: datasets.Dataset, column: str, positions: list[int]) -> Iterator[int]:
+    """Positions of animations."""
+    for position in positions:
+        try:
+            image = read_example(images, position)[column]
+            if image is None:
+                raise ValueError("there is none")
+            frames = num_frames(image)
+            to_mode(image, "RGB")
+        except Exception as error:  # decoders raise whatever they like
+            raise ValueError(
+                f"{where}: example {position}{_file(images, position)} has no usable image in column "
+                f"{column!r}: {explain(error)}. Repair it, or leave it out."
+            ) from error
+        if frames > 1:
+            yield position
 
 
 def read_example(dataset: Any, index: int) -> Any:
@@ -41,3 +138,9 @@ def _file(dataset: Any, index: int) -> str:
                 if path := undecoded[index][column]["path"]:
                     return f" ({path})"
     return ""
+
+
+def explain(error: Exception) -> str:
+    """The error in words; a name is added to what would not be understood without."""
+    message = str(error).rstrip(".")
+    return message if type(error) is ValueError and message else f"{type(error).__name__}: {message}"

@@ -1,5 +1,6 @@
 """Between a processor's normalised `pixel_values` and pixels in [0, 1], where perturbations are measured."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -34,8 +35,16 @@ class PixelNormalization:
     _tensors: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def from_processor(cls, processor: BaseImageProcessor) -> "PixelNormalization":
+    def from_processor(
+        cls, processor: BaseImageProcessor, *, argument: str = "processing_class"
+    ) -> "PixelNormalization":
         """Read the map from any transformers image processor, or from timm's wrapper (its `data_config`).
+
+        Args:
+            processor:
+                The image processor.
+            argument (`str`, *optional*):
+                Who passed it, for the message.
 
         Raises:
             ValueError: if `processor` is no image processor, or normalises without saying by what.
@@ -47,7 +56,7 @@ class PixelNormalization:
             return cls(mean, std, source=f"timm data_config mean={values['mean']}, std={values['std']}")
         if not hasattr(processor, "do_rescale") and not hasattr(processor, "do_normalize"):
             raise ValueError(
-                f"`processing_class={type(processor).__name__}` is not an image processor, so hf_rft cannot know how "
+                f"`{argument}={type(processor).__name__}` is not an image processor, so hf_rft cannot know how "
                 "pixels are normalised; pass `AutoImageProcessor.from_pretrained(...)`."
             )
         # Processors map a byte b = 255 p to b * scale + offset first, and normalise after.
@@ -118,8 +127,9 @@ class PixelNormalization:
 
     def _out_of_range(self, pixel_values: torch.Tensor, lowest: float, highest: float) -> str:
         raw_lowest, raw_highest = pixel_values.min().item(), pixel_values.max().item()
-        if lowest != lowest or highest != highest:
-            hint = "There are NaN values in the images."
+        if not (math.isfinite(lowest) and math.isfinite(highest)):
+            broken = (~pixel_values.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
+            hint = f"There are NaN or infinite values in the images {broken[:5]} of this batch; leave them out."
         elif not self.rescales and highest <= 1:
             hint = "With `do_rescale=False` bytes 0..255 are expected; set `do_rescale=True`, or pass bytes."
         elif raw_lowest >= 0 and 2 < raw_highest <= 255:
@@ -147,7 +157,12 @@ def _per_channel(processor, name: str, value) -> tuple[float, ...]:
             f"{type(processor).__name__} normalises images but its `{name}` is None; set `{name}` to the values the "
             "model was trained with, or `do_normalize=False` if there was none."
         )
-    values = tuple(float(v) for v in (value if isinstance(value, (list, tuple)) else [value]))
+    try:
+        values = tuple(float(v) for v in (value if isinstance(value, (list, tuple)) else [value]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{type(processor).__name__} has `{name}={value}`; give one number a channel.") from error
+    if not values or not all(map(math.isfinite, values)):
+        raise ValueError(f"{type(processor).__name__} has `{name}={value}`; give one finite number a channel.")
     if "std" in name and min(values) <= 0:
         raise ValueError(f"{type(processor).__name__} has `{name}={value}`; standard deviations must be positive.")
     return values

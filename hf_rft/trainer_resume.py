@@ -99,13 +99,13 @@ class ResumeMixin(Trainer):
         if self.interruption.requested is not None:
             self.interruption.requested.checkpoint = str(folder)
 
-    def _failed_save(self, folder: Path, error: Exception) -> RuntimeError:
+    def _failed_save(self, folder: Path, error: Exception) -> OSError:
         """Say what is left, and free the space that the torn checkpoint takes."""
         if self.args.should_save:
             remove_checkpoint(folder)
         last = last_complete_checkpoint(folder.parent)
         left = f"The last complete checkpoint is {last}" if last else "There is no complete checkpoint"
-        return RuntimeError(
+        return OSError(
             f"{folder.name} could not be written after step {self.state.global_step}: {error}. {left}; make room (or "
             f"`output_dir={self.args.output_dir!r}` writable) and resume."
         )

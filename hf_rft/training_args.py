@@ -1,5 +1,6 @@
 """`RobustTrainingArguments`: everything about robust fine-tuning that is an argument."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, ClassVar, cast
@@ -7,6 +8,7 @@ from typing import Any, ClassVar, cast
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
+from .argument_values import check_scheduler, check_values
 from .attacks import ATTACKS, TRAINING_ATTACKS
 from .callbacks import EpsilonScheduleCallback
 from .losses import LOSSES
@@ -181,30 +183,21 @@ class RobustTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        check_values(self)
         follows_metric = SchedulerType(self.lr_scheduler_type) in METRIC_SCHEDULERS
         if self.metric_for_best_model is None and self.load_best_model_at_end and not follows_metric:
             self.metric_for_best_model = "robust_accuracy" if self.eval_attack_during_training else None
         super().__post_init__()
+        check_scheduler(self)
         self.epsilon = str(self.epsilon)
         self._check_choices()
         self._check_attack("attack", "attack_steps")
         self._check_attack("eval_attack", "eval_attack_steps")
-        if self.attack_step_size is not None and not self.attack_step_size > 0:
-            raise ValueError(
-                f"`attack_step_size={self.attack_step_size}` must be positive; it is relative to epsilon."
-            )
-        if self.hub_timeout is not None and not self.hub_timeout > 0:
-            raise ValueError(f"`hub_timeout={self.hub_timeout}` must be a positive number of seconds.")
         self._check_loss()
-        if isinstance(self.epsilon_schedule_kwargs, str):  # the parent turned JSON objects into dictionaries
-            raise ValueError(
-                f"`epsilon_schedule_kwargs={self.epsilon_schedule_kwargs!r}` is not a JSON object; write "
-                '\'{"start": 0.25, "end": 0.75}\'.'
-            )
         # Build once: a bad epsilon or schedule is an error now, not after the model was loaded.
         ThreatModel(self.norm, self.epsilon)
         EpsilonScheduleCallback(self.make_epsilon_schedule(), self.epsilon_schedule_interval)
-        if isinstance(self.eval_epsilons, str):
+        if isinstance(self.eval_epsilons, str) or not isinstance(self.eval_epsilons, Iterable | None):
             raise ValueError(f"`eval_epsilons={self.eval_epsilons!r}` must be a list such as ['0', '4/255', '8/255'].")
         if self.eval_epsilons is not None:
             self.eval_epsilons = [str(epsilon) for epsilon in self.eval_epsilons]
@@ -222,7 +215,10 @@ class RobustTrainingArguments(TrainingArguments):
         if self.eval_epsilons is None:
             target = parse_epsilon(self.epsilon)
             return sorted({target * share / 4 for share in range(5)})
-        return [parse_epsilon(epsilon) for epsilon in self.eval_epsilons]
+        try:
+            return [parse_epsilon(epsilon) for epsilon in self.eval_epsilons]
+        except ValueError as error:
+            raise ValueError(f"`eval_epsilons` holds a wrong value: {error}") from error
 
     def _check_choices(self) -> None:
         for name, valid in (
@@ -235,11 +231,6 @@ class RobustTrainingArguments(TrainingArguments):
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown; choose one of {valid}.")
 
     def _check_attack(self, attack: str, steps: str) -> None:
-        if getattr(self, steps) < 1:
-            raise ValueError(
-                f"`{steps}={getattr(self, steps)}` must be at least 1; for training without an attack set "
-                "`robust_loss='standard'`."
-            )
         if getattr(self, attack) == "fgsm" and getattr(self, steps) != 1:
             raise ValueError(
                 f"`{attack}='fgsm'` takes exactly one step, got `{steps}={getattr(self, steps)}`; set `{steps}=1` or "
@@ -247,8 +238,6 @@ class RobustTrainingArguments(TrainingArguments):
             )
 
     def _check_loss(self) -> None:
-        if self.robust_loss_weight is not None and not self.robust_loss_weight >= 0:
-            raise ValueError(f"`robust_loss_weight={self.robust_loss_weight}` must be 0 or more.")
         if self.robust_loss == "mart" and self.label_smoothing_factor:
             raise ValueError(
                 f"`robust_loss='mart'` does not define `label_smoothing_factor={self.label_smoothing_factor}`; set it "
@@ -273,7 +262,10 @@ class RobustTrainingArguments(TrainingArguments):
                 "`robust_loss='standard'`, and `epsilon` to the strength at which robustness is measured."
             )
         for epsilon in grid:
-            ThreatModel(self.norm, epsilon)
+            try:
+                ThreatModel(self.norm, epsilon)
+            except ValueError as error:
+                raise ValueError(f"`eval_epsilons` holds a wrong value: {error}") from error
         if not grid or grid[0] != 0 or any(a >= b for a, b in zip(grid, grid[1:], strict=False)):
             raise ValueError(f"`eval_epsilons={self.eval_epsilons}` must increase strictly and start with 0.")
         if target not in grid:

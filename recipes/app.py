@@ -25,12 +25,12 @@ from app_attack import MAX_FILE_BYTES, Classifier
 from app_page import CSS, NUM_EXAMPLES, Page
 from datasets import load_dataset
 from gradio.themes import Default
-from transformers import AutoImageProcessor
 
 from hf_rft import bundled
-from hf_rft.cli import parse_with_config
+from hf_rft.cli import parse_with_config, run_program
 from hf_rft.hub import RobustModel, load_robust_model
-from hf_rft.untrusted import load_classifier, load_config
+from hf_rft.loading import load_model_and_processor
+from hf_rft.ranges import Range, check_ranges
 
 
 # The settings of a Space, and the flags they stand for.
@@ -72,8 +72,7 @@ class AppArguments:
             raise ValueError("Give --model_name_or_path or, in a Space, the variable MODEL.")
         if self.example_dir is not None and not Path(self.example_dir).is_dir():
             raise ValueError(f"--example_dir {self.example_dir} is not a folder.")
-        if self.max_steps < 1:
-            raise ValueError(f"--max_steps {self.max_steps} must be at least 1.")
+        check_ranges(self, {"max_steps": Range(1, 10_000, True), "server_port": Range(0, 65535, True)}, is_flag=True)
 
 
 def flags_from_environment(environment: Mapping[str, str]) -> list[str]:
@@ -169,11 +168,8 @@ def main(arguments: list[str] | None = None) -> None:
     baseline = None
     if args.compare_with is not None:
         folder = bundled.resolve(args.compare_with)
-        config = load_config(folder, token=args.token)
-        baseline = (
-            load_classifier(folder, config, token=args.token).to(device),
-            AutoImageProcessor.from_pretrained(folder, token=args.token, trust_remote_code=False),
-        )
+        model, processor = load_model_and_processor("--compare_with", folder, token=args.token)
+        baseline = (model.to(device), processor)
 
     # --- Page ---
     with tempfile.TemporaryDirectory() as scratch:
@@ -187,4 +183,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

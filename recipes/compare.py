@@ -16,8 +16,11 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from hf_rft.cli import exit_with, parse_flags, run_program
+from hf_rft.files import check_writable, replacing, write_text
 from hf_rft.onset import evaluations, find_onset
 from hf_rft.plots import plot_comparison
+from hf_rft.ranges import SEED
 
 
 RECIPE = Path(__file__).parent / "run_rft.py"
@@ -41,7 +44,9 @@ def run(config: Path, seed: int, output_dir: Path, extra: list[str], threads: in
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
     if code != 0:
-        raise RuntimeError(f"{config} with seed {seed} ended with status {code}; see {log}")
+        errors = [line for line in log.read_text(errors="replace").splitlines() if "error: " in line]
+        reason = f" ({errors[0]})" if errors else ""
+        raise ChildProcessError(f"{config} with seed {seed} ended with status {code}{reason}; see {log}")
     marker.write_text(json.dumps(inputs))
     return folder
 
@@ -93,23 +98,28 @@ def markdown_table(runs: dict[str, list[dict]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="+", type=Path, help="YAML files of recipes/run_rft.py")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"))
     parser.add_argument("--jobs", type=int, default=1, help="how many runs at a time")
-    args, extra = parser.parse_known_args()
+    args, extra = parse_flags(parser, arguments, knows_all=False)
     if secret := [word.partition("=")[0] for word in extra if re.match(r"--[\w-]*token(=|$)", word)]:
-        parser.error(
-            f"{secret[0]}: commands are printed and kept; log in with `hf auth login` or set HF_TOKEN instead"
-        )
+        exit_with(f"{secret[0]}: commands are printed and kept; log in with `hf auth login` or set HF_TOKEN instead.")
+    if args.jobs < 1:
+        exit_with(f"--jobs {args.jobs} must be at least 1.")
+    for seed in args.seeds:
+        if seed not in SEED:
+            exit_with(f"--seeds {seed} must be {SEED}.")
+    if len(set(args.seeds)) < len(args.seeds):
+        exit_with(f"--seeds {args.seeds} holds one seed twice, whose runs would share a folder.")
     for config in args.configs:
         if not config.is_file():
-            parser.error(f"{config} is not a file")
-
+            exit_with(f"configs: {str(config)!r} is not a file; give YAML files of recipes/run_rft.py.")
     if len({config.stem for config in args.configs}) < len(args.configs):
-        parser.error("two configurations have the same file name, under which results are kept")
+        exit_with("configs: two configurations have the same file name, under which results are kept.")
+    check_writable("--output_dir", args.output_dir)
 
     work = [(config, seed) for seed in args.seeds for config in args.configs]
     threads = max(1, (os.cpu_count() or 1) // args.jobs)  # runs at the same time share the cores
@@ -122,15 +132,14 @@ def main() -> None:
 
     measured = {(one["norm"], *one["accuracies"]) for of_seeds in runs.values() for one in of_seeds}
     if len(measured) > 1:
-        parser.error(
-            f"the runs were evaluated at different norms or epsilons and cannot be compared: {sorted(measured)}"
-        )
+        exit_with(f"the runs were evaluated at different norms or epsilons and cannot be compared: {sorted(measured)}")
     table = markdown_table(runs)
     print(f"\nMean ± standard deviation over seeds {args.seeds}, in %; onset is an epoch for each seed\n\n{table}")
-    (args.output_dir / "comparison.md").write_text(table + "\n")
-    (args.output_dir / "comparison.json").write_text(json.dumps(runs, indent=2))
-    plot_comparison(runs, args.output_dir / "comparison.png", norm=runs[args.configs[0].stem][0]["norm"])
+    write_text(args.output_dir / "comparison.md", table + "\n")
+    write_text(args.output_dir / "comparison.json", json.dumps(runs, indent=2))
+    with replacing(args.output_dir / "comparison.png") as scratch:
+        plot_comparison(runs, scratch, norm=runs[args.configs[0].stem][0]["norm"])
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

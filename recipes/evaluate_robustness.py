@@ -16,21 +16,23 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from datasets import ClassLabel, Dataset, Image, Value, load_dataset
-from model_and_data import subset
-from transformers import AutoImageProcessor, PreTrainedModel
+from datasets import ClassLabel, Dataset, DatasetDict, Value, load_dataset
+from model_and_data import check_folder, checked_columns, encode_labels, load_image_folders, subset
+from transformers import PreTrainedModel
 
 from hf_rft import PixelNormalization, RobustnessReport, ThreatModel, bundled, evaluate_robustness
-from hf_rft.cli import parse_with_config
+from hf_rft.cli import parse_with_config, run_program
 from hf_rft.evaluation.evaluate import checked_grid
 from hf_rft.evaluation.examples import Examples, num_image_channels
 from hf_rft.evaluation.reference import ATTACKS, check_installed, run_autoattack
 from hf_rft.evaluation.subject import Subject
 from hf_rft.evaluation.tiers import TIERS
+from hf_rft.files import check_writable
+from hf_rft.loading import load_model_and_processor, naming
 from hf_rft.model_state import under_attack
 from hf_rft.plots import plot_adversarial_examples
+from hf_rft.ranges import COUNT, SEED, check_ranges
 from hf_rft.threat_model import NORMS, format_epsilon
-from hf_rft.untrusted import load_classifier, load_config
 
 
 @dataclass
@@ -93,13 +95,11 @@ class EvaluationArguments:
             raise ValueError("Give either --dataset_name or --image_dir, not both.")
         if self.dataset_name is None and self.image_dir is None:
             self.dataset_name = bundled.DATASET
-        if self.image_dir is not None and not Path(self.image_dir).is_dir():
-            raise ValueError(f"--image_dir {self.image_dir} is not a folder; it should hold one folder a class.")
-        if self.max_samples is not None and self.max_samples < 1:
-            raise ValueError(f"--max_samples {self.max_samples} must be at least 1.")
+        check_folder("--image_dir", self.image_dir)
+        check_ranges(self, {"max_samples": COUNT, "batch_size": COUNT, "seed": SEED}, is_flag=True)
+        if not self.model_name_or_path:
+            raise ValueError("--model_name_or_path is empty; give a Hub id or a local folder.")
         checked_grid(self.norm, self.epsilons)
-        if self.batch_size < 1 or self.seed < 0:
-            raise ValueError(f"--batch_size {self.batch_size} must be at least 1, and --seed {self.seed} at least 0.")
         unknown = [attack for attack in self.reference_attacks if attack not in ATTACKS]
         if unknown:
             raise ValueError(f"--reference_attacks {unknown} are unknown; choose among {', '.join(ATTACKS)}.")
@@ -108,23 +108,14 @@ class EvaluationArguments:
 def load_images(args: EvaluationArguments) -> Dataset:
     """The examples to evaluate, in a fixed order."""
     if args.image_dir is not None:
-        dataset = load_dataset("imagefolder", data_dir=args.image_dir, split="train")
+        dataset = load_image_folders({"image_dir": args.image_dir})["image"]
     else:
-        dataset = load_dataset(
-            bundled.resolve(args.dataset_name), args.dataset_config_name, split=args.split, token=args.token
-        )
-    for flag in ("image_column_name", "label_column_name"):
-        if getattr(args, flag) not in dataset.column_names:
-            raise ValueError(
-                f"--{flag} {getattr(args, flag)!r} is not a column of the dataset; its columns are "
-                f"{dataset.column_names}."
-            )
-    feature = dataset.features[args.image_column_name]
-    if not isinstance(feature, Image):
-        raise ValueError(
-            f"--image_column_name {args.image_column_name!r} holds {feature}, not images; cast it with "
-            "`cast_column(..., datasets.Image())` if it holds paths or bytes."
-        )
+        path = bundled.resolve(args.dataset_name)
+        with naming("--dataset_name", args.dataset_name, "give a Hub id or a folder with a dataset, and its --split"):
+            dataset = load_dataset(path, args.dataset_config_name, split=args.split, token=args.token)
+        if not isinstance(dataset, Dataset):
+            raise ValueError(f"--split {args.split!r} names several splits; give one.")
+    checked_columns(args.split, dataset, args.image_column_name, args.label_column_name)
     return subset(dataset, args.max_samples, args.seed)
 
 
@@ -133,8 +124,15 @@ def with_model_labels(dataset: Dataset, model: PreTrainedModel, args: Evaluation
     feature = dataset.features[args.label_column_name]
     names = {number: str(name) for number, name in (model.config.id2label or {}).items()}
     model_is_unnamed = all(name == f"LABEL_{number}" for number, name in names.items())
-    if args.match_labels == "index" or not isinstance(feature, ClassLabel) or model_is_unnamed:
+    is_text = str(getattr(feature, "dtype", "")).endswith("string")
+    by_name = args.match_labels == "name"
+    if model_is_unnamed or not (isinstance(feature, ClassLabel) or (is_text and by_name)):
         return dataset
+    if is_text:
+        dataset = encode_labels(DatasetDict({"train": dataset}), args.label_column_name)["train"]
+        feature = dataset.features[args.label_column_name]
+    if not by_name:  # the data's names are not the model's, so they must not be compared
+        return dataset.cast_column(args.label_column_name, Value("int64"))
     number_of = {name: number for number, name in names.items()}
     twice = sorted({name for name in feature.names if list(names.values()).count(name) > 1})
     if twice:
@@ -206,21 +204,22 @@ def main(arguments: list[str] | None = None) -> RobustnessReport:
     (args,) = parse_with_config((EvaluationArguments,), arguments, description=__doc__)
     if args.reference is not None:
         check_installed()
+    check_writable("--output_dir", args.output_dir)
     state = PartialState(cpu=not torch.accelerator.is_available())
 
-    # --- Model and data ---
+    # --- Data and model ---
     hub_options = {
         "revision": args.model_revision,
         "token": args.token,
         "trust_remote_code": args.trust_remote_code,
     }
+    dataset = load_images(args)
     name_or_path = bundled.resolve(args.model_name_or_path)
-    processor = AutoImageProcessor.from_pretrained(name_or_path, **hub_options)
-    config = load_config(name_or_path, **hub_options)
-    model = load_classifier(name_or_path, config, **hub_options).eval().to(state.device)
+    model, processor = load_model_and_processor("--model_name_or_path", name_or_path, **hub_options)
+    model.eval().to(state.device)
     if args.channels_last:
-        model = model.to(memory_format=torch.channels_last)
-    dataset = with_model_labels(load_images(args), model, args)
+        torch.nn.Module.to(model, memory_format=torch.channels_last)
+    dataset = with_model_labels(dataset, model, args)
 
     # --- Evaluate ---
     output_dir = Path(args.output_dir)
@@ -256,4 +255,4 @@ def main(arguments: list[str] | None = None) -> RobustnessReport:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -20,8 +20,9 @@ import numpy as np
 from scipy.stats import bootstrap
 
 from hf_rft import RobustnessReport
+from hf_rft.cli import parse_flags, run_program
 from hf_rft.evidence import REPORT_NAME, hash_weight_files, read_report
-from hf_rft.files import replacing, write_text
+from hf_rft.files import check_writable, replacing, write_text
 from hf_rft.hub import download
 from hf_rft.markdown import cell
 from hf_rft.metrics.expected_robustness.expected_robustness import expected_robustness
@@ -241,7 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/leaderboard"))
     parser.add_argument("--sort_by", choices=SORT_KEYS, default=SORT_KEYS[0])
     parser.add_argument("--token", help="of the Hub, for private repositories")
-    args = parser.parse_args(arguments)
+    args = parse_flags(parser, arguments)[0]
+    check_writable("--output_dir", args.output_dir)
     candidates, not_read = read_all(args.entries, args.token)
     if not candidates:
         sys.exit("\n".join(["No report could be read.", *(f"{one['entry']}: {one['reason']}" for one in not_read)]))
@@ -251,4 +253,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -1,13 +1,18 @@
 """Which pretrained model and which images: arguments of the recipes, and what they stand for."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from transformers import AutoImageProcessor
 
 from hf_rft import bundled
+from hf_rft.files import check_writable
+from hf_rft.loading import naming
+from hf_rft.ranges import COUNT, SHARE, Range, check_ranges
 from hf_rft.untrusted import load_classifier, load_config
 
 
@@ -32,6 +37,17 @@ class ModelArguments:
         default=False, metadata={"help": "Memory format of the weights; convolutional networks often run faster."}
     )
 
+    def __post_init__(self):
+        check_ranges(self, {"image_size": IMAGE_SIZE}, is_flag=True)
+        if not self.model_name_or_path:
+            raise ValueError("--model_name_or_path is empty; give a Hub id, a local folder, or a bundled: name.")
+        if self.cache_dir is not None:
+            check_writable("--cache_dir", self.cache_dir)
+
+
+# Larger ones fill the memory before anything is known about the model.
+IMAGE_SIZE = Range(1, 4096, is_whole=True)
+
 
 @dataclass
 class DataTrainingArguments:
@@ -55,6 +71,10 @@ class DataTrainingArguments:
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random subset of this size."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise for validation during training."})
     max_test_samples: int | None = field(default=None, metadata={"help": "Likewise for the final evaluation."})
+    check_images: bool = field(
+        default=True,
+        metadata={"help": "Decode every image once before training, so that a damaged one does not end it later."},
+    )
     horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
     color_jitter: float = field(
         default=0.25, metadata={"help": "Strength of brightness, contrast, saturation jitter."}
@@ -68,55 +88,70 @@ class DataTrainingArguments:
             if self.validation_dir is not None or self.test_dir is not None:
                 raise ValueError("--validation_dir and --test_dir need --train_dir.")
             self.dataset_name = bundled.DATASET
-        if not 0 < self.train_val_split < 1:
-            raise ValueError(f"--train_val_split {self.train_val_split} must lie between 0 and 1.")
-        if not 0 <= self.horizontal_flip <= 1:
-            raise ValueError(f"--horizontal_flip {self.horizontal_flip} is no probability; give a number in [0, 1].")
-        for name in ("color_jitter", "rotation"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)} must be 0 (off) or more.")
-        for name in ("max_train_samples", "max_eval_samples", "max_test_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1.")
+        check_ranges(self, RANGES, is_flag=True)
+        for flag in ("train_dir", "validation_dir", "test_dir"):
+            check_folder(f"--{flag}", getattr(self, flag))
+
+
+# What `ColorJitter` and `RandomRotation` take, in their units.
+RANGES = {
+    "train_val_split": Range(0, 0.99, is_open=True),
+    "max_train_samples": COUNT,
+    "max_eval_samples": COUNT,
+    "max_test_samples": COUNT,
+    "horizontal_flip": SHARE,
+    "color_jitter": Range(0, 10),
+    "rotation": Range(0, 180),
+}
+
+
+def check_folder(flag: str, folder: str | None) -> None:
+    """
+    Raises:
+        ValueError: if a folder of images is none.
+    """
+    if folder is None:
+        return
+    if not folder or "\0" in folder or not Path(folder).is_dir():
+        raise ValueError(f"{flag} {folder!r} is not a folder; it should hold one folder of images a class.")
 
 
 def load_splits(model_args: ModelArguments, data_args: DataTrainingArguments, seed: int) -> DatasetDict:
     """Splits `train`, `validation` (for choosing checkpoints) and `test` (for the final numbers), in fixed subsets.
 
     Sets `data_args.test_split` to the split that the final numbers are from.
+
+    Raises:
+        ValueError: naming flag, split or column that does not fit, and the remedy.
     """
     if data_args.train_dir is not None:
-        folders = {"train": data_args.train_dir, "validation": data_args.validation_dir, "test": data_args.test_dir}
-        data_files = {split: f"{folder}/**" for split, folder in folders.items() if folder is not None}
-        for folder in filter(None, folders.values()):
-            if not Path(folder).is_dir():
-                raise FileNotFoundError(f"{folder} is not a folder; it should hold one folder of images a class.")
-        splits = load_dataset("imagefolder", data_files=data_files, cache_dir=model_args.cache_dir)
+        flags = ("train_dir", "validation_dir", "test_dir")
+        folders = {flag: getattr(data_args, flag) for flag in flags if getattr(data_args, flag) is not None}
+        splits = load_image_folders(folders, model_args.cache_dir)
     else:
-        splits = load_dataset(
-            bundled.resolve(data_args.dataset_name),
-            data_args.dataset_config_name,
-            cache_dir=model_args.cache_dir,
-            token=model_args.token,
-        )
+        path = bundled.resolve(data_args.dataset_name)
+        with naming("--dataset_name", data_args.dataset_name, "give a Hub id, or a folder with a dataset"):
+            splits = load_dataset(
+                path, data_args.dataset_config_name, cache_dir=model_args.cache_dir, token=model_args.token
+            )
     if "train" not in splits:
         raise ValueError(f"The dataset has no split 'train', it has {sorted(splits)}.")
-    for flag, column in (
-        ("image_column_name", data_args.image_column_name),
-        ("label_column_name", data_args.label_column_name),
-    ):
-        columns = splits["train"].column_names
-        if column not in columns:
-            raise ValueError(f"--{flag} {column!r} is not a column of the dataset; its columns are {columns}.")
-    if len(splits["train"]) == 0:
-        raise ValueError("The training split is empty; robust fine-tuning needs at least one example.")
-    image_type = splits["train"].features[data_args.image_column_name]
-    if not isinstance(image_type, Image):
+    if data_args.test_split is None:
+        data_args.test_split = "test" if "test" in splits else "validation"
+    if data_args.test_split not in (*splits, "validation"):
         raise ValueError(
-            f"--image_column_name {data_args.image_column_name!r} holds {image_type}, not images; cast it with "
-            "`cast_column(..., datasets.Image())` if it holds paths or bytes."
+            f"--test_split {data_args.test_split!r} is not a split of the dataset, it has {sorted(splits)}."
         )
+    used = [split for split in ("train", "validation", data_args.test_split) if split in splits]
+    columns = [data_args.image_column_name, data_args.label_column_name]
+    splits = DatasetDict({split: checked_columns(split, splits[split], *columns) for split in used})
     splits = encode_labels(splits, data_args.label_column_name)
+    names = splits["train"].features[data_args.label_column_name].names
+    if len(names) < 2:
+        raise ValueError(
+            f"--label_column_name {data_args.label_column_name!r} has the classes {names}; a classifier needs at "
+            "least 2. A folder of images should hold one folder a class."
+        )
 
     if "validation" not in splits:
         try:
@@ -129,12 +164,6 @@ def load_splits(model_args: ModelArguments, data_args: DataTrainingArguments, se
                 f"({error}); choose another share, or give validation data."
             ) from error
         splits["train"], splits["validation"] = parts["train"], parts["test"]
-    if data_args.test_split is None:
-        data_args.test_split = "test" if "test" in splits else "validation"
-    if data_args.test_split not in splits:
-        raise ValueError(
-            f"--test_split {data_args.test_split!r} is not a split of the dataset, it has {sorted(splits)}."
-        )
     splits["test"] = splits[data_args.test_split]
     limits = {
         "train": data_args.max_train_samples,
@@ -144,25 +173,101 @@ def load_splits(model_args: ModelArguments, data_args: DataTrainingArguments, se
     return DatasetDict({split: subset(splits[split], limit, seed) for split, limit in limits.items()})
 
 
+def load_image_folders(folders: Mapping[str, str], cache_dir: str | None = None) -> DatasetDict:
+    """A split for each folder of images, one sub-folder a class.
+
+    Args:
+        folders (`Mapping[str, str]`):
+            By the flag that names each, such as `train_dir`; the flag's first word is the split.
+
+    Raises:
+        ValueError: naming the folder that holds no images, or cannot be read.
+    """
+    for flag, folder in folders.items():
+        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file() and not path.name.startswith("."))
+        others = [path for path in paths if path.suffix.lower() not in _IMAGE_FOLDER_FILES]
+        if len(others) == len(paths):
+            first = f" ({others[0].name} first)" if others else ""
+            raise ValueError(
+                f"--{flag} {folder!r} holds {len(others)} files{first} but no image; it should hold one folder of "
+                "images a class."
+            )
+        if others:
+            print(f"--{flag} {folder!r}: left out {len(others)} files, {others[0].name} first: not images.")
+    data_files = {flag.split("_")[0]: f"{folder}/**" for flag, folder in folders.items()}
+    with naming(f"--{next(iter(folders))}", str(data_files), "give folders that hold one folder of images a class"):
+        return load_dataset("imagefolder", data_files=data_files, cache_dir=cache_dir)
+
+
+# Besides images, what `datasets` reads in a folder of images: archives of images, and columns for them.
+_IMAGE_FOLDER_FILES = {*ImageFolder.EXTENSIONS, ".zip", ".tar", ".gz", ".tgz", ".csv", ".jsonl", ".parquet"}
+
+
+def checked_columns(split: str, dataset: Dataset, image_column: str, label_column: str) -> Dataset:
+    """The two columns of a split alone.
+
+    Raises:
+        ValueError: if one is missing, or does not hold what it should, or the split is empty.
+    """
+    for flag, column in (("image_column_name", image_column), ("label_column_name", label_column)):
+        columns = dataset.column_names
+        if column not in columns:
+            raise ValueError(
+                f"--{flag} {column!r} is not a column of the dataset; its columns are {columns} (split {split!r}). "
+                "A folder of images (--train_dir, --validation_dir, --test_dir, --image_dir) needs one folder a class."
+            )
+    if len(dataset) == 0:
+        raise ValueError(f"The split {split!r} is empty; robust fine-tuning needs at least one example.")
+    image_type = dataset.features[image_column]
+    if not isinstance(image_type, Image):
+        raise ValueError(
+            f"--image_column_name {image_column!r} holds {image_type}, not images; cast it with "
+            "`cast_column(..., datasets.Image())` if it holds paths or bytes."
+        )
+    return dataset.select_columns([image_column, label_column])
+
+
 def encode_labels(splits: DatasetDict, column: str) -> DatasetDict:
-    """Labels as indices of the training split's classes, the same in all splits."""
+    """Labels as indices of the training split's classes, the same in all splits.
+
+    Raises:
+        ValueError: if a label is missing or of another type, or a split has other classes.
+    """
+    for split, dataset in splits.items():
+        feature = dataset.features[column]
+        if not isinstance(feature, ClassLabel) and not str(getattr(feature, "dtype", "")).startswith(_LABEL_TYPES):
+            raise ValueError(
+                f"--label_column_name {column!r} holds {feature} in split {split!r}; a class is text or a whole "
+                "number, one per image."
+            )
+        labels = dataset.select_columns([column]).with_format("arrow")[:][column]
+        if labels.null_count:
+            first = labels.is_null().to_pylist().index(True)
+            raise ValueError(
+                f"Split {split!r} has no label in {labels.null_count} of {len(labels)} examples, number {first} "
+                "first; leave them out."
+            )
     feature = splits["train"].features[column]
     if not isinstance(feature, ClassLabel):
         classes = sorted(splits["train"].unique(column))
         feature = ClassLabel(names=[str(name) for name in classes])
         for split, dataset in splits.items():
-            unknown = sorted(set(dataset.unique(column)) - set(classes))
+            unknown = sorted(set(dataset.unique(column)) - set(classes), key=str)
             if unknown:
                 raise ValueError(f"Split {split!r} has labels {unknown} that the training split has not: {classes}.")
         features = Features({**splits["train"].features, column: feature})
         splits = splits.map(lambda example: {column: feature.str2int(str(example[column]))}, features=features)
     for split, dataset in splits.items():
-        if dataset.features[column].names != feature.names:
+        names = getattr(dataset.features[column], "names", None)
+        if names != feature.names:
             raise ValueError(
-                f"Split {split!r} has the classes {dataset.features[column].names}, the training split "
+                f"Split {split!r} has the classes {names or dataset.features[column]}, the training split "
                 f"{feature.names}; give all splits the same classes in the same order."
             )
     return splits
+
+
+_LABEL_TYPES = ("string", "large_string", "int", "uint", "bool")
 
 
 def subset(dataset: Dataset, limit: int | None, seed: int) -> Dataset:
@@ -180,14 +285,15 @@ def load_model(model_args: ModelArguments, class_names: list[str]):
         "token": model_args.token,
         "trust_remote_code": model_args.trust_remote_code,
     }
-    config = load_config(
-        name_or_path,
-        num_labels=len(class_names),
-        id2label=dict(enumerate(class_names)),
-        label2id={name: index for index, name in enumerate(class_names)},
-        **hub_options,
-    )
-    processor = AutoImageProcessor.from_pretrained(name_or_path, **hub_options)
+    with naming("--model_name_or_path", model_args.model_name_or_path, "give a Hub id or a folder of a classifier"):
+        config = load_config(
+            name_or_path,
+            num_labels=len(class_names),
+            id2label=dict(enumerate(class_names)),
+            label2id={name: index for index, name in enumerate(class_names)},
+            **hub_options,
+        )
+        processor = AutoImageProcessor.from_pretrained(name_or_path, **hub_options)
     size = model_args.image_size
     if hasattr(config, "pretrained_cfg"):  # timm: the configuration holds class names and processor values as well
         config.label_names = class_names
@@ -203,24 +309,60 @@ def load_model(model_args: ModelArguments, class_names: list[str]):
             processor.crop_size = {"height": size, "width": size}
         if hasattr(config, "image_size"):
             config.image_size = size
-    model, report = load_classifier(
-        name_or_path,
-        config,
-        ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
-        output_loading_info=True,
-        **hub_options,
-    )
+    with naming("--model_name_or_path", model_args.model_name_or_path, "give a folder or repository with its weights"):
+        model, report = load_classifier(
+            name_or_path,
+            config,
+            ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
+            output_loading_info=True,
+            **hub_options,
+        )
     head_tensors = head_parameters(model)
     head = {name for name, parameter in model.named_parameters() if parameter in head_tensors}
+    parameters = {name for name, _ in model.named_parameters()}
     lost = sorted({str(key[0]) for key in report["mismatched_keys"]} - head)
     if lost:
         raise ValueError(
             f"The pretrained weights {lost} do not fit {name_or_path} with --image_size {size}, and fine-tuning must "
             "not start from random ones; leave --image_size out, or use a model that takes any size."
         )
+    missing = sorted(({str(key) for key in report["missing_keys"]} & parameters) - head)
+    if missing:
+        raise ValueError(
+            f"--model_name_or_path {model_args.model_name_or_path!r} holds no weights {missing[:5]}, and fine-tuning "
+            "must not start from random ones; give a pretrained model."
+        )
     if model_args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return processor, model
+
+
+def in_order_of_model(model_args: ModelArguments, splits: DatasetDict, column: str) -> DatasetDict:
+    """The splits with their classes in the model's order, if it has the very same ones (it was fine-tuned on them).
+
+    Its head would otherwise begin with each class standing for another one.
+    """
+    with naming("--model_name_or_path", model_args.model_name_or_path, "give a Hub id or a folder of a classifier"):
+        config = load_config(
+            bundled.resolve(model_args.model_name_or_path),
+            cache_dir=model_args.cache_dir,
+            revision=model_args.model_revision,
+            token=model_args.token,
+            trust_remote_code=model_args.trust_remote_code,
+        )
+    names = [str(name) for _, name in sorted((config.id2label or {}).items())]
+    ours = splits["train"].features[column].names
+    if names == ours or sorted(names) != sorted(ours):
+        return splits
+    number_of = [names.index(name) for name in ours]
+    feature = ClassLabel(names=names)
+    relabelled = {
+        split: dataset.cast_column(column, Value("int64"))
+        .map(lambda example: {column: number_of[example[column]]})
+        .cast_column(column, feature)
+        for split, dataset in splits.items()
+    }
+    return DatasetDict(relabelled)
 
 
 def head_parameters(model) -> set[torch.nn.Parameter]:

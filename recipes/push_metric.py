@@ -15,8 +15,9 @@ from pathlib import Path
 from huggingface_hub.utils import validate_repo_id
 
 import hf_rft.metrics
-from hf_rft.cli import parse_with_config
+from hf_rft.cli import parse_with_config, run_program
 from hf_rft.hub import PushError, push_folder
+from hf_rft.ranges import SECONDS, check_ranges
 
 
 FOLDER = Path(hf_rft.metrics.__file__).parent
@@ -45,9 +46,11 @@ class PushArguments:
         if not self.namespace or "/" in self.namespace:
             raise ValueError(f"--namespace {self.namespace!r} must be the name of a user or organization.")
         for name in self.metrics:
-            validate_repo_id(f"{self.namespace}/{name}")
-        if self.timeout is not None and self.timeout <= 0:
-            raise ValueError(f"--timeout {self.timeout} must be positive.")
+            try:
+                validate_repo_id(f"{self.namespace}/{name}")
+            except ValueError as error:
+                raise ValueError(f"--namespace {self.namespace!r} is no name of a user: {error}") from error
+        check_ranges(self, {"timeout": SECONDS}, is_flag=True)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -73,4 +76,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -16,13 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 
 from hf_rft import RobustnessReport, load_robust_model
-from hf_rft.cli import parse_with_config
+from hf_rft.cli import exit_with, parse_with_config, run_program
 from hf_rft.evidence import CARD_NAME, CURVE_NAME, REPORT_NAME, read_report, write_evidence
 from hf_rft.files import check_links, write_text
 from hf_rft.hub import PushError, push_folder
 from hf_rft.model_card import update_card
+from hf_rft.ranges import SECONDS, check_ranges
 
 
 @dataclass
@@ -52,8 +54,12 @@ class PushArguments:
             raise ValueError(f"--model_dir {self.model_dir} is not a folder.")
         if self.report is not None and not Path(self.report).is_file():
             raise ValueError(f"--report {self.report} is not a file; evaluate_robustness.py writes robustness.json.")
-        if self.timeout is not None and not self.timeout > 0:
-            raise ValueError(f"--timeout {self.timeout} must be a positive number of seconds.")
+        check_ranges(self, {"timeout": SECONDS}, is_flag=True)
+        if self.repo_id is not None:
+            try:
+                validate_repo_id(self.repo_id)
+            except ValueError as error:
+                raise ValueError(f"--repo_id {self.repo_id!r} is no name of a repository: {error}") from error
 
 
 def write_card(folder: Path, report: RobustnessReport, name: str, args: PushArguments) -> None:
@@ -82,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
         write_card(folder, report, name.split("/")[-1], args)
         load_robust_model(folder)  # what is pushed can be loaded
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        exit_with(f"--model_dir {args.model_dir}: {error}")
     print(f"{report.table()}\n\nWritten to {folder}")
     if args.repo_id is None:
         return
@@ -102,4 +108,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -13,9 +13,10 @@ name` publishes them. Without --config, --model_name_or_path, --dataset_name and
 recipes/fashion_mnist/efficientnet_lite0_hinge.yaml applies, under all other flags.
 
 SIGTERM (preemption) ends the run after the optimizer step in progress: it writes a checkpoint, but no final model, and
-exits with status 75. An alarm exits with status 3 in the same way, with `--abort_on_alarm`. The same command with
-`--resume auto` goes on from the last complete checkpoint, also after a crash, and starts anew if there is none.
-(`accelerate launch` and `torchrun` turn both into status 1; send the signal to the Python processes.)
+exits with status 75. So does an alarm with `--abort_on_alarm`, and (without a new checkpoint) a loss that is not finite,
+but with status 3. The same command with `--resume auto` goes on from the last complete checkpoint, also after a crash,
+and starts anew if there is none. (`accelerate launch` and `torchrun` turn any of these into status 1; send the signal
+to the Python processes.)
 """
 
 import sys
@@ -23,22 +24,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from model_and_data import DataTrainingArguments, ModelArguments, head_parameters, load_model, load_splits
+from model_and_data import (
+    DataTrainingArguments,
+    ModelArguments,
+    head_parameters,
+    in_order_of_model,
+    load_model,
+    load_splits,
+)
 from torchvision import transforms
 from transformers import set_seed
 
 from hf_rft import RobustTrainer, RobustTrainingArguments, bundled, evaluate_robustness
 from hf_rft.augmentation import SeededAugmentation
-from hf_rft.checks import check_labels
-from hf_rft.cli import parse_with_config, published_command
+from hf_rft.checks import NonFiniteError, check_labels, names_of_missing_classes
+from hf_rft.cli import parse_with_config, published_command, run_program
 from hf_rft.evaluation.examples import num_image_channels
 from hf_rft.evaluation.metrics import robust_metrics
+from hf_rft.files import check_writable
 from hf_rft.hub import PushError
+from hf_rft.images import check_images, to_mode
 from hf_rft.interruption import AlarmRaised, TrainingInterrupted, TrainingPreempted
+from hf_rft.loading import load_model_and_processor
+from hf_rft.ranges import NOT_NEGATIVE, check_ranges
 
 
 # EX_TEMPFAIL of sysexits.h, "try again later".
-EXIT_STATUS = {TrainingPreempted: 75, AlarmRaised: 3}
+EXIT_STATUS = {TrainingPreempted: 75, AlarmRaised: 3, NonFiniteError: 3}
 
 DEFAULT_CONFIG = Path(__file__).parent / "fashion_mnist" / "efficientnet_lite0_hinge.yaml"
 
@@ -62,6 +74,7 @@ class RecipeTrainingArguments(RobustTrainingArguments):
     )
 
     def __post_init__(self):
+        check_ranges(self, {"head_learning_rate": NOT_NEGATIVE}, is_flag=True)
         super().__post_init__()
         if self.resume == "auto" and self.resume_from_checkpoint is not None:
             raise ValueError("Give either --resume auto or --resume_from_checkpoint, not both.")
@@ -114,15 +127,23 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(arguments)
     check_fresh_start(training_args)
     set_seed(training_args.seed)
+    check_writable("--output_dir", training_args.output_dir)
 
     # --- Data, model and processor ---
     splits = load_splits(model_args, data_args, seed=training_args.seed)
+    splits = in_order_of_model(model_args, splits, data_args.label_column_name)
     class_names = splits["train"].features[data_args.label_column_name].names
     for split, dataset in splits.items():
-        check_labels(
-            f"Split {split!r}", dataset.with_format("numpy")[data_args.label_column_name][:], len(class_names)
-        )
+        labels = dataset.with_format("numpy")[data_args.label_column_name][:]
+        check_labels(f"Split {split!r}", labels, len(class_names))
+        if split == "train" and (absent := names_of_missing_classes(labels, class_names)):
+            print(f"WARNING: no training example has the class {', '.join(absent)}.", file=sys.stderr)
+        if data_args.check_images:
+            share = range(training_args.process_index, len(dataset), training_args.world_size)
+            check_images(f"Split {split!r}", dataset, data_args.image_column_name, share)
     processor, model = load_model(model_args, class_names)
+    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    check_writable("--output_dir", training_args.output_dir, needed_bytes=weights)
 
     # --- Transforms ---
     mode = "L" if num_image_channels(model.config) == 1 else "RGB"
@@ -135,7 +156,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     )
 
     def prepare(example, transform=None):
-        image = example[data_args.image_column_name].convert(mode)
+        image = to_mode(example[data_args.image_column_name], mode)
         image = image if transform is None else transform(image)
         pixel_values = processor(image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixel_values, "labels": example[data_args.label_column_name]}
@@ -158,7 +179,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     checkpoint = trainer.find_checkpoint() if training_args.resume == "auto" else training_args.resume_from_checkpoint
     try:
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    except TrainingInterrupted as reason:
+    except (TrainingInterrupted, NonFiniteError) as reason:
         print(f"\n{reason} The same command with --resume auto goes on from there.", file=sys.stderr)
         sys.exit(EXIT_STATUS[type(reason)])
     trainer.save_model()
@@ -167,6 +188,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     trainer.save_state()
 
     # --- Evaluate on data that training never saw ---
+    if trainer.is_fsdp_enabled:  # every process evaluates by itself, and needs whole weights for that: those saved
+        model, _ = load_model_and_processor("--output_dir", training_args.output_dir)
+        model.to(training_args.device)
     report = evaluate_robustness(
         model,
         splits["test"],
@@ -210,4 +234,4 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -2,9 +2,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
 from hf_rft import RobustTrainingArguments
-from hf_rft.cli import parse_with_config, published_command
+from hf_rft.cli import parse_with_config, published_command, run_program
 
 
 @dataclass
@@ -176,3 +177,15 @@ def test_errors_of_the_arguments_end_the_program(fails, tmp_path):
 )
 def test_published_command_has_no_secrets_and_no_paths(arguments, published):
     assert published_command("run", arguments) == published
+
+
+def test_errors_of_the_program_keep_their_traceback(monkeypatch):
+    def broken():
+        return torch.zeros(2).reshape(3)
+
+    with pytest.raises(RuntimeError):
+        run_program(broken)
+    with pytest.raises(ValueError):  # of a library, or of this test: nobody's refusal
+        run_program(lambda: int("x"))
+    with pytest.raises(KeyError):
+        run_program(lambda: {}["missing"])

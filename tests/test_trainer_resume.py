@@ -224,7 +224,7 @@ def test_a_full_disk_loses_nothing(make_trainer, tmp_path, monkeypatch, whole, s
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, stage, full)
         message = "checkpoint-4 could not be written after step 4: .*No space left.*last complete checkpoint is .*-2"
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(OSError, match=message):
             make_trainer(**options).train()
     assert names(tmp_path / "run") == ["checkpoint-2"]
     resumed = make_trainer(**options)

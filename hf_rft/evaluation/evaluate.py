@@ -1,11 +1,12 @@
 """`evaluate_robustness`: a classifier and a dataset in, the whole accuracy-versus-epsilon curve out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import datasets
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -13,10 +14,12 @@ from tqdm.auto import tqdm
 
 from ..attacks import ATTACKS
 from ..attacks.base import Passes
-from ..checks import check_labels
+from ..checks import check_class_order, check_labels
+from ..files import check_writable
 from ..model_state import under_attack
 from ..pixel_space import PixelNormalization
-from ..threat_model import ThreatModel, format_epsilon, parse_epsilon
+from ..ranges import COUNT, SEED
+from ..threat_model import NORMS, ThreatModel, format_epsilon, parse_epsilon
 from .cache import Record, ResultCache, batch_key, hash_examples, hash_json
 from .counting import CountedForward
 from .examples import Examples, num_image_channels
@@ -90,10 +93,13 @@ def evaluate_robustness(
     protocol = _Protocol(norm, checked_grid(norm, epsilons), make_tier(tier), seed, autocast_dtype)
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"`model` must be a torch module, got {type(model).__name__}.")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"`batch_size={batch_size!r}` must be a whole number from 1.")
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"`seed={seed!r}` must be a whole number from 0.")
+    for name, value, allowed in (("batch_size", batch_size, COUNT), ("seed", seed, SEED)):
+        if value not in allowed:
+            raise ValueError(f"`{name}={value!r}` must be {allowed}.")
+    if autocast_dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"`autocast_dtype={autocast_dtype!r}` must be torch.bfloat16, torch.float16 or None.")
+    if cache_dir is not None:
+        check_writable("cache_dir", cache_dir)
     if cache_dir is not None and any(run.attack not in ATTACKS.values() for run in protocol.tier.attacks):
         raise ValueError(
             "`cache_dir` cannot tell one attack of your own from another by its code; leave it out, or use the "
@@ -106,7 +112,10 @@ def evaluate_robustness(
         image_column=image_column,
         label_column=label_column,
     )
-    normalization = PixelNormalization.from_processor(processor)
+    normalization = PixelNormalization.from_processor(processor, argument="processor")
+    if isinstance(dataset, datasets.Dataset):
+        feature = dataset.features.get(examples.label_column)
+        check_class_order("`dataset`", getattr(feature, "names", None), getattr(model, "config", None))
     subject = Subject(model, normalization, autocast_dtype)
     described_model = describe_model(model)
     evaluated = {
@@ -171,16 +180,24 @@ def checked_grid(norm: str, epsilons: Sequence[str | float | Fraction]) -> list[
     Raises:
         ValueError: if they are no grid from 0 on, or an unknown norm or L-inf above 1 is among them.
     """
-    if isinstance(epsilons, str):
+    if isinstance(epsilons, str) or not isinstance(epsilons, Iterable):
         raise ValueError(f"`epsilons={epsilons!r}` must be a list, for example ['0', '2/255', '4/255'].")
-    grid = [parse_epsilon(epsilon) for epsilon in epsilons]
+    try:
+        grid = [parse_epsilon(epsilon) for epsilon in epsilons]
+    except ValueError as error:
+        raise ValueError(f"`epsilons` holds a wrong value: {error}") from error
     if len(grid) < 2 or grid[0] != 0 or any(b <= a for a, b in zip(grid, grid[1:], strict=False)):
         written = [str(epsilon) for epsilon in epsilons]
         raise ValueError(
             f"`epsilons={written}` must start with 0 and increase strictly to at least one more, for example "
             "['0', '2/255', '4/255']."
         )
-    ThreatModel(norm, epsilons[-1])  # refuses an unknown norm, and L-inf above 1
+    if norm not in NORMS:
+        raise ValueError(f"`norm={norm!r}` is unknown; choose one of {list(NORMS)}.")
+    try:
+        ThreatModel(norm, epsilons[-1])  # refuses L-inf above 1
+    except ValueError as error:
+        raise ValueError(f"`epsilons` holds a wrong value: {error}") from error
     return grid
 
 

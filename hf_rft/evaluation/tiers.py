@@ -1,7 +1,7 @@
 """Which attacks an evaluation is made of: the strength behind a number, by name."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -96,6 +96,8 @@ def make_tier(tier: str | Sequence) -> Tier:
         if tier not in TIERS:
             raise ValueError(f"`tier={tier!r}` is unknown; choose one of {list(TIERS)}, or give a list of attacks.")
         return TIERS[tier]
+    if not isinstance(tier, Iterable):
+        raise ValueError(f"`tier={tier!r}` must be one of {list(TIERS)}, or a list of (attack, steps).")
     runs = []
     for entry in tier:
         if not isinstance(entry, tuple | list) or len(entry) not in (2, 3):

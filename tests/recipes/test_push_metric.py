@@ -121,29 +121,6 @@ def test_not_allowed(empty_hub, monkeypatch, namespace, token, message):
     assert empty_hub.count("create") == 1 and not empty_hub.repositories
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "--namespace"),
-        (["--namespace", "my name"], "'my name/expected_robustness'"),
-        (["--namespace", "my-name/metrics"], "--namespace 'my-name/metrics' must be the name of a user"),
-        (["--namespace", ""], "--namespace '' must be the name of a user"),
-        (
-            ["--namespace", "my-name", "--metrics", "robust_accuracy", "accuracy"],
-            "--metrics accuracy unknown; choose among expected_robustness, robust_accuracy.",
-        ),
-        (["--namespace", "my-name", "--timeout", "0"], "--timeout 0.0 must be positive"),
-        (["--namespace", "my-name", "--metric", "x"], "Unknown flag --metric. Did you mean --metrics?"),
-    ],
-)
-def test_bad_arguments(monkeypatch, capsys, arguments, message):
-    monkeypatch.setattr(push_metric, "push_folder", lambda *args, **options: pytest.fail("something was pushed"))
-    with pytest.raises(SystemExit) as exit_info:
-        push_metric.main(arguments)
-    assert exit_info.value.code == 2
-    assert message in capsys.readouterr().err
-
-
 # --- What is on the Hub then ---
 
 LOAD_AND_COMPUTE = """

@@ -1,3 +1,5 @@
+import re
+
 import push_robust_model
 import pytest
 from huggingface_hub import ModelCard
@@ -61,34 +63,20 @@ def test_a_failed_push_ends_with_a_message_and_keeps_what_was_written(hub, folde
     load_robust_model(folder)
 
 
-def test_a_report_about_another_model_is_refused(folder, report, tmp_path):
+def test_a_report_about_another_model_is_refused(folder, report, tmp_path, capsys):
     save_model(tmp_path / "other", seed=1)
-    with pytest.raises(SystemExit, match="error: The report is about the model"):
+    with pytest.raises(SystemExit, match="2"):
         run(tmp_path / "other", "--report", report)
+    assert ": The report is about the model" in capsys.readouterr().err
     assert not (tmp_path / "other" / "README.md").exists()
 
 
-def test_a_folder_without_evidence_says_how_to_get_it(folder):
-    with pytest.raises(SystemExit, match=r"has no robustness.json.*evaluate_robustness.py"):
+def test_a_folder_without_evidence_says_how_to_get_it(folder, capsys):
+    with pytest.raises(SystemExit, match="2"):
         run(folder)
+    assert re.search("has no robustness.json.*evaluate_robustness.py", capsys.readouterr().err)
 
 
 def test_evidence_that_is_there_needs_no_report(folder):
     publish(folder)
     run(folder)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model_dir", "nowhere"], "--model_dir nowhere is not a folder"),
-        (["--model_dir", ".", "--report", "nowhere"], "--report nowhere is not a file"),
-        (["--model_dir", ".", "--timeout", "0"], "--timeout 0.0 must be a positive number"),
-        (["--model_dir", ".", "--repoid", "x"], "Unknown flag --repoid. Did you mean --repo_id?"),
-    ],
-)
-def test_bad_arguments(arguments, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        push_robust_model.main(arguments)
-    assert end.value.code == 2
-    assert message in capsys.readouterr().err

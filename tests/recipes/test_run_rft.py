@@ -156,49 +156,6 @@ def test_a_schedule_flag_replaces_the_whole_schedule_of_the_recipe():
     assert args.epsilon_schedule_kwargs == {"start": 0.25, "end": 0.75}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        (["--dataset_name", "bundled:mnist"], ValueError, "'bundled:mnist' is not bundled"),
-        (
-            ["--image_column_name", "picture"],
-            ValueError,
-            r"--image_column_name 'picture' is not a column of the dataset; its columns are \['image', 'label'\]",
-        ),
-        (["--image_column_name", "label"], ValueError, "--image_column_name 'label' holds ClassLabel.*not images"),
-        (["--test_split", "hidden"], ValueError, "--test_split 'hidden' is not a split of the data"),
-        (["--label_column_name", "class"], ValueError, "--label_column_name 'class' is not a column"),
-        (["--train_dir", "no_such_folder"], FileNotFoundError, "no_such_folder is not a folder"),
-    ],
-    ids=["dataset", "image column", "no images", "split", "label column", "folder"],
-)
-def test_bad_data_is_refused(tmp_path, arguments, error, message):
-    with pytest.raises(error, match=message):
-        run_rft.main([*arguments, "--output_dir", str(tmp_path)])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--epsilon", "8"], "did you mean '8/255'"),
-        (["--epsilom", "8/255"], "Unknown flag --epsilom. Did you mean --epsilon?"),
-        (["--attack_steps", "0"], "`attack_steps=0` must be at least 1"),
-        (["--attack_steps", "many"], "invalid int value: 'many'"),
-        (["--max_train_samples", "0"], "--max_train_samples 0 must be at least 1"),
-        (["--train_val_split", "1.5"], "--train_val_split 1.5 must lie between 0 and 1"),
-        (["--train_dir", "a", "--dataset_name", "b"], "Give either --dataset_name or --train_dir"),
-        (["--config", "missing.yaml"], "missing.yaml"),
-        (["--rotation", "-5"], "--rotation -5.0 must be 0 (off) or more"),
-        (["--horizontal_flip", "2"], "--horizontal_flip 2.0 is no probability"),
-    ],
-)
-def test_bad_arguments_end_with_a_message(capsys, arguments, message):
-    with pytest.raises(SystemExit) as exit_info:
-        run_rft.main(arguments)
-    assert exit_info.value.code == 2
-    assert message in capsys.readouterr().err
-
-
 CONFIGS = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name != "accelerate_configs")
 
 
