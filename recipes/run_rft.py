@@ -166,14 +166,17 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     )
 
     # --- Train ---
-    trainer = RobustTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=SeededAugmentation(splits["validation"], prepare, seed=training_args.seed),
-        data_collator=collate,
-        processing_class=processor,
-    )
+    try:
+        trainer = RobustTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=SeededAugmentation(splits["validation"], prepare, seed=training_args.seed),
+            data_collator=collate,
+            processing_class=processor,
+        )
+    except ValueError as error:  # also of `Trainer` itself, about arguments that only it knows to be wrong
+        raise ValueError(f"The training arguments cannot be used: {error}") from error
     if training_args.head_learning_rate is not None:
         set_head_learning_rate(trainer.create_optimizer(), model, training_args.head_learning_rate)
     checkpoint = trainer.find_checkpoint() if training_args.resume == "auto" else training_args.resume_from_checkpoint
