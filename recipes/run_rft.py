@@ -13,7 +13,7 @@ name` publishes them. Without --config, --model_name_or_path, --dataset_name and
 recipes/fashion_mnist/efficientnet_lite0_hinge.yaml applies, under all other flags.
 
 SIGTERM (preemption) ends the run after the optimizer step in progress: it writes a checkpoint, but no final model, and
-exits with status 75. So does an alarm with `--abort_on_alarm`, and (without a new checkpoint) a loss that is no number,
+exits with status 75. So does an alarm with `--abort_on_alarm`, and (without a new checkpoint) a loss of NaN,
 but with status 3. The same command with `--resume auto` goes on from the last complete checkpoint, also after a crash,
 and starts anew if there is none. (`accelerate launch` and `torchrun` turn any of these into status 1; send the signal
 to the Python processes.)
