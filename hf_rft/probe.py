@@ -25,6 +25,8 @@ PROBED_EXAMPLES = 32
 MULTI_STEPS = 10
 # Times a run that the probe is made: once an epoch, but within these bounds.
 LEAST_PROBES, MOST_PROBES = 10, 100
+# Steps between two of them: a probe costs as much as a step or two.
+LEAST_STEPS = 5
 
 
 def probe(
@@ -73,9 +75,11 @@ def probe(
 
 
 def probe_interval(max_steps: int, num_epochs: float) -> int:
-    """Optimizer steps from one probe to the next: an epoch, but at least 10 and at most 100 probes a run."""
+    """Optimizer steps from one probe to the next: an epoch, but at least 10 and at most 100 probes a run, and at
+    least 5 steps from one to the next.
+    """
     number = min(max(num_epochs, LEAST_PROBES), MOST_PROBES)
-    return max(1, round(max_steps / number))
+    return max(LEAST_STEPS, round(max_steps / number))
 
 
 def probe_examples(dataset: Any, seed: int) -> list[Any]:

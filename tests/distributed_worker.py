@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTImageProcessor
 
 from hf_rft import RobustTrainer, RobustTrainingArguments
+from hf_rft.alarms import AlarmCallback
 
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
@@ -163,6 +164,7 @@ def collectives(folder: str, attack_steps: int | None, options: dict, *trainer_c
     else:
         arguments_ |= {"robust_loss": "trades", "attack_steps": attack_steps}
         trainer = robust_trainer("vit", Images(48), arguments_, *trainer_class)
+        trainer.remove_callback(AlarmCallback)  # which looks at the model now and then, not in every step
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         trainer.train()
     return dict(Counter(f"{e.name} {e.input_shapes}" for e in profiler.events() if e.name.startswith("gloo:")))

@@ -64,7 +64,7 @@ def test_passes_are_those_of_the_docstring(epsilon, forward_passes):
 
 @pytest.mark.parametrize(
     ("max_steps", "epochs", "interval"),
-    [(1000, 50, 20), (1000, 2, 100), (1000, 1, 100), (1000, 500, 10), (5, 1, 1), (96, 6, 10), (100, 2**63, 1)],
+    [(1000, 50, 20), (1000, 2, 100), (1000, 1, 100), (1000, 500, 10), (5, 1, 5), (96, 6, 10), (100, 2**63, 5)],
 )
 def test_interval(max_steps, epochs, interval):
     assert probe_interval(max_steps, epochs) == interval

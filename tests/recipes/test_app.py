@@ -595,7 +595,7 @@ def test_variables_of_a_space_are_flags(app):
     [
         ([], "variable MODEL"),
         (["--model_name_or_path", "x", "--example_dir", "nowhere"], "nowhere is not a folder"),
-        (["--model_name_or_path", "x", "--max_steps", "0"], "at least 1"),
+        (["--model_name_or_path", "x", "--max_steps", "0"], "--max_steps 0 must be a whole number from 1 to 10000"),
     ],
 )
 def test_bad_flags(app, monkeypatch, capsys, flags, message):
