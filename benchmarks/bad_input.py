@@ -235,7 +235,8 @@ def command_lines(draw, place: Path, recipe: str, flags: list[str]) -> Example:
         case "equals":
             words.append(f"--{draw(st.sampled_from(flags))}={draw(st.text(max_size=4))}")
             offending.append(words[-1][2:].partition("=")[0])
-    offending += [word[2:] for word in words if words.count(word) > 1 and word.startswith("--")]
+    offending += [word for word in words if words.count(word) > 1 and word.startswith("--")]
+    offending += ["--seed"] * ("--seed" in words and "seed" not in given_values)  # a value that looks like a flag
     return Example(recipe, tuple(words), None, (*offending, *["configs", "entries"] * (recipe in POSITIONAL)))
 
 
@@ -375,6 +376,7 @@ def main() -> None:
             target.mkdir(parents=True)
             make(target)
         make_report(place)
+        os.chdir(folder)  # for relative output folders, which are removed after each example
         stop_before_the_work()
         flags = {recipe: names_of_flags(module) for recipe, module in RECIPES.items()}
         with_files = ["run_rft", "evaluate_robustness", "push_metric", "push_robust_model"]

@@ -7,6 +7,7 @@ import dataclasses
 import enum
 import functools
 import json
+import os
 import re
 import types
 import typing
@@ -58,7 +59,8 @@ TRAINING_RANGES: Mapping[str, Range] = {
     "robust_loss_weight": NOT_NEGATIVE,
 }
 
-# Of the parent's dictionaries, those that are no path of a JSON file either.
+# Of the dictionaries, those that may also be the path of a JSON file, and those that may not.
+_A_PATH = ("accelerator_config", "fsdp_config")
 _NEVER_A_PATH = (
     "lr_scheduler_kwargs",
     "activation_checkpointing_kwargs",
@@ -148,6 +150,8 @@ def _check_dictionary(name: str, value: Any) -> None:
             json.loads(value)
         except ValueError as error:
             raise ValueError(f"`{name}={value!r}` is not a JSON object ({error}).") from error
+    elif name in _A_PATH and not os.path.isfile(value):
+        raise ValueError(f"`{name}={value!r}` is neither a JSON object nor a file that holds one.")
     elif name in _NEVER_A_PATH:
         raise ValueError(
             f"`{name}={value!r}` is not a JSON object; write '{{\"name\": value}}', with the names in double quotes."

@@ -5,6 +5,7 @@ value refers to another one. Only plain values are made of what the file says, n
 """
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,7 @@ def read_config(path: Path) -> dict[Any, Any]:
         OSError: if there is no such file, or it cannot be read.
         ValueError: if it is not YAML in UTF-8, or no mapping; the message names file and, where it can, key.
     """
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise ValueError(f"--config {path} is no file; give a YAML file with `name: value` lines.")
     if path.stat().st_size > MAX_BYTES:
         raise ValueError(f"--config {path} has more than {MAX_BYTES} bytes; it cannot be a recipe.")

@@ -129,7 +129,8 @@ class PixelNormalization:
         raw_lowest, raw_highest = pixel_values.min().item(), pixel_values.max().item()
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             broken = (~pixel_values.isfinite()).flatten(1).any(dim=1).nonzero().flatten().tolist()
-            hint = f"There are NaN or infinite values in the images {broken[:5]} of this batch; leave them out."
+            kind = "NaN" if pixel_values.isnan().any() else "infinite"
+            hint = f"There are {kind} values in the images {broken[:5]} of this batch; leave them out."
         elif not self.rescales and highest <= 1:
             hint = "With `do_rescale=False` bytes 0..255 are expected; set `do_rescale=True`, or pass bytes."
         elif raw_lowest >= 0 and 2 < raw_highest <= 255:

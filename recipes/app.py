@@ -70,7 +70,7 @@ class AppArguments:
     def __post_init__(self):
         if self.model_name_or_path is None:
             raise ValueError("Give --model_name_or_path or, in a Space, the variable MODEL.")
-        if self.example_dir is not None and not Path(self.example_dir).is_dir():
+        if self.example_dir is not None and not os.path.isdir(self.example_dir):
             raise ValueError(f"--example_dir {self.example_dir} is not a folder.")
         check_ranges(self, {"max_steps": Range(1, 10_000, True), "server_port": Range(0, 65535, True)}, is_flag=True)
 

@@ -115,7 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     if len(set(args.seeds)) < len(args.seeds):
         exit_with(f"--seeds {args.seeds} holds one seed twice, whose runs would share a folder.")
     for config in args.configs:
-        if not config.is_file():
+        if not os.path.isfile(config):
             exit_with(f"configs: {str(config)!r} is not a file; give YAML files of recipes/run_rft.py.")
     if len({config.stem for config in args.configs}) < len(args.configs):
         exit_with("configs: two configurations have the same file name, under which results are kept.")

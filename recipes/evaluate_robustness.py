@@ -143,8 +143,9 @@ def with_model_labels(dataset: Dataset, model: PreTrainedModel, args: Evaluation
     unknown = [name for name in feature.names if name not in number_of]
     if unknown:
         raise ValueError(
-            f"The model has no classes {unknown[:5]}; its classes are {list(number_of)[:5]} and so on. Rename the "
-            "data's classes, or pass --match_labels index if their order is that of the model."
+            f"The model has no classes {unknown[:5]}; its classes are {list(number_of)[:5]} and so on. Give the data "
+            "that it was trained for (--image_dir, --dataset_name), rename the data's classes, or pass --match_labels "
+            "index if their order is that of the model."
         )
     numbers = [number_of[name] for name in feature.names]
     if numbers == list(range(len(numbers))):
@@ -218,7 +219,7 @@ def main(arguments: list[str] | None = None) -> RobustnessReport:
     model, processor = load_model_and_processor("--model_name_or_path", name_or_path, **hub_options)
     model.eval().to(state.device)
     if args.channels_last:
-        torch.nn.Module.to(model, memory_format=torch.channels_last)
+        torch.nn.Module.to(model, memory_format=torch.channels_last)  # in place
     dataset = with_model_labels(dataset, model, args)
 
     # --- Evaluate ---

@@ -1,5 +1,6 @@
 """Which pretrained model and which images: arguments of the recipes, and what they stand for."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +113,7 @@ def check_folder(flag: str, folder: str | None) -> None:
     """
     if folder is None:
         return
-    if not folder or "\0" in folder or not Path(folder).is_dir():
+    if not os.path.isdir(folder):
         raise ValueError(f"{flag} {folder!r} is not a folder; it should hold one folder of images a class.")
 
 

@@ -11,6 +11,7 @@ Without --repo_id that is all: nothing is pushed. A folder that has its evidence
 must be about the very weights in the folder.
 """
 
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,9 +51,9 @@ class PushArguments:
     )
 
     def __post_init__(self):
-        if not Path(self.model_dir).is_dir():
+        if not os.path.isdir(self.model_dir):
             raise ValueError(f"--model_dir {self.model_dir} is not a folder.")
-        if self.report is not None and not Path(self.report).is_file():
+        if self.report is not None and not os.path.isfile(self.report):
             raise ValueError(f"--report {self.report} is not a file; evaluate_robustness.py writes robustness.json.")
         check_ranges(self, {"timeout": SECONDS}, is_flag=True)
         if self.repo_id is not None:

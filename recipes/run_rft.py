@@ -13,7 +13,7 @@ name` publishes them. Without --config, --model_name_or_path, --dataset_name and
 recipes/fashion_mnist/efficientnet_lite0_hinge.yaml applies, under all other flags.
 
 SIGTERM (preemption) ends the run after the optimizer step in progress: it writes a checkpoint, but no final model, and
-exits with status 75. So does an alarm with `--abort_on_alarm`, and (without a new checkpoint) a loss that is no number,
+exits with status 75. So does an alarm with `--abort_on_alarm`, and (without a new checkpoint) a loss of NaN,
 but with status 3. The same command with `--resume auto` goes on from the last complete checkpoint, also after a crash,
 and starts anew if there is none. (`accelerate launch` and `torchrun` turn any of these into status 1; send the signal
 to the Python processes.)
@@ -166,14 +166,17 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     )
 
     # --- Train ---
-    trainer = RobustTrainer(
-        model=model,
-        args=training_args,
-        train_dataset=train_dataset,
-        eval_dataset=SeededAugmentation(splits["validation"], prepare, seed=training_args.seed),
-        data_collator=collate,
-        processing_class=processor,
-    )
+    try:
+        trainer = RobustTrainer(
+            model=model,
+            args=training_args,
+            train_dataset=train_dataset,
+            eval_dataset=SeededAugmentation(splits["validation"], prepare, seed=training_args.seed),
+            data_collator=collate,
+            processing_class=processor,
+        )
+    except ValueError as error:  # also of `Trainer` itself, about arguments that only it knows to be wrong
+        raise ValueError(f"The training arguments cannot be used: {error}") from error
     if training_args.head_learning_rate is not None:
         set_head_learning_rate(trainer.create_optimizer(), model, training_args.head_learning_rate)
     checkpoint = trainer.find_checkpoint() if training_args.resume == "auto" else training_args.resume_from_checkpoint

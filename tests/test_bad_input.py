@@ -579,7 +579,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "trainer attack": (lambda t: t.train(attack="pgd"), "`attack='pgd'` "),
     "trainer nan": (
         lambda t: t.step({"pixel_values": with_nan()[None], "labels": torch.tensor([0])}),
-        r"NaN or infinite values in the images \[0\] of this batch; leave them out",
+        r"NaN values in the images \[0\] of this batch; leave them out",
     ),
     # Metrics
     "metric predictions": (lambda t: robustness_summary(None, [0], [0, 1]), "`predictions` is missing"),
