@@ -50,7 +50,7 @@ TRAINING_RANGES: Mapping[str, Range] = {
     "data_seed": SEED,
     "dataloader_num_workers": WORKERS,
     "dataloader_prefetch_factor": COUNT,
-    "ddp_bucket_cap_mb": COUNT,
+    "ddp_bucket_cap_mb": POSITIVE,  # torch takes parts of a MB as well
     "ddp_timeout": Range(1, YEAR, is_whole=True),
     "hub_timeout": SECONDS,
     "attack_step_size": POSITIVE._replace(hint="; it is relative to epsilon"),
