@@ -29,7 +29,7 @@ from hf_rft.evaluation.provenance import describe_model
 WORKER = Path(__file__).parent / "distributed_worker.py"
 EVALUATION_WORKER = Path(evaluation_worker.__file__)
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-NUMBERS = ("gloo:all_reduce [[]]", "gloo:all_reduce [[2]]")
+NUMBERS = tuple(f"gloo:all_reduce [{size}]" for size in ("[]", "[2]", "[4]"))
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -158,8 +158,9 @@ def test_two_processes_evaluate_like_one(results):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["exchanges", "exchanges, accumulated"])
 def test_gradients_are_exchanged_as_often_as_in_plain_training(results, kind):
-    """In three steps, by size: nothing is exchanged that a plain `Trainer` does not, but for single numbers (how many
-    examples there are, whether all losses are finite, whether to stop), and none of it more often for a longer attack.
+    """In three steps, by size: nothing is exchanged that a plain `Trainer` does not, but for a few numbers (how many
+    examples there are, whether all losses are finite, whether to stop, what a probe found), and none of it more often
+    for a longer attack.
     """
     for result in results[2:]:
         plain, *robust = result[kind].values()

@@ -326,15 +326,18 @@ def test_adversarial_accuracy_counts_the_examples_of_the_update(make_trainer):
 
     trainer = make_trainer(
         count=21,
-        num_train_epochs=1,
+        num_train_epochs=2,
         gradient_accumulation_steps=2,
         logging_steps=2,
+        learning_rate=1e-2,
         trainer_options={"robust_loss": RobustLoss(recording_loss)},
     )
     trainer.remove_callback(AlarmCallback)
     trainer.train()
-    assert [len(batch) for batch in right] == [8, 8, 5]
-    assert logged(trainer, "adversarial_accuracy") == [pytest.approx(torch.cat(right).mean().item())]
+    assert [len(batch) for batch in right] == [8, 8, 5] * 2
+    expected = [torch.cat(of_log).mean().item() for of_log in (right[:3], right[3:])]
+    assert logged(trainer, "adversarial_accuracy") == pytest.approx(expected)
+    assert expected[0] != expected[1]
 
 
 def test_chance_loss_is_that_of_equal_probabilities(make_trainer):
