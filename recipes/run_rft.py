@@ -37,6 +37,7 @@ from transformers import set_seed
 
 from hf_rft import RobustTrainer, RobustTrainingArguments, bundled, evaluate_robustness
 from hf_rft.augmentation import SeededAugmentation
+from hf_rft.checkpoints import check_resumable
 from hf_rft.checks import NonFiniteError, check_labels, names_of_missing_classes
 from hf_rft.cli import parse_with_config, published_command, run_program
 from hf_rft.evaluation.examples import num_image_channels
@@ -80,10 +81,15 @@ class RecipeTrainingArguments(RobustTrainingArguments):
             raise ValueError("Give either --resume auto or --resume_from_checkpoint, not both.")
 
 
-def check_fresh_start(args: RecipeTrainingArguments) -> None:
-    """Refuse to mix the checkpoints of two runs: a later `--resume auto` could go on from the wrong one."""
+def check_start(args: RecipeTrainingArguments) -> None:
+    """Refuse a checkpoint to resume from that is none, and to mix the checkpoints of two runs: a later `--resume auto`
+    could go on from the wrong one.
+    """
+    if args.resume_from_checkpoint is not None:
+        check_resumable(args.resume_from_checkpoint)
+        return
     found = sorted(path.name for path in Path(args.output_dir).glob("checkpoint-*"))
-    if found and args.resume == "no" and args.resume_from_checkpoint is None:
+    if found and args.resume == "no":
         raise ValueError(
             f"--output_dir {args.output_dir} holds checkpoints of an earlier run ({found[-1]}); add --resume auto to "
             "go on from there, name another folder, or delete them."
@@ -125,7 +131,7 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(arguments)
-    check_fresh_start(training_args)
+    check_start(training_args)
     set_seed(training_args.seed)
     check_writable("--output_dir", training_args.output_dir)
 

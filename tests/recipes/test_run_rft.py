@@ -1,7 +1,9 @@
 """The main recipe as a user runs it, on the bundled model and data with few steps, and on a folder of images."""
 
 import json
+import os
 import re
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, pipeline
 
-from hf_rft import ThreatModel, load_robust_model
+from hf_rft import RobustTrainer, ThreatModel, load_robust_model
+from hf_rft.checks import NonFiniteError
+from hf_rft.interruption import AlarmRaised
 
 
 RECIPES = Path(run_rft.__file__).parent
@@ -177,3 +181,60 @@ def test_the_four_recipes_differ_in_the_schedule_only():
         {key: value for key, value in config[2].to_dict().items() if key not in schedule} for config in configs
     ]
     assert all(setting == settings[0] for setting in settings)
+
+
+# --- Stopping and going on ---
+
+
+@pytest.fixture
+def small_run(image_folder, tmp_path):
+    return [
+        *("--train_dir", str(image_folder / "train"), "--image_size", "32", "--attack", "pgd", "--attack_steps", "1"),
+        *("--eval_attack_steps", "1", "--max_steps", "4", "--per_device_train_batch_size", "7", "--report_to", "none"),
+        *("--save_strategy", "steps", "--save_steps", "1", "--disable_tqdm", "True"),
+        *("--output_dir", str(tmp_path / "out")),
+    ]
+
+
+def test_sigterm_ends_the_recipe_and_resume_auto_goes_on(small_run, tmp_path, monkeypatch, capsys):
+    step = RobustTrainer.training_step
+
+    def terminated(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_info:
+        patch.setattr(RobustTrainer, "training_step", terminated)
+        run_rft.main([*small_run, "--resume", "auto"])  # nothing is there yet: it starts anew
+    assert exit_info.value.code == 75
+    assert "checkpoint-3. The same command with --resume auto goes on from there." in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"checkpoint-1", "checkpoint-2", "checkpoint-3"}
+
+    with pytest.raises(ValueError, match="--output_dir .*out holds checkpoints of an earlier run .*--resume auto"):
+        run_rft.main(small_run)
+    run_rft.main([*small_run, "--resume", "auto"])
+    state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
+    assert state["global_step"] == 4
+    assert (tmp_path / "out" / "robustness.json").is_file()
+
+
+@pytest.mark.parametrize(("error", "status"), [(AlarmRaised("It fails."), 3), (NonFiniteError("It fails."), 3)])
+def test_failing_runs_have_a_status_of_their_own(small_run, tmp_path, monkeypatch, capsys, error, status):
+    def fails(self, *args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(RobustTrainer, "train", fails)
+    with pytest.raises(SystemExit) as exit_info:
+        run_rft.main(small_run)
+    assert exit_info.value.code == status
+    assert "It fails." in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_what_cannot_be_resumed_is_refused_before_anything_is_loaded(small_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_rft, "load_splits", None)
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint='.*nowhere'` is no checkpoint"):
+        run_rft.main([*small_run, "--resume_from_checkpoint", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit):
+        run_rft.main([*small_run, "--resume", "auto", "--resume_from_checkpoint", "x"])
