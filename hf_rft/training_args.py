@@ -1,5 +1,6 @@
 """`RobustTrainingArguments`: everything about robust fine-tuning that is an argument."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -288,6 +289,12 @@ class RobustTrainingArguments(TrainingArguments):
             raise ValueError(
                 "Activation checkpointing with `use_reentrant=True` does not support `torch.autograd.grad`, which "
                 "attacks use. Set `use_reentrant` to False."
+            )
+        started = int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1  # by torchrun
+        if started != self.world_size:
+            raise ValueError(
+                f"{started} processes were started, but each would train by itself into the same `output_dir`: they "
+                "find each other without an accelerator only with `use_cpu=True`. Set it, or start one process."
             )
         if self.enable_jit_checkpoint:
             raise ValueError(

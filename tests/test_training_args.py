@@ -129,3 +129,12 @@ def test_the_best_model_is_the_most_robust_one(make_args, options, metric, great
     assert (args.metric_for_best_model, args.greater_is_better) == (metric, greater)
     again = RobustTrainingArguments(**{**args.to_dict(), "output_dir": args.output_dir})
     assert (again.metric_for_best_model, again.greater_is_better) == (metric, greater)
+
+
+def test_processes_that_do_not_find_each_other_are_refused(make_args, monkeypatch):
+    """As `torchrun` starts them; on a machine without an accelerator each would be alone."""
+    args = make_args()
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="2 processes were started, but each would train by itself.*`use_cpu=True`"):
+        args._check_supported()
