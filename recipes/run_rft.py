@@ -131,9 +131,9 @@ def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
     model_args, data_args, training_args = parse_arguments(arguments)
-    check_start(training_args)
     set_seed(training_args.seed)
     check_writable("--output_dir", training_args.output_dir)
+    check_start(training_args)
 
     # --- Data, model and processor ---
     splits = load_splits(model_args, data_args, seed=training_args.seed)

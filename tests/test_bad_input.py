@@ -269,7 +269,7 @@ COMMAND_LINES = [
         r"Example \d+ of `dataset` cannot be read: Unidentified",
     ),
     ("evaluate", "--image_dir {root}/images/truncated", r"Example \d+ of `dataset` cannot be read: .*truncated"),
-    ("evaluate", "--image_dir {root}/images/bomb", r"Example \d+ of `dataset` cannot be read: .*bomb"),
+    ("evaluate", "--image_dir {root}/images/bomb", r"Example \d+ of the dataset .*bad.png\) is not decoded: .*bomb"),
     ("evaluate", f"{DATA}no_image --split train", "Example 5 of `dataset`, column 'image': there is no image"),
     ("evaluate", f"{DATA}no_text --split train", "Split 'train' has no label in 2 of 8 examples, number 1 first"),
     (

@@ -326,7 +326,7 @@ def test_yaml_that_grows(tmp_path, capsys, folder):
     config.write_text(LAUGHS + "epsilons: *a8\n")
     with pytest.raises(SystemExit):
         parse_arguments(["--config", str(config)])
-    assert "uses an alias (`*name`); write the value out" in capsys.readouterr().err
+    assert re.search(r"config\.yaml is not valid YAML: found the alias .*write .* out", capsys.readouterr().err)
     # Of a card nothing is read but its results, so there it is harmless.
     card = folder / "README.md"
     card.write_text(card.read_text().replace("---\n", "---\n" + LAUGHS, 1))
@@ -426,7 +426,7 @@ def test_an_adapter_brings_in_no_other_model(folder):
 
 
 @pytest.mark.parametrize("name", ["README.md", "notes.md", "sub/key"])
-def test_what_a_link_leads_to_is_not_published(folder, tmp_path, monkeypatch, name):
+def test_what_a_link_leads_to_is_not_published(folder, tmp_path, monkeypatch, capsys, name):
     """A cloned repository may hold links, say to the key of whoever publishes it again."""
     monkeypatch.setattr(subprocess, "run", lambda *_, **options: pytest.fail("an upload was started"))
     (tmp_path / "key").write_text("private")
@@ -436,8 +436,9 @@ def test_what_a_link_leads_to_is_not_published(folder, tmp_path, monkeypatch, na
     link.symlink_to(tmp_path / "key")
     with pytest.raises(ValueError, match=rf"{name} is a link to .*key, outside of the folder"):
         push_folder(folder, "user/x")
-    with pytest.raises(SystemExit, match="is a link to"):
+    with pytest.raises(SystemExit):
         push_robust_model.main(["--model_dir", str(folder)])
+    assert "is a link to" in capsys.readouterr().err
 
 
 def test_links_within_a_folder_are_no_trouble(folder):
