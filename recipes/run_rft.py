@@ -200,6 +200,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     if trainer.is_fsdp_enabled:  # every process evaluates by itself, and needs whole weights for that: those saved
         model, _ = load_model_and_processor("--output_dir", training_args.output_dir)
         model.to(training_args.device)
+    model.eval()  # training leaves it in the other mode
     report = evaluate_robustness(
         model,
         splits["test"],

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, pipeline
 
-from hf_rft import RobustTrainer, ThreatModel, load_robust_model
+from hf_rft import RobustnessReport, RobustTrainer, ThreatModel, load_robust_model
 from hf_rft.checks import NonFiniteError
 from hf_rft.interruption import AlarmRaised
 
@@ -216,7 +216,8 @@ def test_sigterm_ends_the_recipe_and_resume_auto_goes_on(small_run, tmp_path, mo
     run_rft.main([*small_run, "--resume", "auto"])
     state = json.loads((tmp_path / "out" / "trainer_state.json").read_text())
     assert state["global_step"] == 4
-    assert (tmp_path / "out" / "robustness.json").is_file()
+    report = RobustnessReport.load(tmp_path / "out" / "robustness.json")
+    assert "train_mode" not in report.flags
 
 
 @pytest.mark.parametrize(("error", "status"), [(AlarmRaised("It fails."), 3), (NonFiniteError("It fails."), 3)])
