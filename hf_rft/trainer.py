@@ -256,7 +256,7 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
             self.args.seed,
             self.state.global_step,
         )
-        with self._under_attack(training=self.args.attack_model_mode == "train"):
+        with self._under_attack(training=self.args.attack_model_mode == "train"), self._folded():
             forward = partial(self._forward, **extra_inputs)
             options = {}
             if self.robust_loss.attack_objective == "kl":
