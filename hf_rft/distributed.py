@@ -37,14 +37,14 @@ def may_have_unused_parameters(model: PreTrainedModel) -> bool:
         return False
     with torch.enable_grad(), in_mode(model, training=False):
         try:
-            logits = model(pixel_values=_blank_image(model)).logits
+            logits = model(pixel_values=blank_image(model)).logits
         except (RuntimeError, ValueError):  # an image of this size does not suit the model
             return True
         gradients = torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
     return any(gradient is None for gradient in gradients)
 
 
-def _blank_image(model: PreTrainedModel) -> torch.Tensor:
+def blank_image(model: PreTrainedModel) -> torch.Tensor:
     """One image of the size in the model's `config`; networks of convolutions name none and take any."""
     config: Any = model.config
     if "input_size" in (getattr(config, "pretrained_cfg", None) or {}):  # timm

@@ -105,8 +105,8 @@ def mart_loss(
         )
     weight = MART_WEIGHT if weight is None else weight
     log_clean, log_adversarial = _log_softmax(clean_logits), _log_softmax(adversarial_logits)
-    is_true = F.one_hot(labels, log_clean.shape[1]).bool()
-    strongest_wrong = log_adversarial.masked_fill(is_true, -torch.inf).amax(dim=1).exp()
+    others = log_adversarial.scatter(1, labels.unsqueeze(1), -torch.inf)
+    strongest_wrong = others.amax(dim=1).exp()
     boosted = F.nll_loss(log_adversarial, labels, reduction="none") - torch.log(1.0001 - strongest_wrong)
     unsure = 1 - log_clean.gather(1, labels.unsqueeze(1)).squeeze(1).exp()
     return boosted + weight * _kl_divergence(log_clean, log_adversarial) * unsure

@@ -197,11 +197,13 @@ def describe_training(
         schedule_plot (`str`, *optional*):
             File name of the picture of epsilon over steps.
     """
-    norm, steps = NORM_NAMES[arguments["norm"]], arguments["attack_steps"]
+    norm, steps = NORM_NAMES[arguments["norm"]], f"{arguments['attack_steps']}-step"
+    if arguments.get("attack_steps_schedule", "constant") != "constant":
+        steps = f"{steps} (fewer while epsilon was smaller)"
     parts = [
         "## Robust fine-tuning",
         f"Trained with hf_rft against {norm} perturbations up to "
-        f"{arguments['epsilon']}: {steps}-step `{arguments['attack']}`, loss `{arguments['robust_loss']}`, schedule "
+        f"{arguments['epsilon']}: {steps} `{arguments['attack']}`, loss `{arguments['robust_loss']}`, schedule "
         f"`{arguments['epsilon_schedule_type']}` ([Epsilon-Scheduling](https://huggingface.co/papers/2509.23325)).",
     ]
     if schedule_plot:

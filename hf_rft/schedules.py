@@ -111,6 +111,15 @@ def piecewise(*, points: Sequence[tuple[float, float]]) -> EpsilonSchedule:
     return lambda progress: float(np.interp(progress, progress_points, multipliers))
 
 
+def scaled_steps(steps: int, multiplier: float) -> int:
+    """Attack steps that follow epsilon: the share `multiplier` of `steps`, rounded up, between 1 and `steps`.
+
+    A smaller ball needs fewer steps: there the loss is closer to linear, and one step of a linear loss is enough.
+    """
+    # A share such as 3/7 is no float; without rounding, 7 times it could come out above 3.
+    return min(max(1, math.ceil(round(steps * multiplier, 9))), steps)
+
+
 TYPE_TO_EPSILON_SCHEDULE: dict[EpsilonScheduleType, Callable[..., EpsilonSchedule]] = {
     EpsilonScheduleType.CONSTANT: constant,
     EpsilonScheduleType.LINEAR: linear,

@@ -153,7 +153,9 @@ class ThreatModel:
         if self.norm == "l2":
             return step_size * _unit(gradient, "l2")
         magnitude = gradient.abs().flatten(1)
-        count = torch.as_tensor(sparsity, device=gradient.device) * magnitude.shape[1]
+        if not isinstance(sparsity, torch.Tensor):  # filled on the device: nothing waits for a copy
+            sparsity = torch.full((1,), sparsity, device=gradient.device)
+        count = sparsity * magnitude.shape[1]
         rank = count.long().clamp(1, magnitude.shape[1]).expand(len(magnitude)) - 1
         threshold = magnitude.sort(dim=1, descending=True).values.gather(1, rank.unsqueeze(1))
         sign = gradient.sign() * (magnitude >= threshold).reshape(gradient.shape)

@@ -26,7 +26,7 @@ from .losses import LOSSES, RobustLoss
 from .model_state import batch_norm_frozen
 from .noise import TRAINING_ATTACK, example_generators
 from .pixel_space import PixelNormalization
-from .schedules import EpsilonSchedule
+from .schedules import EpsilonSchedule, scaled_steps
 from .threat_model import ThreatModel
 from .trainer_alarms import AlarmsMixin
 from .trainer_evaluation import EvaluationMixin
@@ -113,6 +113,7 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
         self.add_callback(self.interruption)  # the last one: others may have requests
 
         self._train_epsilon: float | None = None  # of the last training step, for the log
+        self._train_attack_steps = 0  # likewise
         self._micro_batch = 0  # within the optimizer step
         self._examples_in_step = 0  # over all micro-batches and processes
         self._real_examples: list[int] = []  # of this process, in each micro-batch of the step
@@ -220,9 +221,19 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
         """That of the next training step; epsilon is 0 for a loss that needs no adversarial examples."""
         if not self.robust_loss.needs_adversarial:
             return ThreatModel(self.args.norm, 0)
+        return ThreatModel(self.args.norm, self._multiplier * float(self.threat_model.epsilon))
+
+    @property
+    def _multiplier(self) -> float:
+        """The share of epsilon that the next training step uses."""
         callback = self._epsilon_callback
-        multiplier = callback.multiplier(self.state) if callback is not None else 1.0
-        return ThreatModel(self.args.norm, multiplier * float(self.threat_model.epsilon))
+        return callback.multiplier(self.state) if callback is not None else 1.0
+
+    @property
+    def _scheduled_steps(self) -> int:
+        """Attack steps of the next training step, where epsilon is not 0."""
+        steps = self.args.attack_steps
+        return steps if self.args.attack_steps_schedule == "constant" else scaled_steps(steps, self._multiplier)
 
     def _adversarial_pixel_values(
         self, pixel_values: torch.Tensor, labels: torch.Tensor, extra_inputs: dict[str, Any]
@@ -232,7 +243,9 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
         pixels = self.pixel_normalization.to_pixels(pixel_values)
         self._train_epsilon = float(threat_model.epsilon)
         if threat_model.is_trivial:
+            self._train_attack_steps = 0
             return None
+        self._train_attack_steps = self._scheduled_steps
         # The position of the first example in the global batch: neither accumulation nor processes change it.
         of_all_processes = self._over_processes(self._train_batch_size)
         first = self._micro_batch * of_all_processes + self.args.process_index * len(pixels)
@@ -243,7 +256,7 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
             self.args.seed,
             self.state.global_step,
         )
-        with self._under_attack(training=self.args.attack_model_mode == "train"):
+        with self._under_attack(training=self.args.attack_model_mode == "train"), self._folded():
             forward = partial(self._forward, **extra_inputs)
             options = {}
             if self.robust_loss.attack_objective == "kl":
@@ -254,7 +267,7 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
                 pixels,
                 labels,
                 threat_model=threat_model,
-                steps=self.args.attack_steps,
+                steps=self._train_attack_steps,
                 generator=generator,
                 **options,
             )
@@ -266,5 +279,8 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
 
     def log(self, logs, start_time=None):
         if "loss" in logs and self._train_epsilon is not None:
-            logs = {**logs, "epsilon": self._train_epsilon, **self._pop_adversarial_accuracy()}
+            logs = {**logs, "epsilon": self._train_epsilon}
+            if self.args.attack_steps_schedule != "constant":
+                logs["attack_steps"] = self._train_attack_steps
+            logs |= self._pop_adversarial_accuracy()
         super().log(logs, start_time)

@@ -1,7 +1,7 @@
 """What `RobustTrainer` has to know about processes: the bare model, and the batch that all processes have together."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .distributed import WholeCopy, set_ddp_options
+from .folding import FoldablePair, exactly_foldable_pairs, folded
 from .model_state import under_attack
 from .pixel_space import PixelNormalization
 from .training_args import RobustTrainingArguments
@@ -25,6 +26,7 @@ class DistributedMixin(Trainer):
     model: PreTrainedModel
     pixel_normalization: PixelNormalization
     _whole_copy: WholeCopy | None = None
+    _foldable_pairs: Sequence[FoldablePair] = ()
 
     def _set_up_processes(self) -> None:
         """To be called before the model is wrapped."""
@@ -32,6 +34,9 @@ class DistributedMixin(Trainer):
             self._whole_copy = WholeCopy(self.model)
         elif self.args.world_size > 1 and self.accelerator.ddp_handler is not None and not self.is_deepspeed_enabled:
             set_ddp_options(self.accelerator.ddp_handler, self.args, self.model)
+        # With dropout, the graph in training mode is another one.
+        if self.args.attack_model_mode == "eval" and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self._foldable_pairs = exactly_foldable_pairs(self.model)
 
     @property
     def _bare_model(self) -> PreTrainedModel:
@@ -51,6 +56,10 @@ class DistributedMixin(Trainer):
     def _under_attack(self, *, training: bool) -> Iterator[None]:
         with self._whole_weights() as model, under_attack(model, training=training):
             yield
+
+    def _folded(self) -> contextlib.AbstractContextManager[None]:
+        """Saves a training attack the BatchNorms; to be entered under attack. Evaluation takes the model as it is."""
+        return folded(self._foldable_pairs)
 
     def _forward(self, pixels: torch.Tensor, **extra_inputs) -> torch.Tensor:
         """Pixels in [0, 1] to logits, through the bare model."""

@@ -41,6 +41,9 @@ class RobustTrainingArguments(TrainingArguments):
             `"fgsm"`, `"pgd"`, `"apgd"` (cross-entropy) or `"apgd_dlr"`.
         attack_steps (`int`, *optional*, defaults to 7):
             Gradient evaluations per example; 1 for `"fgsm"`.
+        attack_steps_schedule (`str`, *optional*, defaults to `"constant"`):
+            `"constant"`, or `"epsilon"`: the steps grow with epsilon, `attack_steps` times its share of the target,
+            rounded up, so that training is cheaper while epsilon is small. Evaluation always takes its full steps.
         attack_step_size (`float`, *optional*):
             Step size relative to the current epsilon. None: the attack's own rule.
         attack_random_start (`bool`, *optional*, defaults to `True`):
@@ -125,6 +128,13 @@ class RobustTrainingArguments(TrainingArguments):
     # --- Training attack ---
     attack: str = field(default="apgd", metadata={"help": f"Training attack, one of {', '.join(TRAINING_ATTACKS)}."})
     attack_steps: int = field(default=7, metadata={"help": "Gradient evaluations of the training attack."})
+    attack_steps_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "Take attack_steps always, or fewer while epsilon is below its target.",
+            "choices": ["constant", "epsilon"],
+        },
+    )
     attack_step_size: float | None = field(
         default=None, metadata={"help": "Step size relative to the current epsilon. Default: the attack's own rule."}
     )
@@ -194,6 +204,7 @@ class RobustTrainingArguments(TrainingArguments):
         self._check_choices()
         self._check_attack("attack", "attack_steps")
         self._check_attack("eval_attack", "eval_attack_steps")
+        self._check_steps_schedule()
         self._check_loss()
         # Build once: a bad epsilon or schedule is an error now, not after the model was loaded.
         ThreatModel(self.norm, self.epsilon)
@@ -227,6 +238,7 @@ class RobustTrainingArguments(TrainingArguments):
             ("eval_attack", list(ATTACKS)),
             ("robust_loss", list(LOSSES)),
             ("attack_model_mode", ["eval", "train"]),
+            ("attack_steps_schedule", ["constant", "epsilon"]),
         ):
             if getattr(self, name) not in valid:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown; choose one of {valid}.")
@@ -236,6 +248,13 @@ class RobustTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`{attack}='fgsm'` takes exactly one step, got `{steps}={getattr(self, steps)}`; set `{steps}=1` or "
                 f"`{attack}='pgd'`."
+            )
+
+    def _check_steps_schedule(self) -> None:
+        if self.attack_steps_schedule != "constant" and self.attack == "fgsm":
+            raise ValueError(
+                f"`attack_steps_schedule={self.attack_steps_schedule!r}` has nothing to vary: `attack='fgsm'` takes "
+                "exactly one step. Leave it 'constant', or set `attack='pgd'`."
             )
 
     def _check_loss(self) -> None:

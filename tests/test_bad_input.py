@@ -431,6 +431,7 @@ NUMBERS: list[tuple[str, Any]] = [
     ("neftune_noise_alpha", NAN),
     *(("attack_steps", value) for value in (-1, 2.5, "7")),
     ("eval_attack_steps", True),
+    *(("attack_steps_schedule", value) for value in (None, "hinge")),
     *(("attack_step_size", value) for value in (INF, NAN, -1.0, 0)),
     *(("robust_loss_weight", value) for value in (NAN, INF, "6")),
     *(("hub_timeout", value) for value in (0, NAN, 1e300)),

@@ -164,6 +164,14 @@ def test_training_section():
     assert "Onset" not in text and "Alarms" not in text
 
 
+def test_steps_that_follow_epsilon_are_stated():
+    arguments = {**ARGUMENTS, "attack_steps_schedule": "epsilon"}
+    text = describe_training(arguments)
+    assert "7-step (fewer while epsilon was smaller) `apgd`" in text
+    assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == arguments
+    assert "fewer" not in describe_training({**ARGUMENTS, "attack_steps_schedule": "constant"})
+
+
 @pytest.mark.parametrize(
     ("history", "expected"),
     [

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_rft import EpsilonScheduleType, get_epsilon_schedule, schedules
+from hf_rft.schedules import scaled_steps
 
 
 NAMES = ["constant", "linear", "hinge", "cosine", "smoothed", "piecewise"]
@@ -151,6 +152,16 @@ def test_unknown_name_lists_the_valid_ones():
 def test_bad_arguments(name, kwargs, message):
     with pytest.raises(ValueError, match=message):
         get_epsilon_schedule(name, **kwargs)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 10])
+def test_scaled_steps_round_up_and_whole_shares_are_exact(steps):
+    assert [scaled_steps(steps, k / steps) for k in range(1, steps + 1)] == list(range(1, steps + 1))
+    assert [scaled_steps(steps, (k + 0.01) / steps) for k in range(steps)] == list(range(1, steps + 1))
+
+
+def test_scaled_steps_stay_between_one_and_all():
+    assert [scaled_steps(7, multiplier) for multiplier in (0.0, 1e-12, 1.0, 1.5)] == [1, 1, 7, 7]
 
 
 def test_docstring_example():

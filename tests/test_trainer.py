@@ -293,6 +293,47 @@ def test_epsilon_staircase_by_epoch(make_trainer):
     assert epsilons == pytest.approx([8 / 255 * epoch / 3 for epoch in range(4) for _ in range(4)])
 
 
+def passes_of_each_step(make_trainer, **args):
+    """Forward passes of the attacks in each step of training, and the trainer."""
+    passes = []
+
+    def counting_attack(forward, pixels, labels, *, steps, **options):
+        def counted(pixels):
+            passes[-1] += 1
+            return forward(pixels)
+
+        passes.append(0)
+        return pgd(counted, pixels, labels, steps=steps, **options)
+
+    trainer = make_trainer(count=8, trainer_options={"attack": counting_attack}, **args)
+    trainer.train()
+    return passes, trainer
+
+
+def test_attack_steps_follow_epsilon(make_trainer):
+    """Epsilon is 0, 0, 0, 1/4, 1/2, 3/4, 1 and 1 times the target: no attack in the first three steps."""
+    arguments = {"max_steps": 8, "epsilon_schedule_type": "hinge", "attack_steps": 6}
+    passes, trainer = passes_of_each_step(make_trainer, attack_steps_schedule="epsilon", **arguments)
+    assert passes == [2, 3, 5, 6, 6]
+    assert trainer._described_arguments()["attack_steps_schedule"] == "epsilon"  # for the card
+    logged = [entry["attack_steps"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == [0, 0, 0, 2, 3, 5, 6, 6]
+
+    passes, trainer = passes_of_each_step(make_trainer, **arguments)
+    assert passes == [6] * 5
+    assert not any("attack_steps" in entry for entry in trainer.state.log_history)
+
+
+def test_attack_steps_of_the_evaluation_follow_no_schedule(make_trainer):
+    def metrics(**args):
+        trainer = make_trainer(epsilon_schedule_type="hinge", **args)  # epsilon is 0 as long as nothing was trained
+        return trainer.evaluate(), trainer._eval_passes
+
+    (constant, passes), (scheduled, passes_scheduled) = metrics(), metrics(attack_steps_schedule="epsilon")
+    assert passes == passes_scheduled and passes.backward > 0
+    assert constant["eval_robust_accuracy"] == scheduled["eval_robust_accuracy"]
+
+
 def test_schedule_callback_can_be_replaced_or_removed(make_trainer):
     class Half(EpsilonScheduleCallback):
         def multiplier(self, state):

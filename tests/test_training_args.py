@@ -64,6 +64,11 @@ def test_numbers_are_accepted_where_yaml_gives_them(make_args):
         ({"attack": "pdg"}, r"`attack='pdg'` is unknown; choose one of \['fgsm', 'pgd', 'apgd', 'apgd_dlr'\]"),
         ({"eval_attack": "none"}, "`eval_attack='none'` is unknown; choose one of"),
         ({"attack": "fgsm"}, "`attack='fgsm'` takes exactly one step, got `attack_steps=7`; set `attack_steps=1`"),
+        (
+            {"attack": "fgsm", "attack_steps": 1, "attack_steps_schedule": "epsilon"},
+            "`attack_steps_schedule='epsilon'` has nothing to vary: `attack='fgsm'`.* Leave it 'constant'",
+        ),
+        ({"attack_steps_schedule": "linear"}, r"`attack_steps_schedule='linear'` is unknown; choose one of \['const"),
         ({"attack_model_mode": "test"}, r"`attack_model_mode='test'` is unknown; choose one of \['eval', 'train'\]"),
         ({"robust_loss": "tardes"}, r"`robust_loss='tardes'` is unknown; choose one of \['standard', 'at', 'trades'"),
         ({"robust_loss": "trades", "robust_loss_weight": -1.0}, "`robust_loss_weight=-1.0` must be a number from 0 "),
@@ -106,7 +111,7 @@ def test_every_field_has_help():
 
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     own = [field for field in dataclasses.fields(RobustTrainingArguments) if field.name not in inherited]
-    assert len(own) == 19
+    assert len(own) == 20
     for field in own:
         assert field.metadata["help"], field.name
         assert f"{field.name} (`" in RobustTrainingArguments.__doc__, field.name

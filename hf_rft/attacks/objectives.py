@@ -20,8 +20,9 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 def _true_and_other_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The true class's logit, and all logits with that one at minus infinity."""
     logits = at_least_float32(logits)
-    is_true = F.one_hot(labels, logits.shape[1]).bool()
-    return logits.gather(1, labels.unsqueeze(1)).squeeze(1), logits.masked_fill(is_true, -torch.inf)
+    labels = labels.unsqueeze(1)
+    # Not by `F.one_hot`, which looks at the largest label: the CPU would wait for the device in every step.
+    return logits.gather(1, labels).squeeze(1), logits.scatter(1, labels, -torch.inf)
 
 
 def log_odds(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
