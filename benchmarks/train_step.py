@@ -211,7 +211,10 @@ def summary(args: argparse.Namespace, measured: dict[str, Any]) -> dict[str, Any
     rows = []
     for name in memory:
         times = [readings[name]["seconds"] for readings in timed]
-        ratios = [readings[name]["seconds"] / readings[IDEAL]["seconds"] for readings in timed]
+        ratios, cpu_ratios = (
+            [readings[name][clock] / readings[IDEAL][clock] for readings in timed]
+            for clock in ("seconds", "cpu_seconds")
+        )
         quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
         peak = measured["resident_bytes"][name] + memory[name]["peak_bytes"]
         plain_peak = measured["resident_bytes"][PLAIN] + memory[PLAIN]["peak_bytes"]
@@ -221,6 +224,7 @@ def summary(args: argparse.Namespace, measured: dict[str, Any]) -> dict[str, Any
                 "seconds": statistics.median(times),
                 "ratio": quartiles[1],
                 "ratio_quartiles": [quartiles[0], quartiles[2]],
+                "cpu_ratio": statistics.median(cpu_ratios),
                 "forward": work[name]["forward"] / args.batch_size,
                 "backward": work[name]["backward"] / args.batch_size,
                 "flops": work[name]["flops"],
@@ -236,18 +240,18 @@ def summary(args: argparse.Namespace, measured: dict[str, Any]) -> dict[str, Any
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        "| step of | seconds | to ideal (quartiles) | forward | backward | GFLOP | GFLOP/s (of matmul) | peak MB "
-        "| to plain | step alone MB | to plain |",
-        "| --- " * 11 + "|",
+        "| step of | seconds | to ideal (quartiles) | by CPU time | forward, backward | GFLOP "
+        "| GFLOP/s (of matmul) | peak MB (to plain) | step alone MB (to plain) |",
+        "| --- " * 9 + "|",
     ]
     for row in result["rows"]:
         low, high = row["ratio_quartiles"]
         lines.append(
             f"| {row['name']} | {row['seconds']:.3f} | {row['ratio']:.3f} ({low:.3f}–{high:.3f}) "
-            f"| {row['forward']:g} | {row['backward']:g} | {row['flops'] / 1e9:.1f} "
+            f"| {row['cpu_ratio']:.3f} | {row['forward']:g}, {row['backward']:g} | {row['flops'] / 1e9:.1f} "
             f"| {row['flops_per_second'] / 1e9:.0f} ({100 * row['flops_per_second'] / result['matmul_peak']:.0f} %) "
-            f"| {row['peak_bytes'] / 1e6:.0f} | {row['peak_to_plain']:.2f} "
-            f"| {row['step_bytes'] / 1e6:.0f} | {row['step_to_plain']:.2f} |"
+            f"| {row['peak_bytes'] / 1e6:.0f} ({row['peak_to_plain']:.2f}) "
+            f"| {row['step_bytes'] / 1e6:.0f} ({row['step_to_plain']:.2f}) |"
         )
     return "\n".join(lines)
 

@@ -68,7 +68,7 @@ def ideal(model, update: Updater, batch: Batch, settings: Settings, *, loss: str
             leaf = batch.pixel_values.detach().requires_grad_()
             if loss == "trades":
                 with torch.no_grad(), update.autocast():
-                    clean = F.log_softmax(model(pixel_values=leaf).logits.float(), dim=1)
+                    clean = F.log_softmax(model(pixel_values=batch.pixel_values).logits.float(), dim=1)
             for _ in range(settings.steps):
                 with update.autocast():
                     # A view, since `FlopCounterMode` puts hooks on inputs, which `autograd.grad` refuses on a leaf.
@@ -80,7 +80,7 @@ def ideal(model, update: Updater, batch: Batch, settings: Settings, *, loss: str
                 torch.autograd.grad(value, leaf)
             if extra_forward:
                 with torch.no_grad(), update.autocast():
-                    model(pixel_values=leaf)
+                    model(pixel_values=batch.pixel_values)
         if loss == "trades":
             with update.autocast():
                 logits = model(pixel_values=torch.cat([batch.pixel_values, batch.pixel_values])).logits
