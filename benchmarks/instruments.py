@@ -48,8 +48,8 @@ def peak_memory(device: torch.device, reading: Reading) -> Iterator[None]:
     """Bytes allocated above what was allocated at the start, where that was most.
 
     On GPU torch's allocator keeps this number. On CPU the profiler notes each allocation and each release of torch's
-    allocator: their running sum is the same number, exactly, whatever malloc keeps for itself. What libraries allocate
-    by themselves (scratch memory of oneDNN) is in neither.
+    allocator: their running sum is the same number, whatever malloc keeps for itself. It does not see the release of
+    what was allocated before the start, nor what libraries allocate by themselves (scratch memory of oneDNN).
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -74,6 +74,13 @@ def _conv_backward_flops(grad_out, x, w, _bias, _stride, _padding, _dilation, tr
     return (output_mask[0] + output_mask[1]) * conv_flop_count(x, w, grad_out, transposed=transposed)
 
 
+class _OneSum(contextlib.nullcontext):
+    """In place of the tracker by which `FlopCounterMode` keeps a sum for each module: its hooks on their inputs do not
+    work where `torch.autograd.grad` differentiates with respect to one."""
+
+    parents = ("Global",)
+
+
 @contextlib.contextmanager
 def work(device: torch.device, reading: Reading, *, num_labels: int) -> Iterator[None]:
     """Images that passed through a model forward and backward, and floating-point operations.
@@ -91,6 +98,7 @@ def work(device: torch.device, reading: Reading, *, num_labels: int) -> Iterator
     handle = nn.modules.module.register_module_forward_hook(count)
     formulas: Any = {torch.ops.aten.convolution_backward: _conv_backward_flops}
     flops = FlopCounterMode(display=False, custom_mapping=formulas)
+    flops.mod_tracker = _OneSum()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         with flops:
             yield
@@ -100,15 +108,21 @@ def work(device: torch.device, reading: Reading, *, num_labels: int) -> Iterator
     reading["flops"] = flops.get_total_flops()
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """Operations a second of a square matrix product, the best of ten: what the machine can do at the most."""
+def clock(device: torch.device) -> str:
+    """Which of the two times tells how busy the device was: on CPU that of the cores, which other work may share."""
+    return "seconds" if device.type == "cuda" else "cpu_seconds"
+
+
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second (on CPU: a second of a core) of a matrix product: what the machine can do at the most."""
+    size = 8192 if device.type == "cuda" else 768
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = []
-    for _ in range(10):
+    for _ in range(50):
         reading: Reading = {}
         with seconds(device, reading):
             a @ b
-        times.append(reading["seconds"])
+        times.append(reading[clock(device)])
     return 2 * size**3 / min(times)
 
 

@@ -45,8 +45,6 @@ EPSILON = "4/255"
 # No layer inside the models has as many outputs: passes are counted there.
 NUM_LABELS = 10
 OURS, PLAIN, IDEAL = "RobustTrainer", "Trainer, no attack", "ideal"
-# Operations of a matrix product that a machine is measured with: seconds on CPU, saturating on GPU.
-MATMUL_SIZE = {"cpu": 1024, "cuda": 8192}
 
 
 class Contender(NamedTuple):
@@ -211,6 +209,7 @@ def summary(args: argparse.Namespace, measured: dict[str, Any]) -> dict[str, Any
     rows = []
     for name in memory:
         times = [readings[name]["seconds"] for readings in timed]
+        busy = [readings[name][instruments.clock(torch.device(args.device))] for readings in timed]
         ratios, cpu_ratios = (
             [readings[name][clock] / readings[IDEAL][clock] for readings in timed]
             for clock in ("seconds", "cpu_seconds")
@@ -228,7 +227,7 @@ def summary(args: argparse.Namespace, measured: dict[str, Any]) -> dict[str, Any
                 "forward": work[name]["forward"] / args.batch_size,
                 "backward": work[name]["backward"] / args.batch_size,
                 "flops": work[name]["flops"],
-                "flops_per_second": work[name]["flops"] / statistics.median(times),
+                "flops_per_second": work[name]["flops"] / statistics.median(busy),
                 "peak_bytes": peak,
                 "step_bytes": memory[name]["peak_bytes"],
                 "peak_to_plain": peak / plain_peak,
@@ -275,11 +274,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse_args(argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    if device.type not in MATMUL_SIZE:
+    if device.type not in ("cpu", "cuda"):
         raise SystemExit(f"--device {args.device} is not supported; choose cpu or cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"--device {args.device}: torch finds no GPU; choose cpu.")
-    peak = instruments.matmul_peak(device, dtype, MATMUL_SIZE[device.type])
+    peak = instruments.matmul_peak(device, dtype)
     measured = measure(args)
     settings = {name: str(value) for name, value in vars(args).items()}
     result = {"settings": settings, "machine": instruments.machine(device), "matmul_peak": peak}

@@ -71,8 +71,7 @@ def ideal(model, update: Updater, batch: Batch, settings: Settings, *, loss: str
                     clean = F.log_softmax(model(pixel_values=batch.pixel_values).logits.float(), dim=1)
             for _ in range(settings.steps):
                 with update.autocast():
-                    # A view, since `FlopCounterMode` puts hooks on inputs, which `autograd.grad` refuses on a leaf.
-                    logits = model(pixel_values=leaf.view_as(leaf)).logits
+                    logits = model(pixel_values=leaf).logits
                 if loss == "trades":
                     value = F.kl_div(F.log_softmax(logits.float(), dim=1), clean, reduction="sum", log_target=True)
                 else:
