@@ -1,17 +1,22 @@
 """What does the 9-point curve 0 ... 8/255 cost, against one run of the public AutoAttack at each epsilon?
 
-Both attack the same images with the same attacks (APGD on cross-entropy, then targeted APGD), through the same model
-in the same memory format, in one process, batch after batch in turn. Finished batches are kept on disk: the same
-command goes on where it was.
+Both attack the same images with the same attacks (`--tier fast`: APGD on cross-entropy; `--tier standard`: then
+targeted APGD), through the same model in the same memory format, in one process, batch after batch in turn. Finished
+batches are kept on disk: the same command goes on where it was.
+
+`--growth` measures this project's side alone, for more and fewer epsilons, examples and classes.
 """
 
 import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import instruments
 import subject
 import torch
 
@@ -22,89 +27,141 @@ from hf_rft.evaluation.search import find_breaking_points
 from hf_rft.evaluation.tiers import TIERS
 
 
-EPSILONS = [Fraction(level, 255) for level in range(9)]
+LARGEST_EPSILON = Fraction(8, 255)
+REFERENCES = {"fast": ("apgd-ce",), "standard": ("apgd-ce", "apgd-t")}
+NUM_CLASSES = 10
 
 
-def measure_ours(args, forward, pixels, labels, first: int) -> dict:
-    counted, start = CountedForward(forward), time.perf_counter()
+class Case(NamedTuple):
+    """What is attacked, and at which epsilons."""
+
+    forward: Callable[[torch.Tensor], torch.Tensor]
+    pixels: torch.Tensor
+    labels: torch.Tensor
+    num_epsilons: int = 8
+    num_classes: int = NUM_CLASSES
+
+    @property
+    def epsilons(self) -> list[Fraction]:
+        return [LARGEST_EPSILON * level / self.num_epsilons for level in range(self.num_epsilons + 1)]
+
+    def batches(self, size: int) -> Iterator[tuple[int, "Case"]]:
+        """Each batch with the position of its first image."""
+        for first in range(0, len(self.pixels), size):
+            part = slice(first, first + size)
+            yield first, self._replace(pixels=self.pixels[part], labels=self.labels[part])
+
+    def with_classes(self, count: int) -> "Case":
+        """Only the first classes, as if the model knew no others."""
+        kept = self.labels < count
+        return self._replace(
+            forward=lambda pixels: self.forward(pixels)[:, :count],
+            pixels=self.pixels[kept],
+            labels=self.labels[kept],
+            num_classes=count,
+        )
+
+
+def measure_ours(args: argparse.Namespace, case: Case, first: int) -> dict[str, Any]:
+    counted, start = CountedForward(case.forward), time.perf_counter()
     found = find_breaking_points(
         counted,
-        pixels,
-        labels,
+        case.pixels,
+        case.labels,
         norm="linf",
-        epsilons=EPSILONS,
-        tier=TIERS["standard"],
+        epsilons=case.epsilons,
+        tier=TIERS[args.tier],
         seed=args.seed,
-        positions=range(first, first + len(pixels)),
+        positions=range(first, first + len(case.pixels)),
     )
     seconds = time.perf_counter() - start
-    robust = [(found.broken_at > place).tolist() for place in range(len(EPSILONS))]
+    robust = [(found.broken_at > place).tolist() for place in range(len(case.epsilons))]
     return {"seconds": seconds, "passes": counted.passes, "robust": robust}
 
 
-def measure_theirs(args, forward, pixels, labels, first: int) -> dict:
+def measure_theirs(args: argparse.Namespace, case: Case, first: int) -> dict[str, Any]:
     robust, forwards, backwards, start = [], 0, 0, time.perf_counter()
-    for epsilon in EPSILONS[1:]:
+    for epsilon in case.epsilons[1:]:
         result = run_autoattack(
-            forward,
-            pixels,
-            labels,
+            case.forward,
+            case.pixels,
+            case.labels,
             threat_model=ThreatModel("linf", epsilon),
-            num_classes=10,
-            attacks=("apgd-ce", "apgd-t"),
+            num_classes=case.num_classes,
+            attacks=REFERENCES[args.tier],
             seed=args.seed,
-            batch_size=len(pixels),
+            batch_size=len(case.pixels),
         )
         robust.append(result.robust.tolist())
         forwards, backwards = forwards + result.passes.forward, backwards + result.passes.backward
     return {"seconds": time.perf_counter() - start, "passes": (forwards, backwards), "robust": robust}
 
 
-def kept(path: Path, measure) -> dict:
+def kept(args: argparse.Namespace, measure: Callable[..., dict], case: Case, first: int) -> dict[str, Any]:
     """A measurement, from disk if it was made before."""
+    told_apart = (args.memory_format, args.seed, case.num_epsilons, case.num_classes, first, len(case.pixels))
+    path = args.output_dir / "_".join([measure.__name__, args.tier, *map(str, told_apart)])
+    path = path.with_suffix(".json")
     if not path.exists():
-        path.write_text(json.dumps(measure()))
+        path.write_text(json.dumps(measure(args, case, first)))
         print(f"{path.name} done", flush=True)
     return json.loads(path.read_text())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    subject.add_arguments(parser, max_samples=64)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks/curve"))
-    args = parser.parse_args()
-    args.output_dir.mkdir(parents=True, exist_ok=True)
-    measured = subject.load(args)
-    pixels, labels = measured.pixels_and_labels()
+def joined(batches: list[dict[str, Any]]) -> torch.Tensor:
+    """Which images withstand each epsilon, shape `(epsilons, images)`."""
+    return torch.cat([torch.tensor(batch["robust"]) for batch in batches], dim=1)
 
+
+def passes_per_image(batches: list[dict[str, Any]]) -> tuple[float, float]:
+    count = sum(len(batch["robust"][0]) for batch in batches)
+    forward, backward = (sum(batch["passes"][which] for batch in batches) / count for which in (0, 1))
+    return forward, backward
+
+
+def operations_per_image(case: Case) -> tuple[int, int]:
+    """Of a forward pass, and of the backward pass that follows it to the input."""
+    pixels, found = case.pixels[:1], []
+    for backward in (False, True):
+        reading: dict[str, Any] = {}
+        with instruments.work(pixels.device, reading, num_labels=NUM_CLASSES):
+            leaf = pixels.detach().requires_grad_(backward)
+            logits = case.forward(leaf)
+            if backward:
+                torch.autograd.grad(logits.sum(), leaf)
+        found.append(reading["flops"])
+    return found[0], found[1] - found[0]
+
+
+def compare(args: argparse.Namespace, case: Case) -> None:
+    """Both sides on the same batches."""
     ours, theirs = [], []
-    for first in range(0, len(pixels), args.batch_size):
-        part = slice(first, first + args.batch_size)
-        batch = (measured.forward, pixels[part], labels[part])
-        name = f"{args.memory_format}_{args.seed}_{first}_{args.batch_size}.json"
-        for measure, batches in ((measure_ours, ours), (measure_theirs, theirs)):
-            path = args.output_dir / f"{measure.__name__}_{name}"
-            batches.append(kept(path, lambda measure=measure, batch=batch, at=first: measure(args, *batch, at)))
-
-    count = len(pixels)
-    of_ours, of_theirs = (
-        torch.cat([torch.tensor(batch["robust"]) for batch in batches], dim=1) for batches in (ours, theirs)
-    )
+    for first, batch in case.batches(args.batch_size):
+        ours.append(kept(args, measure_ours, batch, first))
+        theirs.append(kept(args, measure_theirs, batch, first))
+    count, (of_ours, of_theirs) = len(case.pixels), (joined(ours), joined(theirs))
+    runs = f"AutoAttack ({', '.join(REFERENCES[args.tier])})"
     print(f"\n{count} images, {args.memory_format}, {torch.get_num_threads()} threads, seed {args.seed}")
     print("| | " + " | ".join(f"{level}/255" for level in range(9)) + " |")
     print("| --- " * 10 + "|")
-    for name, accuracies in (("standard, %", of_ours), ("AutoAttack (two attacks), % |", of_theirs)):
+    for name, accuracies in ((f"{args.tier}, %", of_ours), (f"{runs}, % |", of_theirs)):
         print(f"| {name} | " + " | ".join(f"{100 * row.float().mean():.1f}" for row in accuracies) + " |")
     print(f"the same for {100 * (of_ours[1:] == of_theirs).float().mean():.1f} % of images and epsilons\n")
 
-    print("| | forward / image | backward / image | seconds |")
-    print("| --- | --- | --- | --- |")
+    of_forward, of_backward = operations_per_image(case)
+    print("| | forward / image | backward / image | seconds | GFLOP / image | GFLOP/s |")
+    print("| --- | --- | --- | --- | --- | --- |")
     totals = []
-    for name, batches in (("standard", ours), ("AutoAttack, 8 runs", theirs)):
-        forward, backward = (sum(batch["passes"][which] for batch in batches) / count for which in (0, 1))
+    for name, batches in ((args.tier, ours), (f"{runs}, 8 runs", theirs)):
+        forward, backward = passes_per_image(batches)
         totals.append(forward + backward)
-        print(f"| {name} | {forward:.0f} | {backward:.0f} | {sum(batch['seconds'] for batch in batches):.0f} |")
+        seconds, operations = sum(b["seconds"] for b in batches), (forward * of_forward + backward * of_backward) / 1e9
+        print(
+            f"| {name} | {forward:.0f} | {backward:.0f} | {seconds:.0f} | {operations:.1f} "
+            f"| {operations * count / seconds:.1f} |"
+        )
+    peak = instruments.matmul_peak(case.pixels.device, torch.float32)
+    print(f"matrix product: {peak / 1e9:.0f} GFLOP/s of a core")
     times = [b["seconds"] / a["seconds"] for a, b in zip(ours, theirs, strict=True)]
     print(f"\nforward and backward passes: {totals[1] / totals[0]:.2f} times fewer")
     print(f"time: {statistics.median(times):.2f} times less (median of {len(times)} batches, ", end="")
@@ -114,6 +171,54 @@ def main() -> None:
         f"bound: an image withstands {withstood:.2f} of the 8 epsilons on average, {standing:.2f} of the images at "
         f"least one; one failed attack for each of those makes {withstood / standing:.2f} times fewer passes"
     )
+
+
+def failed_passes(tier: str, num_classes: int) -> int:
+    """Forward and backward passes for an image that withstands every attack of the tier once."""
+    total = 0
+    for run in TIERS[tier].attacks:
+        options = {"targets": min(9, num_classes - 1)} if run.attack.__name__ == "apgd_targeted" else {}
+        total += sum(run.attack.passes(run.steps, "linf", **options))
+    return total
+
+
+def growth(args: argparse.Namespace, case: Case) -> None:
+    """How the cost of an image grows. That of one run an epsilon is computed: a full one for each it withstands."""
+    total = len(case.pixels)
+    cases = [case._replace(num_epsilons=count) for count in (1, 2, 4, 16)]
+    parts = [max(total // share, 1) for share in (4, 2)]
+    cases += [case._replace(pixels=case.pixels[:part], labels=case.labels[:part]) for part in parts]
+    cases += [case.with_classes(count) for count in (2, 4, 7)]
+    print(f"\ntier {args.tier}; first row the reference, in the others one number differs")
+    print("| epsilons | images | classes | accuracy at 0, at 8/255, % | passes / image | ms / image ", end="")
+    print("| one run an epsilon, at least |")
+    print("| --- " * 7 + "|")
+    for each in [case, *cases]:
+        if len(each.pixels) == 0:
+            continue
+        batches = [kept(args, measure_ours, batch, first) for first, batch in each.batches(args.batch_size)]
+        robust, count = joined(batches).float(), len(each.pixels)
+        seconds, withstood = sum(batch["seconds"] for batch in batches), robust[1:].sum(dim=0).mean().item()
+        print(
+            f"| {each.num_epsilons} | {count} | {each.num_classes} "
+            f"| {100 * robust[0].mean():.0f}, {100 * robust[-1].mean():.0f} | {sum(passes_per_image(batches)):.0f} "
+            f"| {1e3 * seconds / count:.0f} | {withstood * failed_passes(args.tier, each.num_classes):.0f} |",
+            flush=True,
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    subject.add_arguments(parser, max_samples=64)
+    parser.add_argument("--tier", choices=list(REFERENCES), default="standard")
+    parser.add_argument("--growth", action="store_true", help="Other numbers of epsilons, images and classes.")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks/curve"))
+    args = parser.parse_args(argv)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    measured = subject.load(args)
+    case = Case(measured.forward, *measured.pixels_and_labels())
+    (growth if args.growth else compare)(args, case)
 
 
 if __name__ == "__main__":

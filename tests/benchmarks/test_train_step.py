@@ -1,0 +1,93 @@
+"""The benchmark of a training step at toy size: every contender does the passes that its row says."""
+
+import json
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def train_step(monkeypatch, pytestconfig):
+    monkeypatch.syspath_prepend(pytestconfig.rootpath / "benchmarks")
+    import train_step
+
+    return train_step
+
+
+@pytest.fixture
+def run(train_step, tmp_path):
+    def run(*argv):
+        toy = ["--model", "test_resnet", "--image_size", "32", "--batch_size", "2", "--attack_steps", "2"]
+        result = train_step.main([*toy, "--rounds", "2", "--output_dir", str(tmp_path), *argv])
+        (written,) = tmp_path.glob("*.json")
+        assert json.loads(written.read_text())["rows"] == result["rows"]
+        return {row["name"]: row for row in result["rows"]}
+
+    return run
+
+
+def passes(rows):
+    return {name: (row["forward"], row["backward"]) for name, row in rows.items()}
+
+
+def test_adversarial_training_with_pgd(run):
+    rows = run("--attack", "pgd")
+    assert passes(rows) == {
+        "RobustTrainer": (3, 3),
+        "Trainer, no attack": (1, 1),
+        "ideal": (3, 3),
+        "torchattacks *": (3, 3),
+        "loss.backward() *": (3, 3),
+        "Foolbox *": (4, 3),
+        "ART *": (3, 3),
+        "Madry reference *": (3, 3),
+    }
+    assert rows["ideal"]["ratio"] == 1
+    # Parameter gradients that nobody uses are work as well; what `RobustTrainer` computes is what there is to compute.
+    assert rows["RobustTrainer"]["flops"] == rows["ideal"]["flops"]
+    assert rows["loss.backward() *"]["flops"] > 1.1 * rows["ideal"]["flops"]
+
+
+def test_adversarial_training_with_apgd(run):
+    rows = run("--attack", "apgd")
+    assert passes(rows) == {
+        "RobustTrainer": (4, 3),
+        "Trainer, no attack": (1, 1),
+        "ideal": (3, 3),
+        "ideal, one forward more": (4, 3),
+        "pyautoattack APGD": (4, 4),
+    }
+
+
+def test_trades(run):
+    rows = run("--attack", "pgd", "--loss", "trades")
+    assert passes(rows) == {
+        "RobustTrainer": (5, 4),
+        "Trainer, no attack": (1, 1),
+        "ideal": (5, 4),
+        "TRADES reference *": (7, 5),
+    }
+
+
+def test_memory_is_that_of_the_largest_moment(train_step):
+    instruments, reading = train_step.instruments, {}
+    kept = torch.zeros(1000)
+    with instruments.peak_memory(torch.device("cpu"), reading):
+        large = torch.zeros(5000)
+        del large
+        kept = kept + torch.zeros(2000)[:1000]
+    assert 4 * 5000 <= reading["peak_bytes"] < 4 * 5000 + 1000
+
+
+def test_operations_of_a_depthwise_convolution(train_step):
+    """Its weight gradient costs what its forward pass costs."""
+    convolution = torch.nn.Conv2d(16, 16, 3, padding=1, groups=16)
+    images, readings = torch.randn(2, 16, 8, 8, requires_grad=True), []
+    for backward in (False, True):
+        reading = {}
+        with train_step.instruments.work(torch.device("cpu"), reading, num_labels=10):
+            output = convolution(images)
+            if backward:
+                output.sum().backward()
+        readings.append(reading["flops"])
+    assert readings == [2 * 2 * 16 * 8 * 8 * 9, 3 * 2 * 2 * 16 * 8 * 8 * 9]
