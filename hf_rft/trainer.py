@@ -257,7 +257,7 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
             self.state.global_step,
         )
         with self._under_attack(training=self.args.attack_model_mode == "train"), self._folded():
-            forward = partial(self._forward, **extra_inputs)
+            forward = partial(self._forward_for_training_attack, **extra_inputs)
             options = {}
             if self.robust_loss.attack_objective == "kl":
                 with torch.no_grad():
@@ -274,6 +274,11 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
         adversarial_values = self.pixel_normalization.from_pixels(adversarial)
         # Bytes (a processor that does nothing) cannot hold a perturbation: those stay float.
         return adversarial_values.to(pixel_values.dtype) if pixel_values.is_floating_point() else adversarial_values
+
+    def _forward_for_training_attack(self, pixels: torch.Tensor, **extra_inputs) -> torch.Tensor:
+        dtype = getattr(torch, self.args.attack_dtype) if self.args.attack_dtype else None
+        with torch.autocast(pixels.device.type, dtype) if dtype else contextlib.nullcontext():
+            return self._forward(pixels, **extra_inputs)
 
     # --- Logging ---
 

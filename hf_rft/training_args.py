@@ -50,6 +50,10 @@ class RobustTrainingArguments(TrainingArguments):
             Start the attack from a random point of the ball.
         attack_model_mode (`str`, *optional*, defaults to `"eval"`):
             Mode of the model while it is attacked: `"eval"` (no dropout) or `"train"`.
+        attack_dtype (`str`, *optional*):
+            `"bfloat16"`: the training attack passes through the model under autocast, for hardware that is faster so.
+            Gradients are rounded, so that it finds slightly weaker examples; these keep the precision of
+            `pixel_values` and stay inside the ball. Update and evaluation are as they were. None: as the update.
         freeze_batch_norm (`bool`, *optional*, defaults to `True`):
             Keep BatchNorm in evaluation mode while training. If False, the clean and adversarial examples of TRADES
             and MART share their batch statistics.
@@ -145,6 +149,13 @@ class RobustTrainingArguments(TrainingArguments):
         default="eval",
         metadata={"help": "Mode of the model while it is attacked in training.", "choices": ["eval", "train"]},
     )
+    attack_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of the training attack's passes: bfloat16. Default: as the update.",
+            "choices": ["bfloat16"],
+        },
+    )
     freeze_batch_norm: bool = field(
         default=True, metadata={"help": "Keep modules with running statistics in evaluation mode while training."}
     )
@@ -205,6 +216,7 @@ class RobustTrainingArguments(TrainingArguments):
         self._check_attack("attack", "attack_steps")
         self._check_attack("eval_attack", "eval_attack_steps")
         self._check_steps_schedule()
+        self._check_attack_dtype()
         self._check_loss()
         # Build once: a bad epsilon or schedule is an error now, not after the model was loaded.
         ThreatModel(self.norm, self.epsilon)
@@ -239,6 +251,7 @@ class RobustTrainingArguments(TrainingArguments):
             ("robust_loss", list(LOSSES)),
             ("attack_model_mode", ["eval", "train"]),
             ("attack_steps_schedule", ["constant", "epsilon"]),
+            ("attack_dtype", [None, "bfloat16"]),
         ):
             if getattr(self, name) not in valid:
                 raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown; choose one of {valid}.")
@@ -255,6 +268,13 @@ class RobustTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"`attack_steps_schedule={self.attack_steps_schedule!r}` has nothing to vary: `attack='fgsm'` takes "
                 "exactly one step. Leave it 'constant', or set `attack='pgd'`."
+            )
+
+    def _check_attack_dtype(self) -> None:
+        if self.attack_dtype is not None and self.fp16:
+            raise ValueError(
+                f"`attack_dtype={self.attack_dtype!r}` is lost with `fp16=True`, which has the whole model compute in "
+                "float16; leave it out, or set `bf16=True` instead of `fp16`."
             )
 
     def _check_loss(self) -> None:

@@ -264,6 +264,57 @@ def test_torch_compile_changes_nothing(make_trainer, family):
     assert results[0][1] == results[1][1]
 
 
+# --- Precision of the attack ---
+
+
+@pytest.mark.parametrize("family", ["vit", "timm"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_attack_dtype_changes_the_passes_of_the_attack_only(make_trainer, family, norm):
+    epsilon = {"linf": "8/255", "l2": "0.5", "l1": "6"}[norm]
+    for attack_dtype, expected in ((None, torch.float32), ("bfloat16", torch.bfloat16)):
+        in_attack, in_update, made = [], [], []
+
+        def attack(forward, pixels, labels, seen=in_attack, made=made, **options):
+            def recorded(images):
+                logits = forward(images)
+                seen.append(logits.dtype)
+                return logits
+
+            adversarial = pgd(recorded, pixels, labels, **options)
+            made.append((adversarial, options["threat_model"].distance(adversarial, pixels).max()))
+            return adversarial
+
+        options = {"norm": norm, "epsilon": epsilon, "attack_dtype": attack_dtype, "max_steps": 2}
+        trainer = make_trainer(family, count=8, trainer_options={"attack": attack}, **options)
+        trainer.model.register_forward_hook(
+            lambda module, _, output, seen=in_update: seen.append(output.logits.dtype) if module.training else None
+        )
+        trainer.train()
+        assert in_attack == [expected] * 4  # two steps each
+        assert in_update == [torch.float32] * 2
+        assert all(parameter.dtype == torch.float32 for parameter in trainer.model.parameters())
+        for adversarial, distance in made:
+            assert adversarial.dtype == torch.float32 and 0 <= adversarial.min() and adversarial.max() <= 1
+            assert 0.5 < distance / float(trainer.threat_model.epsilon) <= 1 + 1e-5
+
+
+def test_attack_in_bfloat16_is_nearly_as_strong(make_trainer):
+    """The loss it reaches, against float32 and against no attack at all."""
+    inputs = make_trainer().data_collator([Images(32)[i] for i in range(32)])
+    losses = {}
+    for name, options in {
+        "none": {"epsilon_schedule_kwargs": {"multiplier": 0.0}},
+        "float32": {},
+        "bfloat16": {"attack_dtype": "bfloat16"},
+    }.items():
+        trainer = make_trainer(without_dropout(make_model("vit")), attack_steps=5, epsilon="16/255", **options)
+        trainer.model.train()
+        losses[name] = trainer.compute_loss(trainer.model, dict(inputs)).item()
+    gain = losses["float32"] - losses["none"]
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] - losses["none"] > 0.9 * gain > 0
+
+
 # --- Epsilon ---
 
 

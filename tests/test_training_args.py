@@ -69,6 +69,8 @@ def test_numbers_are_accepted_where_yaml_gives_them(make_args):
             "`attack_steps_schedule='epsilon'` has nothing to vary: `attack='fgsm'`.* Leave it 'constant'",
         ),
         ({"attack_steps_schedule": "linear"}, r"`attack_steps_schedule='linear'` is unknown; choose one of \['const"),
+        ({"attack_dtype": "float16"}, r"`attack_dtype='float16'` is unknown; choose one of \[None, 'bfloat16'\]"),
+        ({"attack_dtype": "bfloat16", "fp16": True}, "`attack_dtype='bfloat16'` is lost with `fp16=True`.* set `bf16"),
         ({"attack_model_mode": "test"}, r"`attack_model_mode='test'` is unknown; choose one of \['eval', 'train'\]"),
         ({"robust_loss": "tardes"}, r"`robust_loss='tardes'` is unknown; choose one of \['standard', 'at', 'trades'"),
         ({"robust_loss": "trades", "robust_loss_weight": -1.0}, "`robust_loss_weight=-1.0` must be a number from 0 "),
@@ -111,7 +113,7 @@ def test_every_field_has_help():
 
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     own = [field for field in dataclasses.fields(RobustTrainingArguments) if field.name not in inherited]
-    assert len(own) == 20
+    assert len(own) == 21
     for field in own:
         assert field.metadata["help"], field.name
         assert f"{field.name} (`" in RobustTrainingArguments.__doc__, field.name
