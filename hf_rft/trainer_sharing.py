@@ -292,9 +292,7 @@ class SharingMixin(Trainer):
     def _in_background(self, push) -> Future:
         if self._uploads is None:
             self._uploads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hf_rft-push")
-        upload = self._uploads.submit(push)
-        upload.add_done_callback(_log_failure)
-        return upload
+        return self._uploads.submit(_logging_failure, push)
 
 
 def _is_repo_id(name: str) -> bool:
@@ -328,6 +326,10 @@ def _link_or_copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _log_failure(upload: Future) -> None:
-    if (error := upload.exception()) is not None:
+def _logging_failure(push):
+    """Run a push; whoever waits for it to end finds its failure logged (a callback of the future would come later)."""
+    try:
+        return push()
+    except Exception as error:
         logger.error("%s", error)
+        raise
