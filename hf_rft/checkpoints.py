@@ -65,10 +65,19 @@ def why_incomplete(folder: str | os.PathLike) -> str | None:
     return None
 
 
+def all_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """Folders that are named like checkpoints, complete or not, oldest first."""
+    found = []
+    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)) and folder.is_dir():
+            found.append((int(match[1]), folder))
+    return [folder for _, folder in sorted(found)]
+
+
 def complete_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     """The complete checkpoints of a run, oldest first; a warning names each incomplete one."""
     complete = []
-    for folder in _checkpoints(output_dir):
+    for folder in all_checkpoints(output_dir):
         reason = why_incomplete(folder)
         if reason is None:
             complete.append(folder)
@@ -96,7 +105,7 @@ def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None, keep: I
     """
     if limit is None or limit <= 0:
         return
-    complete = [folder for folder in _checkpoints(output_dir) if why_incomplete(folder) is None]
+    complete = [folder for folder in all_checkpoints(output_dir) if why_incomplete(folder) is None]
     kept = {Path(folder).resolve() for folder in [*keep, *complete[-1:]]}
     deletable = [folder for folder in complete if folder.resolve() not in kept]
     for folder in deletable[: max(0, len(complete) - max(limit, len(kept)))]:
@@ -160,21 +169,12 @@ def check_pickles(folder: str | os.PathLike) -> None:
             )
 
 
-def _checkpoints(output_dir: str | os.PathLike) -> list[Path]:
-    """Folders that are named like checkpoints, by step."""
-    found = []
-    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)) and folder.is_dir():
-            found.append((int(match[1]), folder))
-    return [folder for _, folder in sorted(found)]
-
-
 def restore_weights(model: nn.Module, folder: str | os.PathLike) -> bool:
     """Load every tensor of an ordinary transformers checkpoint into `model`, in place.
 
     `Trainer` loads a checkpoint's raw keys, which skips, with a warning only, every tensor whose name the saved format
     changes (ViT, DeiT, BEiT, DINOv2, Swin): huggingface/transformers#43701. `from_pretrained` maps the names. Delete
-    this module and its two calls when that issue is fixed.
+    this function and its two calls when that issue is fixed.
 
     Returns:
         `bool`: False if the folder or the model is of another kind (PEFT, for example); then nothing was done.

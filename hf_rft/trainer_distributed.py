@@ -35,8 +35,13 @@ class DistributedMixin(Trainer):
         elif self.args.world_size > 1 and self.accelerator.ddp_handler is not None and not self.is_deepspeed_enabled:
             set_ddp_options(self.accelerator.ddp_handler, self.args, self.model)
         # With dropout, the graph in training mode is another one.
-        if self.args.attack_model_mode == "eval" and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.args.attack_model_mode == "eval" and not self._is_sharded:
             self._foldable_pairs = exactly_foldable_pairs(self.model)
+
+    @property
+    def _is_sharded(self) -> bool:
+        """Whether an engine divides weights, gradients or optimizer state over the processes."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     @property
     def _bare_model(self) -> PreTrainedModel:

@@ -32,6 +32,7 @@ class ResumeMixin(Trainer):
     args: RobustTrainingArguments
     model: PreTrainedModel
     interruption: InterruptionCallback
+    _is_sharded: bool
 
     def train(self, resume_from_checkpoint: str | PathLike | bool | None = None, *args, **kwargs) -> TrainOutput:
         """As [`~transformers.Trainer.train`].
@@ -127,7 +128,3 @@ class ResumeMixin(Trainer):
     def _load_best_model(self):
         if self._is_sharded or not restore_weights(self.model, self.state.best_model_checkpoint):
             super()._load_best_model()
-
-    @property
-    def _is_sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled

@@ -37,7 +37,7 @@ from transformers import set_seed
 
 from hf_rft import RobustTrainer, RobustTrainingArguments, bundled, evaluate_robustness
 from hf_rft.augmentation import SeededAugmentation
-from hf_rft.checkpoints import check_resumable
+from hf_rft.checkpoints import all_checkpoints, check_resumable
 from hf_rft.checks import NonFiniteError, check_labels, names_of_missing_classes
 from hf_rft.cli import parse_with_config, published_command, run_program
 from hf_rft.evaluation.examples import num_image_channels
@@ -88,11 +88,11 @@ def check_start(args: RecipeTrainingArguments) -> None:
     if args.resume_from_checkpoint is not None:
         check_resumable(args.resume_from_checkpoint)
         return
-    found = sorted(path.name for path in Path(args.output_dir).glob("checkpoint-*"))
+    found = all_checkpoints(args.output_dir)
     if found and args.resume == "no":
         raise ValueError(
-            f"--output_dir {args.output_dir} holds checkpoints of an earlier run ({found[-1]}); add --resume auto to "
-            "go on from there, name another folder, or delete them."
+            f"--output_dir {args.output_dir} holds checkpoints of an earlier run ({found[-1].name}); add --resume "
+            "auto to go on from there, name another folder, or delete them."
         )
 
 
