@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
 from .config_file import as_flags, read_config
+from .distributed import leave_process_group
 from .hub import PushError
 
 
@@ -119,10 +120,15 @@ def run_program(main: Callable[[], Any]) -> None:
     """
     try:
         main()
+    except SystemExit:
+        leave_process_group()
+        raise
     except Exception as error:
         if not is_users_error(error):
-            raise
+            raise  # without waiting for the other processes, which may wait for this one
+        leave_process_group()
         exit_with(error, Path(sys.argv[0]).name)
+    leave_process_group()
 
 
 def is_users_error(error: Exception) -> bool:

@@ -55,6 +55,16 @@ def blank_image(model: PreTrainedModel) -> torch.Tensor:
     return torch.zeros(1, channels, height, width, dtype=model.dtype, device=model.device)
 
 
+def leave_process_group() -> None:
+    """Close the connections to the other processes, if there are any, at the end of a program.
+
+    Otherwise the end of one process races with what the others still read from it; with gloo, some are aborted
+    (SIGABRT), and the launcher reports that instead of their exit status.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 class WholeCopy:
     """A second model without weights of its own, which borrows those of a model that is divided over processes.
 

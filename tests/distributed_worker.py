@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, ViTImagePr
 
 from hf_rft import RobustTrainer, RobustTrainingArguments
 from hf_rft.alarms import AlarmCallback
+from hf_rft.distributed import leave_process_group
 
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
@@ -202,3 +203,4 @@ def main(folder: str) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1])
+    leave_process_group()

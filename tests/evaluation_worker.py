@@ -11,6 +11,7 @@ from conftest import Images, make_model
 from transformers import ViTImageProcessor
 
 from hf_rft import evaluate_robustness
+from hf_rft.distributed import leave_process_group
 from hf_rft.evaluation import flags
 
 
@@ -61,3 +62,4 @@ if __name__ == "__main__":
         evaluate(EXAMPLES, BATCH_SIZE, sys.argv[2])
     else:
         main(sys.argv[1])
+    leave_process_group()

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, ViTImageProcessor
 
 from hf_rft import RobustTrainer, RobustTrainingArguments
 from hf_rft.checks import NonFiniteError
+from hf_rft.distributed import leave_process_group
 from hf_rft.interruption import TrainingPreempted
 
 
@@ -73,3 +74,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    leave_process_group()

@@ -1,3 +1,5 @@
+import sys
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -189,3 +191,21 @@ def test_errors_of_the_program_keep_their_traceback(monkeypatch):
         run_program(lambda: int("x"))
     with pytest.raises(KeyError):
         run_program(lambda: {}["missing"])
+
+
+@pytest.mark.parametrize("status", [None, 75, 2])
+def test_a_program_leaves_its_process_group(tmp_path, status):
+    """Also one that ends with a message or an exit status: else the launcher may find it aborted instead."""
+
+    def main():
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        if status == 2:
+            raise OSError("no such folder")
+        if status is not None:
+            sys.exit(status)
+
+    with pytest.raises(SystemExit) if status else nullcontext() as ended:
+        run_program(main)
+    assert not torch.distributed.is_initialized()
+    assert status is None or ended.value.code == status
