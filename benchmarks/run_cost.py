@@ -1,0 +1,123 @@
+"""What does a whole training run cost with epsilon constant, with the two-hinge schedule, and with fewer attack steps
+while epsilon is small?
+
+    OMP_NUM_THREADS=1 python benchmarks/run_cost.py --seeds 0 1 2
+
+Runs the recipes of the main job with `--attack_steps 7`, for each seed one after the other. Training time is that of
+`Trainer` (`train_runtime`) without a single evaluation, the alarms' probes included; the whole run is the time from
+the command to its end, with imports, data, the final evaluation and the card. *Counted* are the passes forward and
+backward of all steps: the ratio if nothing else took time.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "recipes"))
+
+import compare  # noqa: E402  a recipe, beside which it runs others
+
+from hf_rft import get_epsilon_schedule  # noqa: E402
+from hf_rft.schedules import scaled_steps  # noqa: E402
+
+
+RECIPE = str(ROOT / "recipes" / "fashion_mnist" / "efficientnet_lite0_{}.yaml")
+# Recipe, and flags that are added to it.
+ARMS: dict[str, tuple[str, list[str]]] = {
+    "constant": ("constant", []),
+    "hinge": ("hinge", []),
+    "hinge_fewer_steps": ("hinge", ["--attack_steps_schedule", "epsilon"]),
+}
+HINGES = {"start": 0.25, "end": 0.75}  # of the recipe
+
+
+def counted_passes(arm: str, attack_steps: int, total: int = 10_000) -> float:
+    """Passes forward and backward of an average training step."""
+    recipe, flags = ARMS[arm]
+    schedule = get_epsilon_schedule("constant") if recipe == "constant" else get_epsilon_schedule("hinge", **HINGES)
+    multipliers = [schedule(step / total) for step in range(total)]
+    steps = [scaled_steps(attack_steps, multiplier) if flags else attack_steps for multiplier in multipliers]
+    return 1 + sum(k for k, multiplier in zip(steps, multipliers, strict=True) if multiplier > 0) / total
+
+
+def run(arm: str, seed: int, args: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
+    """One run, unless its result is there."""
+    recipe, flags = ARMS[arm]
+    folder = args.output_dir / arm
+    result = folder / f"seed{seed}.json"
+    if not result.is_file():
+        flags = ["--attack_steps", str(args.attack_steps), "--eval_strategy", "no", *flags, *extra]
+        start = time.perf_counter()
+        finished = compare.run(Path(RECIPE.format(recipe)), seed, folder, flags, args.threads)
+        whole = time.perf_counter() - start
+        found = compare.read(finished)
+        found = {name: found[name] for name in ("seconds", "accuracies", "robust", "expected")}
+        result.write_text(json.dumps({**found, "whole_seconds": whole}, indent=1))
+    return json.loads(result.read_text())
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def table(runs: dict[str, list[dict[str, Any]]], attack_steps: int) -> str:
+    """One row an arm; ratios and differences are to the run of the same seed with constant epsilon."""
+    header = ["epsilon", "training s", "to constant", "counted", "whole run s", "to constant"]
+    header += ["clean %", "robust %", "expected robustness %", "its difference to hinge, points"]
+    rows = [header, ["---"] * len(header)]
+    constant, hinge = runs["constant"], runs["hinge"]
+    for arm, of_seeds in runs.items():
+        training, whole = (
+            [one[clock] / reference[clock] for one, reference in zip(of_seeds, constant, strict=True)]
+            for clock in ("seconds", "whole_seconds")
+        )
+        points = [100 * (one["expected"] - other["expected"]) for one, other in zip(of_seeds, hinge, strict=True)]
+        accuracies = [
+            compare.spread(values)
+            for values in (
+                [one["accuracies"]["0"] for one in of_seeds],
+                [one["robust"] for one in of_seeds],
+                [one["expected"] for one in of_seeds],
+            )
+        ]
+        rows.append(
+            [arm, spread([one["seconds"] for one in of_seeds], 0), spread(training)]
+            + [f"{counted_passes(arm, attack_steps) / counted_passes('constant', attack_steps):.3f}"]
+            + [spread([one["whole_seconds"] for one in of_seeds], 0), spread(whole), *accuracies]
+            + [", ".join(f"{point:+.1f}" for point in points)]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--attack_steps", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 1)))
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks/run_cost"))
+    return parser.parse_known_args(arguments)  # other flags are those of recipes/run_rft.py
+
+
+def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
+    args, extra = parse_args(arguments)
+    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    for seed in args.seeds:
+        for arm in ARMS:
+            runs[arm].append(run(arm, seed, args, extra))
+    print(f"\nPGD-{args.attack_steps}, seeds {args.seeds}, {args.threads} thread(s)\n")
+    print(table(runs, args.attack_steps))
+    return runs
+
+
+if __name__ == "__main__":
+    main()
