@@ -188,6 +188,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "attack_steps": args.attack_steps,
             "robust_loss": args.loss,
             "max_steps": len(kinds),
+            "torch_compile": args.torch_compile,
+            "torch_compile_mode": args.torch_compile_mode,
         }
         trainer = RobustTrainer(
             model=model,
@@ -267,6 +269,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="Steps of each contender before anything is measured.")
     parser.add_argument("--device", default="cpu", help="cpu or cuda.")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast.")
+    parser.add_argument("--torch_compile", action="store_true", help="For `RobustTrainer`; the others stay eager.")
+    parser.add_argument("--torch_compile_mode", help="For example reduce-overhead: CUDA graphs.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks/train_step"))
     return parser.parse_args(argv)
 

@@ -275,11 +275,6 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
         # Bytes (a processor that does nothing) cannot hold a perturbation: those stay float.
         return adversarial_values.to(pixel_values.dtype) if pixel_values.is_floating_point() else adversarial_values
 
-    def _forward_for_training_attack(self, pixels: torch.Tensor, **extra_inputs) -> torch.Tensor:
-        dtype = getattr(torch, self.args.attack_dtype) if self.args.attack_dtype else None
-        with torch.autocast(pixels.device.type, dtype) if dtype else contextlib.nullcontext():
-            return self._forward(pixels, **extra_inputs)
-
     # --- Logging ---
 
     def log(self, logs, start_time=None):

@@ -1,10 +1,11 @@
 """What `RobustTrainer` has to know about processes: the bare model, and the batch that all processes have together."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
+from accelerate.utils import DynamoBackend
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_pt_utils import AcceleratorConfig
 
@@ -27,6 +28,7 @@ class DistributedMixin(Trainer):
     pixel_normalization: PixelNormalization
     _whole_copy: WholeCopy | None = None
     _foldable_pairs: Sequence[FoldablePair] = ()
+    _training_attack_logits: Callable[..., torch.Tensor] | None = None  # `_logits`, compiled
 
     def _set_up_processes(self) -> None:
         """To be called before the model is wrapped."""
@@ -34,8 +36,14 @@ class DistributedMixin(Trainer):
             self._whole_copy = WholeCopy(self.model)
         elif self.args.world_size > 1 and self.accelerator.ddp_handler is not None and not self.is_deepspeed_enabled:
             set_ddp_options(self.accelerator.ddp_handler, self.args, self.model)
-        # With dropout, the graph in training mode is another one.
-        if self.args.attack_model_mode == "eval" and not self._is_sharded:
+        if self._is_sharded:
+            return
+        dynamo = self.accelerator.state.dynamo_plugin
+        if dynamo is not None and dynamo.backend != DynamoBackend.NO:
+            # One static graph for the pass that an attack repeats; nothing in it depends on epsilon. It needs no
+            # folding: compilers fuse BatchNorm, and CUDA graphs want weights that stay where they are.
+            self._training_attack_logits = torch.compile(self._logits, **{"dynamic": False, **dynamo.to_kwargs()})
+        elif self.args.attack_model_mode == "eval":  # with dropout, the graph in training mode is another one
             self._foldable_pairs = exactly_foldable_pairs(self.model)
 
     @property
@@ -68,7 +76,20 @@ class DistributedMixin(Trainer):
 
     def _forward(self, pixels: torch.Tensor, **extra_inputs) -> torch.Tensor:
         """Pixels in [0, 1] to logits, through the bare model."""
-        pixel_values = self.pixel_normalization.from_pixels(pixels).to(self._bare_model.dtype)
+        return self._logits(self._pixel_values(pixels), **extra_inputs)
+
+    def _forward_for_training_attack(self, pixels: torch.Tensor, **extra_inputs) -> torch.Tensor:
+        """The same in `attack_dtype`, and compiled with `torch_compile`."""
+        dtype = getattr(torch, self.args.attack_dtype) if self.args.attack_dtype else None
+        logits = self._training_attack_logits or self._logits
+        with torch.autocast(pixels.device.type, dtype) if dtype else contextlib.nullcontext():
+            # Normalised outside: what a CUDA graph returns, the gradient too, is overwritten by its next run.
+            return logits(self._pixel_values(pixels), **extra_inputs)
+
+    def _pixel_values(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.pixel_normalization.from_pixels(pixels).to(self._bare_model.dtype)
+
+    def _logits(self, pixel_values: torch.Tensor, **extra_inputs) -> torch.Tensor:
         return self._bare_model(pixel_values=pixel_values, **extra_inputs).logits
 
     def _over_processes(self, batch_size: int) -> int:

@@ -99,8 +99,8 @@ class RobustTrainingArguments(TrainingArguments):
         hub_timeout (`float`, *optional*):
             Seconds after which an upload is given up. None: five minutes plus the time it takes at 250 kB/s.
 
-    Activation checkpointing and `torch_compile` apply to the update, not to the attack before it, which runs in
-    evaluation mode on the bare model.
+    Activation checkpointing applies to the update, not to the attack before it, which runs in evaluation mode on the
+    bare model. `torch_compile` applies to both: the pass that an attack repeats is a graph of its own.
 
     > [!NOTE]
     > Two arguments have another default than in [`~transformers.TrainingArguments`]. `remove_unused_columns` is

@@ -251,19 +251,6 @@ def test_activation_checkpointing_changes_nothing(make_trainer, family):
         assert_close(results[1][name], tensor, name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["vit", "timm"])
-def test_torch_compile_changes_nothing(make_trainer, family):
-    results = []
-    for backend in (None, "aot_eager"):
-        trainer = make_trainer(without_dropout(make_model(family)), max_steps=2, torch_compile_backend=backend)
-        trainer.train()
-        results.append((weights(trainer.model), trainer.evaluate()["eval_expected_robustness"]))
-    for name, tensor in results[0][0].items():
-        assert_close(results[1][0][name], tensor, name)
-    assert results[0][1] == results[1][1]
-
-
 # --- Precision of the attack ---
 
 
