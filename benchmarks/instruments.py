@@ -21,6 +21,8 @@ from hf_rft.evaluation.counting import CountedForward
 
 Reading = dict[str, Any]
 
+MEMORY_FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":

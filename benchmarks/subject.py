@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from datasets import Dataset, load_dataset
+from instruments import MEMORY_FORMATS
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from hf_rft import PixelNormalization, bundled
@@ -35,15 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser, *, max_samples: int) -> None:
     )
     parser.add_argument("--max_samples", type=int, default=max_samples, help="Images of the bundled test split.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--memory_format", choices=["contiguous", "channels_last"], default="channels_last")
+    parser.add_argument("--memory_format", choices=list(MEMORY_FORMATS), default="channels_last")
 
 
 def load(args: argparse.Namespace) -> Measured:
     if not args.model.is_dir():
         raise SystemExit(f"--model {args.model} is not there; `accelerate launch recipes/run_rft.py` makes it.")
-    memory_format = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[args.memory_format]
     model = AutoModelForImageClassification.from_pretrained(args.model).eval().requires_grad_(False)
-    model = model.to(memory_format=memory_format)
+    model = model.to(memory_format=MEMORY_FORMATS[args.memory_format])
     dataset = load_dataset(bundled.resolve(bundled.DATASET), split="test")
     dataset = dataset.shuffle(seed=0).select(range(min(args.max_samples, len(dataset))))
     processor = AutoImageProcessor.from_pretrained(args.model)

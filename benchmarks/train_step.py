@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import instruments
 import torch
 import training_loops
-from instruments import Reading
+from instruments import MEMORY_FORMATS, Reading
 from transformers import (
     AutoModelForImageClassification,
     TimmWrapperConfig,
@@ -69,19 +69,21 @@ class RandomImages(torch.utils.data.Dataset):
         return {"pixel_values": self.pixel_values[index], "labels": self.labels[index]}
 
 
+def is_transformer(name: str) -> bool:
+    return name.startswith(("vit", "deit"))
+
+
 def make_model(name: str, image_size: int) -> torch.nn.Module:
-    """A timm model as transformers wraps it, with random weights; convolutional ones are channels_last."""
+    """A timm model as transformers wraps it, with random weights."""
     torch.manual_seed(0)
-    is_vit = name.startswith(("vit", "deit"))
     pretrained = {"input_size": [3, image_size, image_size], "mean": [0.5] * 3, "std": [0.5] * 3}
     config = TimmWrapperConfig(
         architecture=name,
         num_labels=NUM_LABELS,
         pretrained_cfg=pretrained,
-        model_args={"img_size": image_size} if is_vit else {},
+        model_args={"img_size": image_size} if is_transformer(name) else {},
     )
-    model = AutoModelForImageClassification.from_config(config)
-    return model if is_vit else model.to(memory_format=torch.channels_last)
+    return AutoModelForImageClassification.from_config(config)
 
 
 class RoundRobin(TrainerCallback):
@@ -164,12 +166,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     work = partial(instruments.work, num_labels=NUM_LABELS)
     kinds = [instruments.nothing] * args.warmup + [instruments.peak_memory, work]
     kinds += [instruments.seconds] * args.rounds
-    model = make_model(args.model, args.image_size)
+    model = make_model(args.model, args.image_size).to(memory_format=MEMORY_FORMATS[args.memory_format])
     dataset = RandomImages(args.batch_size, args.image_size, num_batches=len(kinds))
     processor = ViTImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    pixel_values = dataset.pixel_values.to(device)
-    if not args.model.startswith(("vit", "deit")):
-        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+    pixel_values = dataset.pixel_values.to(device, memory_format=MEMORY_FORMATS[args.memory_format])
     normalization = PixelNormalization.from_processor(processor)
     batch = training_loops.Batch(pixel_values, torch.tensor(dataset.labels, device=device), normalization)
     settings = training_loops.Settings(float(parse_epsilon(EPSILON)), args.attack_steps)
@@ -180,6 +180,17 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         others = {PLAIN: plain_contender(copy.deepcopy(model), options, batch)}
         for name, loop in training_loops.loops(args.attack, args.loss).items():
             others[name] = loop_contender(loop, copy.deepcopy(model), options, batch, settings, autocast)
+        (other,) = set(MEMORY_FORMATS) - {args.memory_format}
+        if (args.attack, args.loss) == ("pgd", "at"):
+            in_other = batch._replace(pixel_values=pixel_values.contiguous(memory_format=MEMORY_FORMATS[other]))
+            others[f"{IDEAL}, {other}"] = loop_contender(
+                training_loops.loops(args.attack, args.loss)[IDEAL],
+                copy.deepcopy(model).to(memory_format=MEMORY_FORMATS[other]),
+                options,
+                in_other,
+                settings,
+                autocast,
+            )
         round_robin = RoundRobin(kinds, others, device)
         robust = {
             "epsilon": EPSILON,
@@ -269,10 +280,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="Steps of each contender before anything is measured.")
     parser.add_argument("--device", default="cpu", help="cpu or cuda.")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="bfloat16: autocast.")
+    parser.add_argument(
+        "--memory_format",
+        choices=list(MEMORY_FORMATS),
+        help="Of weights and images. Default: channels_last for networks of convolutions.",
+    )
     parser.add_argument("--torch_compile", action="store_true", help="For `RobustTrainer`; the others stay eager.")
     parser.add_argument("--torch_compile_mode", help="For example reduce-overhead: CUDA graphs.")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks/train_step"))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.memory_format is None:
+        args.memory_format = "contiguous" if is_transformer(args.model) else "channels_last"
+    return args
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -289,7 +308,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     result |= summary(args, measured) | measured
     args.output_dir.mkdir(parents=True, exist_ok=True)
     name = "_".join(
-        str(getattr(args, key)) for key in ("model", "image_size", "batch_size", "attack", "loss", "dtype")
+        str(getattr(args, key))
+        for key in ("model", "image_size", "batch_size", "attack", "loss", "dtype", "memory_format", "torch_compile")
     )
     path = args.output_dir / f"{name}_{args.device}.json"
     path.write_text(json.dumps(result, indent=1))

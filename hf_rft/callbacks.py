@@ -2,6 +2,8 @@
 
 import math
 import sys
+import time
+from collections.abc import Callable
 from numbers import Real
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -81,6 +83,40 @@ class DatasetEpochCallback(TrainerCallback):
         set_epoch = getattr(getattr(train_dataloader, "dataset", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(math.floor(state.epoch or 0.0))
+
+
+class DataWaitCallback(TrainerCallback):
+    """Warns, once, when the model waits for its data instead of learning.
+
+    Args:
+        waited (`Callable[[], float]`):
+            Seconds spent waiting for batches so far.
+    """
+
+    def __init__(self, waited: Callable[[], float]):
+        self._waited = waited
+        self._begin: float | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._begin, self._waited_before = time.perf_counter(), self._waited()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self._begin is None or not state.is_local_process_zero:
+            return
+        waited, elapsed = self._waited() - self._waited_before, time.perf_counter() - self._begin
+        if message := data_wait_message(waited, elapsed, args.dataloader_num_workers):
+            logger.warning(message)
+            self._begin = None
+
+
+def data_wait_message(waited: float, elapsed: float, num_workers: int) -> str | None:
+    """What to do if more than a tenth of the time went into waiting; None if less, or in the first minute."""
+    if elapsed < 60 or waited <= 0.1 * elapsed:
+        return None
+    return (
+        f"{waited / elapsed:.0%} of the training time so far went into waiting for batches. Raise "
+        f"`dataloader_num_workers` (now {num_workers}), or prepare smaller images beforehand."
+    )
 
 
 class BestCheckpointCallback(TrainerCallback):

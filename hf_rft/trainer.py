@@ -8,6 +8,7 @@ trainer_sharing.py.
 """
 
 import contextlib
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import PreTrainedModel
 from .attacks import ATTACKS, Attack
 from .attacks.base import checked
 from .attacks.objectives import KLDivergence
-from .callbacks import BestCheckpointCallback, DatasetEpochCallback, EpsilonScheduleCallback
+from .callbacks import BestCheckpointCallback, DatasetEpochCallback, DataWaitCallback, EpsilonScheduleCallback
 from .checks import check_batch, check_dataset, check_finite, check_loss, check_setup
 from .interruption import InterruptionCallback
 from .losses import LOSSES, RobustLoss
@@ -102,6 +103,7 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
 
         self.add_callback(DatasetEpochCallback())
         self.add_callback(BestCheckpointCallback())
+        self.add_callback(DataWaitCallback(lambda: self._seconds_for_data))
         self._has_own_schedule = epsilon_schedule is not None or self._epsilon_callback is not None
         if self._epsilon_callback is None:
             schedule = epsilon_schedule or args.make_epsilon_schedule()
@@ -114,6 +116,7 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
 
         self._train_epsilon: float | None = None  # of the last training step, for the log
         self._train_attack_steps = 0  # likewise
+        self._seconds_for_data = 0.0  # spent waiting for batches
         self._micro_batch = 0  # within the optimizer step
         self._examples_in_step = 0  # over all micro-batches and processes
         self._real_examples: list[int] = []  # of this process, in each micro-batch of the step
@@ -137,7 +140,9 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
                 self._real_examples.append(self._count_real(len(batch["labels"])) if "labels" in batch else 0)
                 yield batch
 
+        start = time.perf_counter()
         batches, num_items_in_batch = super().get_batch_samples(counted(), num_batches, device)
+        self._seconds_for_data += time.perf_counter() - start
         examples = sum(self._real_examples)
         if self.args.world_size > 1:
             examples = int(self.accelerator.reduce(torch.tensor(examples, device=device), "sum"))

@@ -66,6 +66,10 @@ class RecipeTrainingArguments(RobustTrainingArguments):
     dataloader_pin_memory: bool = field(
         default=torch.accelerator.is_available(), metadata={"help": "Pin the memory of batches, for a GPU."}
     )
+    dataloader_num_workers: int = field(
+        default=4 if torch.cuda.is_available() else 0,
+        metadata={"help": "Processes that prepare batches meanwhile. Default: 4 where there is a GPU, else 0."},
+    )
     resume: str = field(
         default="no",
         metadata={

@@ -1,14 +1,15 @@
 import copy
+import logging
 import math
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import TrainerState
+from transformers import TrainerState, TrainingArguments
 
 from hf_rft import EpsilonScheduleCallback, get_epsilon_schedule
-from hf_rft.callbacks import DatasetEpochCallback
+from hf_rft.callbacks import DatasetEpochCallback, DataWaitCallback, data_wait_message
 
 
 def make_state(step=0, epoch=0.0, max_steps=100, epochs=10):
@@ -95,3 +96,31 @@ def test_dataset_is_told_the_epoch():
     callback.on_epoch_begin(None, make_state(), None, train_dataloader=SimpleNamespace(dataset=[1, 2]))
     callback.on_epoch_begin(None, make_state(), None)
     assert epochs == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("waited", "elapsed", "is_told"), [(7, 61, True), (5.9, 59.9, False), (6, 60, False), (0, 1e6, False)]
+)
+def test_waiting_for_data_is_told_after_a_minute_and_above_a_tenth(waited, elapsed, is_told):
+    message = data_wait_message(waited, elapsed, num_workers=3)
+    assert (message is not None) == is_told
+    if message:
+        assert message.startswith("11% of the training time") and "`dataloader_num_workers` (now 3)" in message
+
+
+def test_waiting_for_data_is_told_once(monkeypatch, caplog):
+    """Of this training, not of an earlier one, and by one process of a machine."""
+    seconds = {"now": 0.0, "waited": 500.0}
+    monkeypatch.setattr("hf_rft.callbacks.time.perf_counter", lambda: seconds["now"])
+    monkeypatch.setattr(logging.getLogger("hf_rft"), "propagate", True)
+    callback, others = (DataWaitCallback(lambda: seconds["waited"]) for _ in range(2))
+    args, state = TrainingArguments(use_cpu=True), TrainerState(is_local_process_zero=True)
+    of_another_process = TrainerState(is_local_process_zero=False)
+    callback.on_train_begin(args, state, None)
+    others.on_train_begin(args, of_another_process, None)
+    for _ in range(10):
+        seconds["now"] += 20
+        seconds["waited"] += 5
+        callback.on_step_end(args, state, None)
+        others.on_step_end(args, of_another_process, None)
+    assert [record.getMessage()[:3] for record in caplog.records] == ["25%"]

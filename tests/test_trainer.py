@@ -1,6 +1,7 @@
 import copy
 import json
 import math
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from conftest import NUM_LABELS, SIZE, Images, make_model, without_dropout
 from transformers import TrainerCallback, ViTImageProcessor
 
 from hf_rft import EpsilonScheduleCallback, RobustTrainer
+from hf_rft.alarms import AlarmCallback
 from hf_rft.attacks import pgd
 from hf_rft.losses import LOSSES, trades_loss
 
@@ -249,6 +251,22 @@ def test_activation_checkpointing_changes_nothing(make_trainer, family):
     assert forwards[1] > forwards[0]
     for name, tensor in results[0].items():
         assert_close(results[1][name], tensor, name)
+
+
+# --- Data ---
+
+
+class SlowImages(Images):
+    def __getitem__(self, index):
+        time.sleep(0.02)
+        return super().__getitem__(index)
+
+
+def test_waiting_for_batches_is_counted(make_trainer):
+    trainer = make_trainer(count=16, trainer_options={"train_dataset": SlowImages(16)}, max_steps=2)
+    trainer.remove_callback(AlarmCallback)
+    trainer.train()
+    assert trainer._seconds_for_data >= 16 * 0.02
 
 
 # --- Precision of the attack ---

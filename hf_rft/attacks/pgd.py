@@ -60,5 +60,5 @@ def pgd(
             if len(standing) == 0:
                 break
         moved = threat_model.project(adversarial + threat_model.step(current.gradient, step), pixels)
-        adversarial = where(stopped, adversarial, moved)
+        adversarial = where(stopped, adversarial, moved) if early_stop else moved
     return adversarial

@@ -41,6 +41,7 @@ def test_adversarial_training_with_pgd(run):
         "Foolbox *": (4, 3),
         "ART *": (3, 3),
         "Madry reference *": (3, 3),
+        "ideal, contiguous": (3, 3),
     }
     assert rows["ideal"]["ratio"] == 1
     # Parameter gradients that nobody uses are work as well; what `RobustTrainer` computes is what there is to compute.

@@ -57,6 +57,14 @@ def test_default_run_writes_everything(default_run):
     assert "adversarial-robustness" in (folder / "README.md").read_text()
 
 
+def test_processes_that_prepare_batches_change_nothing(default_run, tmp_path):
+    folder, metrics = default_run
+    flags = ["--output_dir", str(tmp_path), "--seed", "1", *TINY, "--dataloader_num_workers", "2"]
+    assert run_rft.main(flags) == metrics
+    weights, expected = (load_file(one / "model.safetensors") for one in (tmp_path, folder))
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
 def test_default_run_is_the_hinge_recipe(default_run):
     folder, _ = default_run
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
