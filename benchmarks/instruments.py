@@ -7,13 +7,15 @@ import contextlib
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from hf_rft.evaluation.counting import CountedForward
@@ -76,6 +78,9 @@ def _conv_backward_flops(grad_out, x, w, _bias, _stride, _padding, _dilation, tr
     return (output_mask[0] + output_mask[1]) * conv_flop_count(x, w, grad_out, transposed=transposed)
 
 
+FORMULAS: Any = {torch.ops.aten.convolution_backward: _conv_backward_flops}
+
+
 class _OneSum(contextlib.nullcontext):
     """In place of the tracker by which `FlopCounterMode` keeps a sum for each module: its hooks on their inputs do not
     work where `torch.autograd.grad` differentiates with respect to one."""
@@ -98,8 +103,7 @@ def work(device: torch.device, reading: Reading, *, num_labels: int) -> Iterator
             counted(output)
 
     handle = nn.modules.module.register_module_forward_hook(count)
-    formulas: Any = {torch.ops.aten.convolution_backward: _conv_backward_flops}
-    flops = FlopCounterMode(display=False, custom_mapping=formulas)
+    flops = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     flops.mod_tracker = _OneSum()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         with flops:
@@ -108,6 +112,58 @@ def work(device: torch.device, reading: Reading, *, num_labels: int) -> Iterator
         handle.remove()
     reading["forward"], reading["backward"] = counted.passes
     reading["flops"] = flops.get_total_flops()
+
+
+class Roofs(NamedTuple):
+    """What a machine can do at the most."""
+
+    flops: float  # a second, in a matrix product
+    bandwidth: float  # bytes a second, read and written
+
+
+class _Operations(TorchDispatchMode):
+    """Floating-point operations of each tensor operation, and the bytes of all tensors it reads and writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts: list[tuple[float, int]] = []
+        self._formulas = FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if not func.is_view:
+            formula = self._formulas.get(func.overloadpacket)
+            flops = formula(*args, **kwargs, out_val=output) if formula else 0
+            tensors = [one for one in tree_leaves((args, kwargs, output)) if torch.is_tensor(one)]
+            self.counts.append((flops, sum(one.numel() * one.element_size() for one in tensors)))
+        return output
+
+
+@contextlib.contextmanager
+def roofline(device: torch.device, reading: Reading, *, roofs: Roofs) -> Iterator[None]:
+    """Seconds that the tensor operations would take if each computed, or moved its tensors, as fast as `roofs` allow.
+
+    An operation has the longer of the two times (Williams et al. 2009, "Roofline"). It is a lower bound only as far as
+    `roofs` are upper bounds: tensors that stay in a cache move faster than a copy.
+    """
+    with _Operations() as operations:
+        yield
+    seconds = [(flops / roofs.flops, moved / roofs.bandwidth) for flops, moved in operations.counts]
+    reading["roofline_seconds"] = sum(max(pair) for pair in seconds)
+    reading["moving_seconds"] = sum(moving for computing, moving in seconds if moving > computing)
+
+
+def measure_roofs(device: torch.device, dtype: torch.dtype) -> Roofs:
+    return Roofs(matmul_peak(device, dtype), copy_bandwidth(device))
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written a second (on CPU: a second of a core) while a tensor is copied: on CPU one of 4 MB, about
+    what an activation has there, on GPU one of 1 GB."""
+    source = torch.ones(2**28 if device.type == "cuda" else 2**20, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() * source.element_size() / _least_seconds(device, lambda: target.copy_(source))
 
 
 def clock(device: torch.device) -> str:
@@ -119,13 +175,17 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second (on CPU: a second of a core) of a matrix product: what the machine can do at the most."""
     size = 8192 if device.type == "cuda" else 768
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / _least_seconds(device, lambda: a @ b)
+
+
+def _least_seconds(device: torch.device, function: Callable[[], Any]) -> float:
     times = []
     for _ in range(50):
         reading: Reading = {}
         with seconds(device, reading):
-            a @ b
+            function()
         times.append(reading[clock(device)])
-    return 2 * size**3 / min(times)
+    return min(times)
 
 
 def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import instruments
 import torch
 import training_loops
-from instruments import MEMORY_FORMATS, Reading
+from instruments import MEMORY_FORMATS, Reading, Roofs
 from transformers import (
     AutoModelForImageClassification,
     TimmWrapperConfig,
@@ -160,11 +160,12 @@ def loop_contender(
     return Contender(step, lambda: instruments.resident_bytes(model, update.optimizer))
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace, roofs: Roofs) -> dict[str, Any]:
     """Readings of each round, and of each contender what does not change from round to round."""
     device = torch.device(args.device)
     work = partial(instruments.work, num_labels=NUM_LABELS)
     kinds = [instruments.nothing] * args.warmup + [instruments.peak_memory, work]
+    kinds += [partial(instruments.roofline, roofs=roofs)]
     kinds += [instruments.seconds] * args.rounds
     model = make_model(args.model, args.image_size).to(memory_format=MEMORY_FORMATS[args.memory_format])
     dataset = RandomImages(args.batch_size, args.image_size, num_batches=len(kinds))
@@ -218,7 +219,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def summary(args: argparse.Namespace, measured: dict[str, Any]) -> dict[str, Any]:
     """One row a contender; ratios are to the ideal of the same round."""
-    memory, work, *timed = measured["rounds"]
+    memory, work, roofline, *timed = measured["rounds"]
     rows = []
     for name in memory:
         times = [readings[name]["seconds"] for readings in timed]
@@ -241,6 +242,9 @@ def summary(args: argparse.Namespace, measured: dict[str, Any]) -> dict[str, Any
                 "backward": work[name]["backward"] / args.batch_size,
                 "flops": work[name]["flops"],
                 "flops_per_second": work[name]["flops"] / statistics.median(busy),
+                "roofline_seconds": roofline[name]["roofline_seconds"],
+                "moving_seconds": roofline[name]["moving_seconds"],
+                "of_roofline": roofline[name]["roofline_seconds"] / statistics.median(busy),
                 "peak_bytes": peak,
                 "step_bytes": memory[name]["peak_bytes"],
                 "peak_to_plain": peak / plain_peak,
@@ -253,17 +257,18 @@ def summary(args: argparse.Namespace, measured: dict[str, Any]) -> dict[str, Any
 def table(result: dict[str, Any]) -> str:
     lines = [
         "| step of | seconds | to ideal (quartiles) | by CPU time | forward, backward | GFLOP "
-        "| GFLOP/s (of matmul) | peak MB (to plain) | step alone MB (to plain) |",
+        "| GFLOP/s (of matmul) | roofline s, of which moving (achieved) | peak MB (to plain) |",
         "| --- " * 9 + "|",
     ]
     for row in result["rows"]:
         low, high = row["ratio_quartiles"]
+        of_matmul = row["flops_per_second"] / result["roofs"]["flops"]
         lines.append(
             f"| {row['name']} | {row['seconds']:.3f} | {row['ratio']:.3f} ({low:.3f}–{high:.3f}) "
             f"| {row['cpu_ratio']:.3f} | {row['forward']:g}, {row['backward']:g} | {row['flops'] / 1e9:.1f} "
-            f"| {row['flops_per_second'] / 1e9:.0f} ({100 * row['flops_per_second'] / result['matmul_peak']:.0f} %) "
-            f"| {row['peak_bytes'] / 1e6:.0f} ({row['peak_to_plain']:.2f}) "
-            f"| {row['step_bytes'] / 1e6:.0f} ({row['step_to_plain']:.2f}) |"
+            f"| {row['flops_per_second'] / 1e9:.0f} ({100 * of_matmul:.0f} %) "
+            f"| {row['roofline_seconds']:.3f}, {row['moving_seconds']:.3f} ({100 * row['of_roofline']:.0f} %) "
+            f"| {row['peak_bytes'] / 1e6:.0f} ({row['peak_to_plain']:.2f}) |"
         )
     return "\n".join(lines)
 
@@ -301,10 +306,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         raise SystemExit(f"--device {args.device} is not supported; choose cpu or cuda.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"--device {args.device}: torch finds no GPU; choose cpu.")
-    peak = instruments.matmul_peak(device, dtype)
-    measured = measure(args)
+    roofs = instruments.measure_roofs(device, dtype)
+    measured = measure(args, roofs)
     settings = {name: str(value) for name, value in vars(args).items()}
-    result = {"settings": settings, "machine": instruments.machine(device), "matmul_peak": peak}
+    result = {"settings": settings, "machine": instruments.machine(device), "roofs": roofs._asdict()}
     result |= summary(args, measured) | measured
     args.output_dir.mkdir(parents=True, exist_ok=True)
     name = "_".join(
@@ -315,7 +320,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     path.write_text(json.dumps(result, indent=1))
     print(
         f"\n{args.model}, {args.image_size} px, batch {args.batch_size}, {args.attack}-{args.attack_steps}, "
-        f"{args.loss}, {args.dtype}, {args.rounds} rounds; matrix product {peak / 1e9:.0f} GFLOP/s"
+        f"{args.loss}, {args.dtype}, {args.rounds} rounds; matrix product {roofs.flops / 1e9:.0f} GFLOP/s, "
+        f"copy {roofs.bandwidth / 1e9:.0f} GB/s"
     )
     print(f"{result['machine']}\n\n{table(result)}\n\nwritten to {path}")
     return result

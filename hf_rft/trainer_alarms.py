@@ -28,6 +28,7 @@ class AlarmsMixin(Trainer):
     interruption: InterruptionCallback
     _forward: Callable[..., torch.Tensor]
     _under_attack: Callable[..., AbstractContextManager]
+    _folded: Callable[[], AbstractContextManager]
     _loss_weight: float | None
     _scheduled_threat_model: ThreatModel
     _probed_batches: list[dict[str, Any]] | None = None
@@ -110,7 +111,7 @@ class AlarmsMixin(Trainer):
             pixels, labels = self.pixel_normalization.to_pixels(inputs.pop("pixel_values")), inputs.pop("labels")
             generator = example_generators(pixels.device, range(first, first + len(labels)), PROBE, self.args.seed)
             first += len(labels)
-            with self._under_attack(training=False):
+            with self._under_attack(training=False), self._folded():
                 of_batch = probe(
                     partial(self._forward, **inputs),
                     pixels,

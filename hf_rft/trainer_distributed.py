@@ -71,7 +71,7 @@ class DistributedMixin(Trainer):
             yield
 
     def _folded(self) -> contextlib.AbstractContextManager[None]:
-        """Saves a training attack the BatchNorms; to be entered under attack. Evaluation takes the model as it is."""
+        """Saves the BatchNorms, while training and under attack only: evaluation takes the model as it is."""
         return folded(self._foldable_pairs)
 
     def _forward(self, pixels: torch.Tensor, **extra_inputs) -> torch.Tensor:

@@ -92,3 +92,16 @@ def test_operations_of_a_depthwise_convolution(train_step):
                 output.sum().backward()
         readings.append(reading["flops"])
     assert readings == [2 * 2 * 16 * 8 * 8 * 9, 3 * 2 * 2 * 16 * 8 * 8 * 9]
+
+
+def test_roofline_of_operations_that_can_be_counted_by_hand(train_step):
+    """A matrix product that computes longer than it moves, and a sum of two matrices that moves only."""
+    instruments, reading = train_step.instruments, {}
+    a, b = torch.ones(20, 30), torch.ones(30, 40)
+    with instruments.roofline(torch.device("cpu"), reading, roofs=instruments.Roofs(flops=100.0, bandwidth=1e4)):
+        c = a @ b.view(30, 40)
+        c + c.T.T
+    computing, moving = 2 * 20 * 30 * 40 / 100, 3 * 4 * 20 * 40 / 1e4
+    assert computing > 4 * (20 * 30 + 30 * 40 + 20 * 40) / 1e4
+    assert reading["roofline_seconds"] == pytest.approx(computing + moving)
+    assert reading["moving_seconds"] == pytest.approx(moving)
