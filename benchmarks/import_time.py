@@ -2,7 +2,7 @@
 
     python benchmarks/import_time.py --rounds 11
 
-Both take turns, each in a new process; a ratio divides two times of one round. What they have in common includes torch.
+All take turns, each in a new process; a ratio divides two times of one round. What they have in common includes torch.
 """
 
 import argparse
