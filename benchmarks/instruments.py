@@ -114,6 +114,20 @@ def work(device: torch.device, reading: Reading, *, num_labels: int) -> Iterator
     reading["flops"] = flops.get_total_flops()
 
 
+@contextlib.contextmanager
+def profile(device: torch.device, reading: Reading) -> Iterator[None]:
+    """The operations that took longest, on the device itself."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        yield
+        synchronize(device)
+    reading["profile"] = profiler.key_averages().table(
+        sort_by=f"self_{device.type}_time_total", row_limit=15, max_name_column_width=60
+    )
+
+
 class Roofs(NamedTuple):
     """What a machine can do at the most."""
 

@@ -166,7 +166,7 @@ def measure(args: argparse.Namespace, roofs: Roofs) -> dict[str, Any]:
     work = partial(instruments.work, num_labels=NUM_LABELS)
     kinds = [instruments.nothing] * args.warmup + [instruments.peak_memory, work]
     kinds += [partial(instruments.roofline, roofs=roofs)]
-    kinds += [instruments.seconds] * args.rounds
+    kinds += [instruments.seconds] * args.rounds + [instruments.profile] * args.profile
     model = make_model(args.model, args.image_size).to(memory_format=MEMORY_FORMATS[args.memory_format])
     dataset = RandomImages(args.batch_size, args.image_size, num_batches=len(kinds))
     processor = ViTImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3)
@@ -220,6 +220,7 @@ def measure(args: argparse.Namespace, roofs: Roofs) -> dict[str, Any]:
 def summary(args: argparse.Namespace, measured: dict[str, Any]) -> dict[str, Any]:
     """One row a contender; ratios are to the ideal of the same round."""
     memory, work, roofline, *timed = measured["rounds"]
+    timed = timed[: args.rounds]
     rows = []
     for name in memory:
         times = [readings[name]["seconds"] for readings in timed]
@@ -292,6 +293,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--torch_compile", action="store_true", help="For `RobustTrainer`; the others stay eager.")
     parser.add_argument("--torch_compile_mode", help="For example reduce-overhead: CUDA graphs.")
+    parser.add_argument(
+        "--profile", action="store_true", help="Print what takes longest in a step of `RobustTrainer`."
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks/train_step"))
     args = parser.parse_args(argv)
     if args.memory_format is None:
@@ -323,7 +327,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         f"{args.loss}, {args.dtype}, {args.rounds} rounds; matrix product {roofs.flops / 1e9:.0f} GFLOP/s, "
         f"copy {roofs.bandwidth / 1e9:.0f} GB/s"
     )
-    print(f"{result['machine']}\n\n{table(result)}\n\nwritten to {path}")
+    print(f"{result['machine']}\n\n{table(result)}\n")
+    ours = next(row for row in result["rows"] if row["name"] == OURS)
+    print(
+        f"{OURS}: {args.batch_size / ours['seconds']:.1f} images/s, {ours['flops_per_second'] / 1e12:.3f} TFLOP/s, "
+        f"{100 * ours['flops_per_second'] / roofs.flops:.0f} % of the matrix product"
+    )
+    if args.profile:
+        print(measured["rounds"][-1][OURS]["profile"])
+    print(f"written to {path}")
     return result
 
 

@@ -1,6 +1,7 @@
 """The benchmark of a training step at toy size: every contender does the passes that its row says."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -49,8 +50,10 @@ def test_adversarial_training_with_pgd(run):
     assert rows["loss.backward() *"]["flops"] > 1.1 * rows["ideal"]["flops"]
 
 
-def test_adversarial_training_with_apgd(run):
-    rows = run("--attack", "apgd")
+def test_adversarial_training_with_apgd(run, capsys):
+    rows = run("--attack", "apgd", "--profile")
+    assert re.search(r"RobustTrainer: [\d.]+ images/s", output := capsys.readouterr().out)
+    assert "aten::convolution_backward" in output
     assert passes(rows) == {
         "RobustTrainer": (4, 3),
         "Trainer, no attack": (1, 1),
