@@ -126,8 +126,10 @@ def run_program(main: Callable[[], Any]) -> None:
     except Exception as error:
         if not is_users_error(error):
             raise  # without waiting for the other processes, which may wait for this one
-        leave_process_group()
-        exit_with(error, Path(sys.argv[0]).name)
+        try:
+            exit_with(error, Path(sys.argv[0]).name)
+        finally:
+            leave_process_group(all_do=False)
     leave_process_group()
 
 

@@ -55,13 +55,19 @@ def blank_image(model: PreTrainedModel) -> torch.Tensor:
     return torch.zeros(1, channels, height, width, dtype=model.dtype, device=model.device)
 
 
-def leave_process_group() -> None:
+def leave_process_group(*, all_do: bool = True) -> None:
     """Close the connections to the other processes, if there are any, at the end of a program.
 
     Otherwise the end of one process races with what the others still read from it; with gloo, some are aborted
     (SIGABRT), and the launcher reports that instead of their exit status.
+
+    Args:
+        all_do (`bool`, *optional*, defaults to `True`):
+            Whether all processes end here. One that ends alone leaves with gloo only: NCCL would wait for the others.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    if all_do or torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
 
 

@@ -40,9 +40,12 @@ class DistributedMixin(Trainer):
             return
         dynamo = self.accelerator.state.dynamo_plugin
         if dynamo is not None and dynamo.backend != DynamoBackend.NO:
-            # One static graph for the pass that an attack repeats; nothing in it depends on epsilon. It needs no
-            # folding: compilers fuse BatchNorm, and CUDA graphs want weights that stay where they are.
-            self._training_attack_logits = torch.compile(self._logits, **{"dynamic": False, **dynamo.to_kwargs()})
+            # A graph for each size of a batch, never one for any size, which is slower: there are few sizes.
+            dynamo.dynamic = False if dynamo.dynamic is None else dynamo.dynamic
+            # The pass that an attack repeats; nothing in it depends on epsilon. It is not folded: inductor fuses
+            # BatchNorm, and CUDA graphs want weights that stay where they are.
+            torch._dynamo.reset_code(DistributedMixin._logits.__code__)  # of earlier trainers: their number is limited
+            self._training_attack_logits = torch.compile(self._logits, **dynamo.to_kwargs())
         elif self.args.attack_model_mode == "eval":  # with dropout, the graph in training mode is another one
             self._foldable_pairs = exactly_foldable_pairs(self.model)
 
@@ -81,10 +84,13 @@ class DistributedMixin(Trainer):
     def _forward_for_training_attack(self, pixels: torch.Tensor, **extra_inputs) -> torch.Tensor:
         """The same in `attack_dtype`, and compiled with `torch_compile`."""
         dtype = getattr(torch, self.args.attack_dtype) if self.args.attack_dtype else None
-        logits = self._training_attack_logits or self._logits
         with torch.autocast(pixels.device.type, dtype) if dtype else contextlib.nullcontext():
-            # Normalised outside: what a CUDA graph returns, the gradient too, is overwritten by its next run.
-            return logits(self._pixel_values(pixels), **extra_inputs)
+            pixel_values = self._pixel_values(pixels)
+            if self._training_attack_logits is None:
+                return self._logits(pixel_values, **extra_inputs)
+            # What a CUDA graph returns is overwritten by its next run: logits, and the gradient, which normalisation
+            # outside of the graph computes anew.
+            return self._training_attack_logits(pixel_values, **extra_inputs).clone()
 
     def _pixel_values(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.pixel_normalization.from_pixels(pixels).to(self._bare_model.dtype)

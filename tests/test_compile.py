@@ -47,10 +47,22 @@ def test_results_stay_the_same(make_trainer, family, robust_loss, attack):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"attack_dtype": "bfloat16"}], ids=str)
-@pytest.mark.parametrize("family", ["vit", "timm"])
-def test_nothing_is_compiled_again_as_epsilon_moves(make_trainer, family, precision):
-    """Two graphs, of the attack's pass and of the update; as many again for the smaller last batch of the epoch."""
+@pytest.mark.parametrize(
+    ("family", "options", "graphs"),
+    [
+        ("vit", {}, (2, 4)),
+        ("timm", {}, (2, 4)),
+        ("vit", {"bf16": True}, (2, 4)),
+        ("timm", {"attack_dtype": "bfloat16"}, (2, 4)),
+        # APGD looks at its last iterate, TRADES at the clean images, without a gradient.
+        ("vit", {"attack": "apgd"}, (3, 6)),
+        # The first step, at epsilon 0, passes half as many images through the model.
+        ("vit", {"robust_loss": "trades"}, (4, 7)),
+    ],
+    ids=str,
+)
+def test_nothing_is_compiled_again_as_epsilon_moves(make_trainer, family, options, graphs):
+    """One graph each of the attack's pass and of the update; and again for the smaller last batch of an epoch."""
     count_graphs = CountGraphs()
     trainer = make_trainer(
         family,
@@ -61,52 +73,88 @@ def test_nothing_is_compiled_again_as_epsilon_moves(make_trainer, family, precis
         attack_steps=4,
         attack_steps_schedule="epsilon",
         num_train_epochs=4,
-        **precision,
+        **{"attack": "pgd", **options},
     )
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "epsilon" in entry]
     assert len(logs) == 12 and len({entry["epsilon"] for entry in logs}) == 10  # the ramp ends before the run
     assert {entry["attack_steps"] for entry in logs} == {0, 1, 2, 3, 4}
-    assert count_graphs.graphs[1] == 2  # the first step has epsilon 0
-    assert count_graphs.graphs[2:] == [4] * 10
+    of_full_batches, of_both = graphs
+    assert count_graphs.graphs[1] == of_full_batches  # the first step has epsilon 0
+    assert count_graphs.graphs[2:] == [of_both] * 10
 
 
-class Overwritten(torch.autograd.Function):
-    """The identity, whose gradient and output are overwritten when told."""
+@pytest.mark.slow
+def test_later_trainers_of_a_process_are_compiled_as_well(make_trainer):
+    """torch compiles a function a limited number of times; beyond that it silently does not."""
+    for size in range(2, 7):
+        count_graphs = CountGraphs()
+        options = {"torch_compile_backend": "aot_eager", "max_steps": 2, "attack": "apgd"}
+        options |= {"per_device_train_batch_size": size, "trainer_options": {"callbacks": [count_graphs]}}
+        make_trainer(**options).train()
+        assert count_graphs.graphs[-1] == 3
+
+
+class Identity(torch.autograd.Function):
+    """Remembers its output and its gradient, so that they can be overwritten."""
 
     made: list[torch.Tensor] = []
 
     @staticmethod
     def forward(ctx, values):
-        return values.clone()
+        output = values.clone()
+        Identity.made.append(output)
+        return output
 
     @staticmethod
     def backward(ctx, gradient):
         gradient = gradient.clone()
-        Overwritten.made.append(gradient)
+        Identity.made.append(gradient)
         return gradient
+
+
+@pytest.fixture
+def cuda_graphs(monkeypatch):
+    """Lets a trainer's pass overwrite, each time, what it returned the time before, as a CUDA graph does."""
+
+    def overwriting(trainer):
+        Identity.made.clear()
+
+        def logits(pixel_values, **extra_inputs):
+            for tensor in Identity.made:
+                tensor.data.fill_(torch.nan)
+            Identity.made.clear()
+            return Identity.apply(trainer._logits(Identity.apply(pixel_values), **extra_inputs))
+
+        monkeypatch.setattr(trainer, "_training_attack_logits", logits)
+
+    return overwriting
+
+
+def test_logits_and_gradients_outlive_the_next_run_of_a_cuda_graph(make_trainer, cuda_graphs):
+    trainer = make_trainer(without_dropout(make_model("vit")))
+    cuda_graphs(trainer)
+    trainer.model.eval()
+    pixels, kept = torch.stack([image["pixel_values"] for image in Images(4)]) / 2 + 0.5, []
+    for forward in (trainer._forward_for_training_attack, trainer._forward):
+        of_forward = []
+        for shift in (0.0, 0.1, 0.2):
+            shifted = (pixels + shift).requires_grad_()
+            logits = forward(shifted)
+            of_forward += [logits, *torch.autograd.grad(logits.logsumexp(dim=1).sum(), shifted)]
+        kept.append(of_forward)
+    for tensor, expected in zip(*kept, strict=True):
+        assert torch.equal(tensor, expected)
 
 
 @pytest.mark.parametrize(
     ("attack", "loss"), [*((attack, "at") for attack in TRAINING_ATTACKS), ("pgd", "trades"), ("apgd", "trades")]
 )
-def test_attacks_keep_nothing_that_the_next_run_of_a_cuda_graph_overwrites(make_trainer, attack, loss):
-    """Neither logits nor gradients: here, each pass destroys those of the pass before."""
+def test_attacks_are_the_same_with_cuda_graphs(make_trainer, cuda_graphs, attack, loss):
     options = {"attack": attack, "robust_loss": loss, "attack_steps": 1 if attack == "fgsm" else 12}
     trainer = make_trainer(without_dropout(make_model("vit")), **options)
     inputs = trainer.data_collator([Images(8)[i] for i in range(8)])
     arguments = inputs["pixel_values"], inputs["labels"], {}
     expected = trainer._adversarial_pixel_values(*arguments)
-
-    def logits(pixel_values, **extra_inputs):
-        with torch.no_grad():
-            for tensor in Overwritten.made:
-                tensor.data.fill_(torch.nan)
-        Overwritten.made.clear()
-        found = Overwritten.apply(trainer._logits(Overwritten.apply(pixel_values), **extra_inputs))
-        Overwritten.made.append(found)
-        return found
-
-    trainer._training_attack_logits = logits
+    cuda_graphs(trainer)
     assert torch.equal(trainer._adversarial_pixel_values(*arguments), expected)
-    assert Overwritten.made
