@@ -135,6 +135,11 @@ class Roofs(NamedTuple):
     bandwidth: float  # bytes a second, read and written
 
 
+aten = torch.ops.aten
+_NOTHING_MOVES = {aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten._unsafe_view}
+_OVERWRITE = {aten.copy_, aten.fill_, aten.zero_}
+
+
 class _Operations(TorchDispatchMode):
     """Floating-point operations of each tensor operation, and the bytes of all tensors it reads and writes."""
 
@@ -146,11 +151,16 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if not func.is_view:
-            formula = self._formulas.get(func.overloadpacket)
-            flops = formula(*args, **kwargs, out_val=output) if formula else 0
-            tensors = [one for one in tree_leaves((args, kwargs, output)) if torch.is_tensor(one)]
-            self.counts.append((flops, sum(one.numel() * one.element_size() for one in tensors)))
+        operation = func.overloadpacket
+        if func.is_view or operation in _NOTHING_MOVES:
+            return output
+        formula = self._formulas.get(operation)
+        flops = formula(*args, **kwargs, out_val=output) if formula else 0
+        read = args[1:] if operation in _OVERWRITE else args
+        if operation is aten.convolution_backward and not args[-1][1]:
+            read = (args[0], args[2])  # without the gradient of the weights, the images are not needed
+        tensors = [one for one in tree_leaves((read, kwargs, output)) if torch.is_tensor(one)]
+        self.counts.append((flops, sum(one.numel() * one.element_size() for one in tensors)))
         return output
 
 
@@ -158,8 +168,8 @@ class _Operations(TorchDispatchMode):
 def roofline(device: torch.device, reading: Reading, *, roofs: Roofs) -> Iterator[None]:
     """Seconds that the tensor operations would take if each computed, or moved its tensors, as fast as `roofs` allow.
 
-    An operation has the longer of the two times (Williams et al. 2009, "Roofline"). It is a lower bound only as far as
-    `roofs` are upper bounds: tensors that stay in a cache move faster than a copy.
+    An operation has the longer of the two times (Williams et al. 2009, "Roofline"). This is an estimate, not a strict
+    bound: tensors that stay in a nearer cache move faster than a copy, and a compiler can spare moves altogether.
     """
     with _Operations() as operations:
         yield

@@ -12,6 +12,7 @@ backward of all steps: the ratio if nothing else took time.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -48,18 +49,21 @@ def counted_passes(arm: str, attack_steps: int, total: int = 10_000) -> float:
 
 
 def run(arm: str, seed: int, args: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
-    """One run, unless its result is there."""
+    """One run, unless the result of the same one is there."""
     recipe, flags = ARMS[arm]
-    folder = args.output_dir / arm
+    config, folder = Path(RECIPE.format(recipe)), args.output_dir / arm
+    flags = ["--attack_steps", str(args.attack_steps), "--eval_strategy", "no", *flags, *extra]
+    inputs = {"config": config.read_text(), "flags": flags, "threads": args.threads}
     result = folder / f"seed{seed}.json"
-    if not result.is_file():
-        flags = ["--attack_steps", str(args.attack_steps), "--eval_strategy", "no", *flags, *extra]
-        start = time.perf_counter()
-        finished = compare.run(Path(RECIPE.format(recipe)), seed, folder, flags, args.threads)
-        whole = time.perf_counter() - start
-        found = compare.read(finished)
-        found = {name: found[name] for name in ("seconds", "accuracies", "robust", "expected")}
-        result.write_text(json.dumps({**found, "whole_seconds": whole}, indent=1))
+    if result.is_file() and json.loads(result.read_text())["inputs"] == inputs:
+        return json.loads(result.read_text())
+    shutil.rmtree(folder / config.stem / f"seed{seed}", ignore_errors=True)  # of a run whose time nobody knows
+    start = time.perf_counter()
+    finished = compare.run(config, seed, folder, flags, args.threads)
+    whole = time.perf_counter() - start
+    found = compare.read(finished)
+    found = {name: found[name] for name in ("seconds", "accuracies", "robust", "expected")}
+    result.write_text(json.dumps({"inputs": inputs, "whole_seconds": whole, **found}, indent=1))
     return json.loads(result.read_text())
 
 
@@ -69,7 +73,7 @@ def spread(values: list[float], digits: int = 3) -> str:
 
 
 def table(runs: dict[str, list[dict[str, Any]]], attack_steps: int) -> str:
-    """One row an arm; ratios and differences are to the run of the same seed with constant epsilon."""
+    """One row an arm; ratios are to the run of the same seed with constant epsilon, differences to the hinge."""
     header = ["epsilon", "training s", "to constant", "counted", "whole run s", "to constant"]
     header += ["clean %", "robust %", "expected robustness %", "its difference to hinge, points"]
     rows = [header, ["---"] * len(header)]

@@ -6,9 +6,10 @@ the step that it then takes, and returns as if training had ended.)
 """
 
 import contextlib
+import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -94,6 +95,18 @@ class InterruptionCallback(TrainerCallback):
         if kind > 0:
             self.request(_KINDS[kind - 1]("Another process of this run was asked to stop."))
             self._is_agreed = True
+
+
+def start_worker_in_own_group(initialize: Callable[[int], None] | None, worker_id: int) -> None:
+    """The start of a data loader's worker process, which signals to the process group of training shall not reach.
+
+    Launchers and users send SIGTERM to that group: it would end the workers, and training with an error, instead of
+    letting the step in progress end.
+    """
+    if hasattr(os, "setpgrp"):  # there are no groups on Windows
+        os.setpgrp()
+    if initialize is not None:
+        initialize(worker_id)
 
 
 @contextlib.contextmanager

@@ -44,7 +44,8 @@ class DistributedMixin(Trainer):
             dynamo.dynamic = False if dynamo.dynamic is None else dynamo.dynamic
             # The pass that an attack repeats; nothing in it depends on epsilon. It is not folded: inductor fuses
             # BatchNorm, and CUDA graphs want weights that stay where they are.
-            torch._dynamo.reset_code(DistributedMixin._logits.__code__)  # of earlier trainers: their number is limited
+            # torch keeps a limited number of graphs of a function: those of earlier trainers make room.
+            torch._dynamo.reset_code(DistributedMixin._logits.__code__)  # pyright: ignore[reportPrivateImportUsage]
             self._training_attack_logits = torch.compile(self._logits, **dynamo.to_kwargs())
         elif self.args.attack_model_mode == "eval":  # with dropout, the graph in training mode is another one
             self._foldable_pairs = exactly_foldable_pairs(self.model)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import cast
@@ -19,7 +20,7 @@ from .checkpoints import (
     restore_weights,
     rotate_checkpoints,
 )
-from .interruption import InterruptionCallback, preemption_requests
+from .interruption import InterruptionCallback, preemption_requests, start_worker_in_own_group
 from .training_args import RobustTrainingArguments
 
 
@@ -65,6 +66,12 @@ class ResumeMixin(Trainer):
         if self.interruption.requested is not None:  # too late to stop: this was the end
             raise self.interruption.requested
         return output
+
+    def _get_dataloader(self, *args, **kwargs):
+        dataloader = super()._get_dataloader(*args, **kwargs)
+        if self.args.dataloader_num_workers > 0:
+            dataloader.worker_init_fn = partial(start_worker_in_own_group, dataloader.worker_init_fn)
+        return dataloader
 
     def find_checkpoint(self) -> Path | None:
         """The last complete checkpoint of `output_dir`, the same for all processes; None if there is none."""

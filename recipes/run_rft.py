@@ -19,9 +19,13 @@ and starts anew if there is none. (`accelerate launch` and `torchrun` turn any o
 to the Python processes.)
 """
 
+import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from model_and_data import (
@@ -32,6 +36,7 @@ from model_and_data import (
     load_model,
     load_splits,
 )
+from PIL import Image
 from torchvision import transforms
 from transformers import set_seed
 
@@ -56,6 +61,13 @@ EXIT_STATUS = {TrainingPreempted: 75, AlarmRaised: 3, NonFiniteError: 3}
 DEFAULT_CONFIG = Path(__file__).parent / "fashion_mnist" / "efficientnet_lite0_hinge.yaml"
 
 
+def default_num_workers() -> int:
+    """Enough that a GPU does not wait; on CPU, workers would take the cores from the model."""
+    if not torch.cuda.is_available():
+        return 0
+    return min(4, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 @dataclass
 class RecipeTrainingArguments(RobustTrainingArguments):
     """Robust-training arguments, plus what only this script does."""
@@ -67,8 +79,11 @@ class RecipeTrainingArguments(RobustTrainingArguments):
         default=torch.accelerator.is_available(), metadata={"help": "Pin the memory of batches, for a GPU."}
     )
     dataloader_num_workers: int = field(
-        default=4 if torch.cuda.is_available() else 0,
-        metadata={"help": "Processes that prepare batches meanwhile. Default: 4 where there is a GPU, else 0."},
+        default_factory=default_num_workers,
+        metadata={
+            "help": "Processes, for each process of training, that prepare its batches meanwhile. Default: up to 4 "
+            "where there is a GPU, else 0."
+        },
     )
     resume: str = field(
         default="no",
@@ -126,6 +141,22 @@ def set_head_learning_rate(optimizer: torch.optim.Optimizer, model, learning_rat
             optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
 
 
+def prepare(
+    example: dict[str, Any],
+    *,
+    columns: tuple[str, str],
+    mode: str,
+    processor: Any,
+    transform: Callable[[Image.Image], Image.Image] | None = None,
+) -> dict[str, Any]:
+    """One example as the model takes it; `columns` hold the image and the label. (Workers need it at module level.)"""
+    image_column, label_column = columns
+    image = to_mode(example[image_column], mode)
+    image = image if transform is None else transform(image)
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"][0]
+    return {"pixel_values": pixel_values, "labels": example[label_column]}
+
+
 def collate(examples: list[dict]) -> dict[str, torch.Tensor]:
     return {
         "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
@@ -156,7 +187,9 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     check_writable("--output_dir", training_args.output_dir, needed_bytes=weights)
 
     # --- Transforms ---
+    columns = (data_args.image_column_name, data_args.label_column_name)
     mode = "L" if num_image_channels(model.config) == 1 else "RGB"
+    prepared = partial(prepare, columns=columns, mode=mode, processor=processor)
     augmentation = transforms.Compose(
         [
             transforms.RandomHorizontalFlip(data_args.horizontal_flip),
@@ -165,14 +198,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         ]
     )
 
-    def prepare(example, transform=None):
-        image = to_mode(example[data_args.image_column_name], mode)
-        image = image if transform is None else transform(image)
-        pixel_values = processor(image, return_tensors="pt")["pixel_values"][0]
-        return {"pixel_values": pixel_values, "labels": example[data_args.label_column_name]}
-
     train_dataset = SeededAugmentation(
-        splits["train"], lambda example: prepare(example, augmentation), seed=training_args.seed
+        splits["train"], partial(prepared, transform=augmentation), seed=training_args.seed
     )
 
     # --- Train ---
@@ -181,7 +208,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             model=model,
             args=training_args,
             train_dataset=train_dataset,
-            eval_dataset=SeededAugmentation(splits["validation"], prepare, seed=training_args.seed),
+            eval_dataset=SeededAugmentation(splits["validation"], prepared, seed=training_args.seed),
             data_collator=collate,
             processing_class=processor,
         )

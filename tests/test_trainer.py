@@ -1,7 +1,7 @@
 import copy
 import json
 import math
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -256,17 +256,27 @@ def test_activation_checkpointing_changes_nothing(make_trainer, family):
 # --- Data ---
 
 
-class SlowImages(Images):
-    def __getitem__(self, index):
-        time.sleep(0.02)
-        return super().__getitem__(index)
+def test_waiting_for_batches_is_counted_and_nothing_else(make_trainer, monkeypatch):
+    """On a clock that only the data and the training step move."""
+    clock = {"now": 0.0}
+    monkeypatch.setattr("hf_rft.trainer.time", SimpleNamespace(perf_counter=lambda: clock["now"]))
 
+    class SlowImages(Images):
+        def __getitem__(self, index):
+            clock["now"] += 1
+            return super().__getitem__(index)
 
-def test_waiting_for_batches_is_counted(make_trainer):
-    trainer = make_trainer(count=16, trainer_options={"train_dataset": SlowImages(16)}, max_steps=2)
-    trainer.remove_callback(AlarmCallback)
+    class SlowTrainer(RobustTrainer):
+        def training_step(self, *args, **kwargs):
+            clock["now"] += 100
+            return super().training_step(*args, **kwargs)
+
+    options = {"trainer_class": SlowTrainer, "trainer_options": {"train_dataset": SlowImages(16)}}
+    trainer = make_trainer(count=16, max_steps=2, **options)
+    trainer.remove_callback(AlarmCallback)  # whose probe reads images of its own
     trainer.train()
-    assert trainer._seconds_for_data >= 16 * 0.02
+    assert trainer._seconds_for_data == 16
+    assert clock["now"] == 216
 
 
 # --- Precision of the attack ---

@@ -1,7 +1,5 @@
 """The benchmark of a whole run: what it counts, and what it makes of finished runs."""
 
-import json
-
 import pytest
 
 
@@ -21,17 +19,44 @@ def test_counted_passes(run_cost):
     assert run_cost.counted_passes("hinge_fewer_steps", 7) == pytest.approx(1 / 4 + on_ramp / 2 + 8 / 4, abs=1e-2)
 
 
-def test_finished_runs_are_not_repeated_and_compared_by_seed(run_cost, tmp_path, capsys):
+@pytest.fixture
+def made(run_cost, monkeypatch):
+    """In place of runs: what they would have found, and which were made."""
     seconds = {"constant": (100, 200), "hinge": (80, 150), "hinge_fewer_steps": (60, 110)}
-    for arm, of_seeds in seconds.items():
-        (tmp_path / arm).mkdir()
-        for seed, time in enumerate(of_seeds):
-            expected = {"constant": 0.1, "hinge": 0.7, "hinge_fewer_steps": 0.69 + 0.02 * seed}[arm]
-            found = {"seconds": time, "whole_seconds": time + 100, "accuracies": {"0": 0.8}, "robust": 0.5}
-            (tmp_path / arm / f"seed{seed}.json").write_text(json.dumps({**found, "expected": expected}))
+    made = []
+
+    def run(config, seed, folder, flags, threads):
+        made.append((folder.name, seed))
+        (folder / config.stem / f"seed{seed}").mkdir(parents=True)
+        return folder.name, seed
+
+    def read(finished):
+        arm, seed = finished
+        expected = {"constant": 0.1, "hinge": 0.7, "hinge_fewer_steps": 0.69 + 0.02 * seed}[arm]
+        return {"seconds": seconds[arm][seed], "accuracies": {"0": 0.8}, "robust": 0.5, "expected": expected}
+
+    monkeypatch.setattr(run_cost.compare, "run", run)
+    monkeypatch.setattr(run_cost.compare, "read", read)
+    return made
+
+
+def test_runs_are_compared_by_seed(run_cost, made, tmp_path, capsys):
     run_cost.main(["--seeds", "0", "1", "--output_dir", str(tmp_path)])
+    assert len(made) == 6
     *_, constant, hinge, fewer = capsys.readouterr().out.splitlines()
-    assert constant.startswith("| constant | 150 (100–200) | 1.000 (1.000–1.000) | 1.000 | 250 (200–300) |")
+    assert constant.startswith("| constant | 150 (100–200) | 1.000 (1.000–1.000) | 1.000 | ")
     assert hinge.startswith("| hinge | 115 (80–150) | 0.775 (0.750–0.800) | 0.781 |")
     assert fewer.startswith("| hinge_fewer_steps | 85 (60–110) | 0.575 (0.550–0.600) |")
     assert fewer.endswith("| 80.0 ± 0.0 | 50.0 ± 0.0 | 70.0 ± 1.4 | -1.0, +1.0 |")
+
+
+def test_only_the_same_run_is_not_repeated(run_cost, made, tmp_path):
+    flags = ["--seeds", "0", "--output_dir", str(tmp_path)]
+    for _ in range(2):
+        run_cost.main(flags)
+    assert len(made) == 3
+    run_cost.main([*flags, "--attack_steps", "3"])
+    assert len(made) == 6
+    (tmp_path / "hinge" / "seed0.json").unlink()  # the run is there, its time is not
+    run_cost.main([*flags, "--attack_steps", "3"])
+    assert made[6:] == [("hinge", 0)]

@@ -108,3 +108,25 @@ def test_roofline_of_operations_that_can_be_counted_by_hand(train_step):
     assert computing > 4 * (20 * 30 + 30 * 40 + 20 * 40) / 1e4
     assert reading["roofline_seconds"] == pytest.approx(computing + moving)
     assert reading["moving_seconds"] == pytest.approx(moving)
+
+
+def test_roofline_counts_what_must_be_read(train_step):
+    """Where the weights need no gradient, backward does not read the images; a copy does not read its target."""
+    instruments, roofs = train_step.instruments, train_step.instruments.Roofs(flops=1e12, bandwidth=4.0)
+    images, weight = torch.ones(1, 2, 6, 6, requires_grad=True), torch.ones(3, 2, 3, 3)
+    output, ones = torch.nn.functional.conv2d(images, weight), torch.ones(1, 3, 4, 4)
+    for operation, numbers in (
+        (lambda: torch.autograd.grad(output, images, ones), 3 * 16 + 54 + 72),
+        (lambda: torch.empty(5, 4).copy_(images.detach()[0, 0, :5, :4]), 20 + 20),
+    ):
+        reading = {}
+        with instruments.roofline(torch.device("cpu"), reading, roofs=roofs):
+            operation()
+        assert reading["moving_seconds"] == pytest.approx(numbers)
+
+
+def test_what_was_compiled_is_told_apart(train_step):
+    assert train_step.parse_args(["--torch_compile_mode", "reduce-overhead"]).torch_compile
+    names = {train_step.file_name(train_step.parse_args(flags)) for flags in ([], ["--torch_compile"])}
+    names |= {train_step.file_name(train_step.parse_args(["--torch_compile_mode", "reduce-overhead"]))}
+    assert len(names) == 3

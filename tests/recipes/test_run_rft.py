@@ -2,8 +2,12 @@
 
 import json
 import os
+import pickle
 import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +230,38 @@ def test_sigterm_ends_the_recipe_and_resume_auto_goes_on(small_run, tmp_path, mo
     assert state["global_step"] == 4
     report = RobustnessReport.load(tmp_path / "out" / "robustness.json")
     assert "train_mode" not in report.flags
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="there are no process groups")
+def test_sigterm_to_the_whole_group_spares_the_workers(small_run, tmp_path):
+    """As `torchrun` sends it: training would end with an error if the processes that prepare batches died."""
+    small_run[small_run.index("--max_steps") + 1] = "100000"
+    flags = [*small_run, "--save_total_limit", "2", "--dataloader_num_workers", "1"]
+    command = [sys.executable, str(RECIPES / "run_rft.py"), *flags]
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+    try:
+        while process.poll() is None and not (tmp_path / "out" / "checkpoint-2").exists():
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=120) == 75, (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+
+
+def test_workers_of_other_start_methods_get_what_they_need(small_run, monkeypatch):
+    """Where processes are not forked, dataset and collator reach them pickled."""
+
+    def train(self, **_):
+        for one in (self.train_dataset, self.eval_dataset, self.data_collator):
+            pickle.dumps(one)
+        raise AlarmRaised("enough")
+
+    monkeypatch.setattr(RobustTrainer, "train", train)
+    with pytest.raises(SystemExit) as exit_info:
+        run_rft.main(small_run)
+    assert exit_info.value.code == 3
 
 
 @pytest.mark.parametrize(("error", "status"), [(AlarmRaised("It fails."), 3), (NonFiniteError("It fails."), 3)])
