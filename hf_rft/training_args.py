@@ -100,7 +100,8 @@ class RobustTrainingArguments(TrainingArguments):
             Seconds after which an upload is given up. None: five minutes plus the time it takes at 250 kB/s.
 
     Activation checkpointing applies to the update, not to the attack before it, which runs in evaluation mode on the
-    bare model. `torch_compile` applies to both: the pass that an attack repeats is a graph of its own.
+    bare model. `torch_compile` applies to both: the pass that an attack repeats is a graph of its own. (CUDA graphs,
+    `torch_compile_mode="reduce-overhead"`, allow no `gradient_accumulation_steps`, a limit of torch.)
 
     > [!NOTE]
     > Two arguments have another default than in [`~transformers.TrainingArguments`]. `remove_unused_columns` is
