@@ -70,7 +70,9 @@ class ResumeMixin(Trainer):
     def _get_dataloader(self, *args, **kwargs):
         dataloader = super()._get_dataloader(*args, **kwargs)
         if self.args.dataloader_num_workers > 0:
-            dataloader.worker_init_fn = partial(start_worker_in_own_group, dataloader.worker_init_fn)
+            # Behind accelerate's adapter, which reads attributes of the loader it holds, but does not set them.
+            loader = getattr(dataloader, "base_dataloader", dataloader)
+            loader.worker_init_fn = partial(start_worker_in_own_group, loader.worker_init_fn)
         return dataloader
 
     def find_checkpoint(self) -> Path | None:

@@ -154,3 +154,17 @@ def test_all_processes_stop_at_the_same_step(tmp_path):
     assert first["resumed_is_exact"] and second["resumed_is_exact"]
     assert "in micro-batch 1 of optimizer step 2: on another process." in first["not_finite"]
     assert "in micro-batch 1 of optimizer step 2: nan for examples [0, 1, 2, 3] of the batch." in second["not_finite"]
+
+
+@pytest.mark.skipif(not hasattr(os, "setpgrp"), reason="there are no process groups")
+@pytest.mark.parametrize("loader", ["get_train_dataloader", "get_eval_dataloader"])
+def test_workers_have_a_process_group_of_their_own(make_trainer, loader):
+    class Groups(Images):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), "labels": os.getpgrp()}
+
+    options = {"train_dataset": Groups(8), "eval_dataset": Groups(8)}
+    trainer = make_trainer(trainer_options=options, dataloader_num_workers=1)
+    trainer.data_collator = lambda examples: {"groups": [example["labels"] for example in examples]}
+    groups = {group for batch in getattr(trainer, loader)() for group in batch["groups"]}
+    assert len(groups) == 1 and groups != {os.getpgrp()}

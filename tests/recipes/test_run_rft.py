@@ -237,6 +237,7 @@ def test_sigterm_ends_the_recipe_and_resume_auto_goes_on(small_run, tmp_path, mo
 def test_sigterm_to_the_whole_group_spares_the_workers(small_run, tmp_path):
     """As `torchrun` sends it: training would end with an error if the processes that prepare batches died."""
     small_run[small_run.index("--max_steps") + 1] = "100000"
+    small_run[small_run.index("--per_device_train_batch_size") + 1] = "1"  # each epoch, of 24 steps, has a new worker
     flags = [*small_run, "--save_total_limit", "2", "--dataloader_num_workers", "1"]
     command = [sys.executable, str(RECIPES / "run_rft.py"), *flags]
     with (tmp_path / "log").open("w") as log:
