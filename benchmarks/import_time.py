@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 
+from instruments import median_and_range
+
 
 STATEMENTS = ("from transformers import Trainer", "import hf_rft", "from hf_rft import RobustTrainer")
 
@@ -34,8 +36,7 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     print("| statement | seconds | to the first (range) |\n| --- | --- | --- |")
     for statement, of_rounds in times.items():
         ratios = [one / first for one, first in zip(of_rounds, times[STATEMENTS[0]], strict=True)]
-        spread = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}–{max(ratios):.3f})"
-        print(f"| `{statement}` | {statistics.median(of_rounds):.2f} | {spread} |")
+        print(f"| `{statement}` | {statistics.median(of_rounds):.2f} | {median_and_range(ratios)} |")
     return times
 
 

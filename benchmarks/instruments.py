@@ -5,6 +5,7 @@ Each instrument is a context manager `(device, reading)` that puts what it found
 
 import contextlib
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -210,6 +211,10 @@ def _least_seconds(device: torch.device, function: Callable[[], Any]) -> float:
             function()
         times.append(reading[clock(device)])
     return min(times)
+
+
+def median_and_range(values: list[float], digits: int = 3) -> str:
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
 def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:

@@ -13,11 +13,12 @@ import argparse
 import json
 import os
 import shutil
-import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from instruments import median_and_range
 
 
 ROOT = Path(__file__).parents[1]
@@ -39,13 +40,20 @@ ARMS: dict[str, tuple[str, list[str]]] = {
 HINGES = {"start": 0.25, "end": 0.75}  # of the recipe
 
 
+SCHEDULES = {"constant": get_epsilon_schedule("constant"), "hinge": get_epsilon_schedule("hinge", **HINGES)}
+
+
+def attack_at(arm: str, progress: float, attack_steps: int) -> tuple[float, int]:
+    """Multiplier of epsilon and attack steps; there is no attack where the first is 0."""
+    recipe, takes_fewer = ARMS[arm]
+    multiplier = SCHEDULES[recipe](progress)
+    return multiplier, scaled_steps(attack_steps, multiplier) if takes_fewer else attack_steps
+
+
 def counted_passes(arm: str, attack_steps: int, total: int = 10_000) -> float:
     """Passes forward and backward of an average training step."""
-    recipe, flags = ARMS[arm]
-    schedule = get_epsilon_schedule("constant") if recipe == "constant" else get_epsilon_schedule("hinge", **HINGES)
-    multipliers = [schedule(step / total) for step in range(total)]
-    steps = [scaled_steps(attack_steps, multiplier) if flags else attack_steps for multiplier in multipliers]
-    return 1 + sum(k for k, multiplier in zip(steps, multipliers, strict=True) if multiplier > 0) / total
+    attacks = [attack_at(arm, step / total, attack_steps) for step in range(total)]
+    return 1 + sum(steps for multiplier, steps in attacks if multiplier > 0) / total
 
 
 def run(arm: str, seed: int, args: argparse.Namespace, extra: list[str]) -> dict[str, Any]:
@@ -55,21 +63,17 @@ def run(arm: str, seed: int, args: argparse.Namespace, extra: list[str]) -> dict
     flags = ["--attack_steps", str(args.attack_steps), "--eval_strategy", "no", *flags, *extra]
     inputs = {"config": config.read_text(), "flags": flags, "threads": args.threads}
     result = folder / f"seed{seed}.json"
-    if result.is_file() and json.loads(result.read_text())["inputs"] == inputs:
-        return json.loads(result.read_text())
+    if result.is_file() and (known := json.loads(result.read_text()))["inputs"] == inputs:
+        return known
     shutil.rmtree(folder / config.stem / f"seed{seed}", ignore_errors=True)  # of a run whose time nobody knows
     start = time.perf_counter()
     finished = compare.run(config, seed, folder, flags, args.threads)
     whole = time.perf_counter() - start
     found = compare.read(finished)
     found = {name: found[name] for name in ("seconds", "accuracies", "robust", "expected")}
-    result.write_text(json.dumps({"inputs": inputs, "whole_seconds": whole, **found}, indent=1))
-    return json.loads(result.read_text())
-
-
-def spread(values: list[float], digits: int = 3) -> str:
-    """Median and range."""
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+    record = {"inputs": inputs, "whole_seconds": whole, **found}
+    result.write_text(json.dumps(record, indent=1))
+    return record
 
 
 def table(runs: dict[str, list[dict[str, Any]]], attack_steps: int) -> str:
@@ -93,9 +97,9 @@ def table(runs: dict[str, list[dict[str, Any]]], attack_steps: int) -> str:
             )
         ]
         rows.append(
-            [arm, spread([one["seconds"] for one in of_seeds], 0), spread(training)]
+            [arm, median_and_range([one["seconds"] for one in of_seeds], 0), median_and_range(training)]
             + [f"{counted_passes(arm, attack_steps) / counted_passes('constant', attack_steps):.3f}"]
-            + [spread([one["whole_seconds"] for one in of_seeds], 0), spread(whole), *accuracies]
+            + [median_and_range([one["whole_seconds"] for one in of_seeds], 0), median_and_range(whole), *accuracies]
             + [", ".join(f"{point:+.1f}" for point in points)]
         )
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

@@ -17,41 +17,43 @@ import tempfile
 import time
 from pathlib import Path
 
+from instruments import median_and_range
 from transformers import TrainerCallback
 
-from hf_rft import RobustTrainer, get_epsilon_schedule
+from hf_rft import RobustTrainer
 from hf_rft.probe import LEAST_PROBES
-from hf_rft.schedules import scaled_steps
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import run_rft  # noqa: E402  a recipe
-from run_cost import ARMS, HINGES, RECIPE, counted_passes  # noqa: E402
+from run_cost import ARMS, RECIPE, attack_at, counted_passes  # noqa: E402
 
 
 NAMES = list(ARMS)
 RUN_STEPS = 384  # of the recipe
 
 
+def arm_of(step: int) -> str:
+    """Whose turn the step is that follows after `step` steps."""
+    return NAMES[step % len(NAMES)]
+
+
 class InTurns(RobustTrainer):
     """Its steps belong to the schedules in turn."""
 
     @property
-    def _arm(self) -> str:
-        return NAMES[self.state.global_step % len(NAMES)]
+    def _attack_due(self) -> tuple[float, int]:
+        progress = (self.state.global_step // len(NAMES)) / (self.state.max_steps // len(NAMES))
+        return attack_at(arm_of(self.state.global_step), progress, self.args.attack_steps)
 
     @property
     def _multiplier(self) -> float:
-        rounds = self.state.max_steps // len(NAMES)
-        recipe, _ = ARMS[self._arm]
-        schedule = get_epsilon_schedule(recipe, **(HINGES if recipe == "hinge" else {}))
-        return schedule((self.state.global_step // len(NAMES)) / rounds)
+        return self._attack_due[0]
 
     @property
     def _scheduled_steps(self) -> int:
-        _, takes_fewer = ARMS[self._arm]
-        return scaled_steps(self.args.attack_steps, self._multiplier) if takes_fewer else self.args.attack_steps
+        return self._attack_due[1]
 
 
 class Stopwatch(TrainerCallback):
@@ -80,7 +82,7 @@ class Stopwatch(TrainerCallback):
         self.start()
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.add(NAMES[(state.global_step - 1) % len(NAMES)])
+        self.add(arm_of(state.global_step - 1))
 
 
 class Stopped(Exception):
@@ -97,7 +99,7 @@ def run(seed: int, args: argparse.Namespace, extra: list[str]) -> Stopwatch:
             raise Stopped
 
         def _probe(self):
-            stopwatch.add(self._arm)
+            stopwatch.add(arm_of(self.state.global_step))
             found = super()._probe()
             stopwatch.probes.append(stopwatch.lap())
             return found
@@ -126,7 +128,7 @@ def table(runs: list[Stopwatch], args: argparse.Namespace) -> str:
         both = [one.seconds_of_run(name, args.rounds) / one.seconds_of_run("constant", args.rounds) for one in runs]
         seconds = statistics.median(one.steps[name][0] / args.rounds for one in runs)
         counted = counted_passes(name, args.attack_steps) / counted_passes("constant", args.attack_steps)
-        columns = [f"{statistics.median(one):.3f} ({min(one):.3f}–{max(one):.3f})" for one in (clock, processor, both)]
+        columns = [median_and_range(one) for one in (clock, processor, both)]
         lines.append(f"| {name} | {seconds:.3f} | {' | '.join(columns)} | {counted:.3f} |")
     return "\n".join(lines)
 

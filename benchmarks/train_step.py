@@ -179,13 +179,14 @@ def measure(args: argparse.Namespace, roofs: Roofs) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         options = arguments(args, folder)
         others = {PLAIN: plain_contender(copy.deepcopy(model), options, batch)}
-        for name, loop in training_loops.loops(args.attack, args.loss).items():
+        loops = training_loops.loops(args.attack, args.loss)
+        for name, loop in loops.items():
             others[name] = loop_contender(loop, copy.deepcopy(model), options, batch, settings, autocast)
         (other,) = set(MEMORY_FORMATS) - {args.memory_format}
         if (args.attack, args.loss) == ("pgd", "at"):
             in_other = batch._replace(pixel_values=pixel_values.contiguous(memory_format=MEMORY_FORMATS[other]))
             others[f"{IDEAL}, {other}"] = loop_contender(
-                training_loops.loops(args.attack, args.loss)[IDEAL],
+                loops[IDEAL],
                 copy.deepcopy(model).to(memory_format=MEMORY_FORMATS[other]),
                 options,
                 in_other,

@@ -41,7 +41,8 @@ class DistributedMixin(Trainer):
         dynamo = self.accelerator.state.dynamo_plugin
         if dynamo is not None and dynamo.backend != DynamoBackend.NO:
             # A graph for each size of a batch, never one for any size, which is slower: there are few sizes.
-            dynamo.dynamic = False if dynamo.dynamic is None else dynamo.dynamic
+            if dynamo.dynamic is None:
+                dynamo.dynamic = False
             # The pass that an attack repeats; nothing in it depends on epsilon. It is not folded: inductor fuses
             # BatchNorm, and CUDA graphs want weights that stay where they are.
             # torch keeps a limited number of graphs of a function: those of earlier trainers make room.

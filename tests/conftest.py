@@ -75,6 +75,10 @@ def make_model(family: str, seed: int = 0):
     return AutoModelForImageClassification.from_config(CONFIGS[family]())
 
 
+def weights(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
 def without_dropout(model):
     """Dropout draws other masks for other batch sizes."""
     for module in model.modules():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Images, make_model, without_dropout
+from conftest import Images, make_model, weights, without_dropout
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
@@ -25,10 +25,6 @@ def no_graphs_of_other_tests():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
-
-
-def weights(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.slow

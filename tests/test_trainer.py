@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import NUM_LABELS, SIZE, Images, make_model, without_dropout
+from conftest import NUM_LABELS, SIZE, Images, make_model, weights, without_dropout
 from transformers import TrainerCallback, ViTImageProcessor
 
 from hf_rft import EpsilonScheduleCallback, RobustTrainer
@@ -16,10 +16,6 @@ from hf_rft.losses import LOSSES, trades_loss
 
 
 ALL_FAMILIES = ["vit", "swin", "convnext", "resnet", "dinov2", "timm"]
-
-
-def weights(model):
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def assert_close(actual, expected, name, **tolerances):
