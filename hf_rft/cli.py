@@ -86,7 +86,9 @@ def _as_flags(entries: Mapping[str, Any], lists: set[str]) -> list[str]:
     """The entries of a file as words of a command line; null leaves the default."""
     words = []
     for name, value in entries.items():
-        if isinstance(value, list) and name in lists:
+        if isinstance(value, list):
+            if name not in lists:
+                raise ValueError(f"`{name}: {value}` is a list, but `{name}` takes one value.")
             words += [f"--{name}", *map(str, value)]
         elif value is not None:  # in one word, so that a value may begin with a dash
             words.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")

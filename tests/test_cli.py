@@ -143,7 +143,7 @@ def test_config_in_one_word_and_default_config(parse, tmp_path):
         ("seed: -1\n", [], "`seed=-1` is negative."),
         ("- a\n- b\n", [], "must hold `name: value` lines, got list"),
         ("", [], "must hold `name: value` lines, got NoneType"),
-        ("rate: [1, 2]\n", [], "argument --rate: invalid float value: '[1, 2]'"),
+        ("rate: [1, 2]\n", [], "`rate: [1, 2]` is a list, but `rate` takes one value"),
         ("seed: 1\nrate: 2\nseed: 3\n", [], "config.yaml is not valid YAML: the key 'seed' stands in it twice."),
         ("a: [1\n", [], "is not valid YAML"),
         (None, ["--config", "missing.yaml"], "No such file or directory: 'missing.yaml'"),

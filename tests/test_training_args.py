@@ -89,7 +89,10 @@ def test_numbers_are_accepted_where_yaml_gives_them(make_args):
         ({"epsilon_schedule_kwargs": {"end": 1.5}}, "`end=1.5` is not a share of training"),
         ({"epsilon_schedule_kwargs": {"begin": 0.1}}, r"takes \['start', 'end'\], got \['begin'\]"),
         ({"epsilon_schedule_kwargs": "start=0.1"}, "`epsilon_schedule_kwargs='start=0.1'` is not a JSON object"),
-        ({"epsilon_schedule_interval": "batch"}, r"`epsilon_schedule_interval='batch'` is unknown; choose one of \['step', 'epoch'\]"),
+        (
+            {"epsilon_schedule_interval": "batch"},
+            r"`epsilon_schedule_interval='batch'` is unknown; choose one of \['step', 'epoch'\]",
+        ),
         ({"eval_epsilons": ["1/255", "4/255"]}, "`eval_epsilons=.* must start with 0 and increase strictly"),
         ({"eval_epsilons": ["0", "4/255", "2/255"]}, "`eval_epsilons=.* must start with 0 and increase strictly"),
         ({"eval_epsilons": ["0", "2/255"]}, "does not hold `epsilon='4/255'`"),
