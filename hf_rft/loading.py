@@ -1,6 +1,7 @@
 """Models and datasets by name: what the libraries say when that fails, with the argument that caused it."""
 
 import contextlib
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,10 +9,6 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .untrusted import load_classifier, load_config
-
-
-# Of a message that goes on for pages.
-MAX_CHARACTERS = 500
 
 
 @contextlib.contextmanager
@@ -23,17 +20,11 @@ def naming(argument: str, value: Any, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = error
-        while cause.__cause__ is not None and isinstance(cause.__cause__, Exception):
-            cause = cause.__cause__
-        words = " ".join(str(error).split()) or type(error).__name__
-        if cause is not error and str(cause) not in words:
-            words += f" Cause: {type(cause).__name__}: {' '.join(str(cause).split())}"
-        if len(words) > MAX_CHARACTERS:
-            words = f"{words[:MAX_CHARACTERS]} ..."
-        raise ValueError(f"{argument} {value!r} cannot be loaded; {remedy}. ({type(error).__name__}: {words})") from (
-            error
-        )
+        reason, cause = f"{type(error).__name__}: {error}", error.__cause__
+        while cause is not None:  # `datasets` says only there what was wrong
+            reason, cause = f"{reason} Cause: {type(cause).__name__}: {cause}", cause.__cause__
+        reason = textwrap.shorten(reason, 500, placeholder=" ...")
+        raise ValueError(f"{argument} {value!r} cannot be loaded; {remedy}. ({reason})") from error
 
 
 def load_model_and_processor(

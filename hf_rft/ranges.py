@@ -1,24 +1,16 @@
 """Numbers a user gives: of the right type, finite, and in a range in which they mean something."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import Any, NamedTuple, cast
-
-
-# The least number that is too large, for what only has to be finite and for what only has to be countable.
-HUGE, COUNTLESS = 1e9, 10**9
-
-# What numpy's generators take, and with them `set_seed`.
-LARGEST_SEED = 2**32 - 1
 
 
 class Range(NamedTuple):
     """Numbers from `lowest` to `highest`, both included unless `is_open`, which leaves `lowest` out."""
 
     lowest: float
-    highest: float
+    highest: float = 1e9  # keeps infinity out
     is_whole: bool = False
     is_open: bool = False
     hint: str = ""  # ends the message
@@ -31,19 +23,16 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         kind = "a whole number" if self.is_whole else "a number"
-        if self.is_open:
-            return f"{kind} above {self.lowest:g} and at most {self.highest:.10g}{self.hint}"
-        return f"{kind} from {self.lowest:g} to {self.highest:.10g}{self.hint}"
+        bounds = f"above {self.lowest:g} and at most" if self.is_open else f"from {self.lowest:g} to"
+        return f"{kind} {bounds} {self.highest:.10g}{self.hint}"
 
 
-POSITIVE = Range(0, HUGE, is_open=True)
-NOT_NEGATIVE = Range(0, HUGE)
+POSITIVE = Range(0, is_open=True)
+NOT_NEGATIVE = Range(0)
 SHARE = Range(0, 1)
-COUNT = Range(1, COUNTLESS, is_whole=True)
-COUNT_OR_NONE = Range(0, COUNTLESS, is_whole=True)
-SEED = Range(0, LARGEST_SEED, is_whole=True)
-YEAR = 365 * 24 * 60 * 60
-SECONDS = Range(0, YEAR, is_open=True)
+COUNT = Range(1, is_whole=True)
+SEED = Range(0, 2**32 - 1, is_whole=True)  # what numpy's generators take, and with them `set_seed`
+SECONDS = Range(0, 365 * 24 * 60 * 60, is_open=True)  # an operating system waits no longer
 
 
 def check_ranges(arguments: Any, ranges: Mapping[str, Range], *, is_flag: bool = False) -> None:
@@ -63,8 +52,6 @@ def check_ranges(arguments: Any, ranges: Mapping[str, Range], *, is_flag: bool =
     defaults = {field.name: field.default for field in dataclasses.fields(arguments)}
     for name, allowed in ranges.items():
         value = getattr(arguments, name)
-        if (value is None and defaults[name] is None) or value in allowed:
-            continue
-        written = f"--{name} {value}" if is_flag else f"`{name}={value!r}`"
-        reason = " (not finite)" if isinstance(value, float) and not math.isfinite(value) else ""
-        raise ValueError(f"{written} must be {allowed}{reason}.")
+        if value not in allowed and not (value is None and defaults[name] is None):
+            written = f"--{name} {value}" if is_flag else f"`{name}={value!r}`"
+            raise ValueError(f"{written} must be {allowed}.")

@@ -20,17 +20,6 @@ from transformers.utils.generic import ExplicitEnum
 EpsilonSchedule = Callable[[float], float]
 
 
-class EpsilonScheduleType(ExplicitEnum):
-    """Names of the built-in schedules, as used by `RobustTrainingArguments.epsilon_schedule_type`."""
-
-    CONSTANT = "constant"
-    LINEAR = "linear"
-    HINGE = "hinge"
-    COSINE = "cosine"
-    SMOOTHED = "smoothed"
-    PIECEWISE = "piecewise"
-
-
 def _ramp(progress: float, start: float, end: float) -> float:
     """0 before `start`, 1 from `end` on, linear in between; a jump where the two coincide."""
     if progress >= end:
@@ -120,22 +109,26 @@ def scaled_steps(steps: int, multiplier: float) -> int:
     return min(max(1, math.ceil(round(steps * multiplier, 9))), steps)
 
 
-TYPE_TO_EPSILON_SCHEDULE: dict[EpsilonScheduleType, Callable[..., EpsilonSchedule]] = {
-    EpsilonScheduleType.CONSTANT: constant,
-    EpsilonScheduleType.LINEAR: linear,
-    EpsilonScheduleType.HINGE: hinge,
-    EpsilonScheduleType.COSINE: cosine,
-    EpsilonScheduleType.SMOOTHED: smoothed,
-    EpsilonScheduleType.PIECEWISE: piecewise,
+# The names the command line knows. In Python, pass any function of progress instead.
+SCHEDULES: dict[str, Callable[..., EpsilonSchedule]] = {
+    "constant": constant,
+    "linear": linear,
+    "hinge": hinge,
+    "cosine": cosine,
+    "smoothed": smoothed,
+    "piecewise": piecewise,
 }
 
+# The same names as an enumeration: `EpsilonScheduleType.HINGE`.
+EpsilonScheduleType = ExplicitEnum("EpsilonScheduleType", {name.upper(): name for name in SCHEDULES}, module=__name__)
 
-def get_epsilon_schedule(name: str | EpsilonScheduleType, **kwargs) -> EpsilonSchedule:
+
+def get_epsilon_schedule(name: str, **kwargs) -> EpsilonSchedule:
     """Build a schedule by name.
 
     Args:
         name (`str` or [`EpsilonScheduleType`]):
-            `"constant"`, `"linear"`, `"hinge"`, `"cosine"`, `"smoothed"` or `"piecewise"`.
+            A name in `SCHEDULES`.
         kwargs:
             The schedule's own arguments, all shares of training in [0, 1] (`start`, `end`, ...).
 
@@ -156,15 +149,14 @@ def get_epsilon_schedule(name: str | EpsilonScheduleType, **kwargs) -> EpsilonSc
 
     ```
     """
-    valid_names = [schedule_type.value for schedule_type in EpsilonScheduleType]
-    if name not in valid_names:
-        raise ValueError(f"`epsilon_schedule_type={name!r}` is unknown; choose one of {valid_names}.")
-    factory = TYPE_TO_EPSILON_SCHEDULE[EpsilonScheduleType(name)]
+    if name not in SCHEDULES:
+        raise ValueError(f"`epsilon_schedule_type={name!r}` is unknown; choose one of {list(SCHEDULES)}.")
+    factory = SCHEDULES[name]
+    signature = inspect.signature(factory)
     try:
-        bound = inspect.signature(factory).bind(**kwargs)
+        bound = signature.bind(**kwargs)
     except TypeError as error:
         raise ValueError(
-            f"The {str(EpsilonScheduleType(name).value)!r} epsilon schedule takes "
-            f"{list(inspect.signature(factory).parameters)}, got {sorted(kwargs)}: {error}."
+            f"The {name!r} epsilon schedule takes {list(signature.parameters)}, got {sorted(kwargs)}: {error}."
         ) from error
     return functools.partial(factory, **bound.kwargs)()

@@ -3,7 +3,9 @@
 All tensors are images of shape `(batch, channels, height, width)` with pixels in [0, 1], and so are distances.
 """
 
+import itertools
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -64,13 +66,44 @@ def format_epsilon(epsilon: Fraction) -> str:
     return str(epsilon)
 
 
+def parse_epsilons(norm: str, epsilons: Iterable[Any], *, argument: str = "epsilons") -> list[Fraction]:
+    """Read a grid of perturbation strengths exactly.
+
+    Args:
+        norm (`str`):
+            A name in `NORMS`.
+        epsilons (`Iterable` of `str`, number or `Fraction`):
+            Increasing, from 0.
+        argument (`str`, *optional*, defaults to `"epsilons"`):
+            What messages call the grid.
+
+    Raises:
+        ValueError: if it is no such grid, or the norm is unknown, or an epsilon of L-inf is above 1.
+    """
+    example = "['0', '2/255', '4/255']"
+    if isinstance(epsilons, str) or not isinstance(epsilons, Iterable):
+        raise ValueError(f"`{argument}={epsilons!r}` must be a list, for example {example}.")
+    epsilons = list(epsilons)
+    ThreatModel(norm, 0)  # an unknown norm
+    try:
+        grid = [ThreatModel(norm, epsilon).epsilon for epsilon in epsilons]
+    except ValueError as error:
+        raise ValueError(f"`{argument}` holds a wrong value: {error}") from error
+    if len(grid) < 2 or grid[0] != 0 or any(a >= b for a, b in itertools.pairwise(grid)):
+        raise ValueError(
+            f"`{argument}={[str(epsilon) for epsilon in epsilons]}` must start with 0 and increase strictly to at "
+            f"least one more, for example {example}."
+        )
+    return grid
+
+
 @dataclass(eq=False)
 class ThreatModel:
     """All images within `epsilon` of the original in `norm`, and inside the box [0, 1].
 
     Args:
         norm (`str`):
-            `"linf"`, `"l2"` or `"l1"`.
+            A name in `NORMS`.
         epsilon (`str`, number, `Fraction`, or `torch.Tensor` of shape `(batch,)`):
             Radius of the ball, in pixels scaled to [0, 1]. Kept as an exact `Fraction`; a tensor gives every example a
             radius of its own, and its values are not looked at.

@@ -1,25 +1,34 @@
 """`RobustTrainingArguments`: everything about robust fine-tuning that is an argument."""
 
+import dataclasses
+import json
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from .argument_values import check_scheduler, check_values
 from .attacks import ATTACKS, TRAINING_ATTACKS
 from .callbacks import EpsilonScheduleCallback
 from .losses import LOSSES
-from .schedules import EpsilonSchedule, get_epsilon_schedule
-from .threat_model import ThreatModel, format_epsilon, parse_epsilon
+from .ranges import COUNT, NOT_NEGATIVE, POSITIVE, SECONDS, check_ranges
+from .schedules import SCHEDULES, EpsilonSchedule, get_epsilon_schedule
+from .threat_model import NORMS, ThreatModel, format_epsilon, parse_epsilon, parse_epsilons
 
 
 # Learning rate schedules that follow `metric_for_best_model`, and expect it to fall.
 METRIC_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 ROBUST_METRICS = ("robust_accuracy", "expected_robustness")
+
+RANGES = {
+    "attack_steps": COUNT._replace(hint="; for training without an attack set `robust_loss='standard'`"),
+    "attack_step_size": POSITIVE._replace(hint="; it is relative to epsilon"),
+    "robust_loss_weight": NOT_NEGATIVE,
+    "eval_attack_steps": COUNT,
+    "hub_timeout": SECONDS,
+}
 
 
 @dataclass
@@ -31,14 +40,14 @@ class RobustTrainingArguments(TrainingArguments):
         > Parameters that control the threat model
 
         norm (`str`, *optional*, defaults to `"linf"`):
-            `"linf"`, `"l2"` or `"l1"`.
+            A name in `hf_rft.threat_model.NORMS`.
         epsilon (`str`, *optional*, defaults to `"4/255"`):
             Target perturbation strength, in pixels scaled to [0, 1]: a fraction or a decimal.
 
         > Parameters that control the training attack
 
         attack (`str`, *optional*, defaults to `"apgd"`):
-            `"fgsm"`, `"pgd"`, `"apgd"` (cross-entropy) or `"apgd_dlr"`.
+            A name in `hf_rft.attacks.TRAINING_ATTACKS`.
         attack_steps (`int`, *optional*, defaults to 7):
             Gradient evaluations per example; 1 for `"fgsm"`.
         attack_steps_schedule (`str`, *optional*, defaults to `"constant"`):
@@ -63,14 +72,14 @@ class RobustTrainingArguments(TrainingArguments):
         > Parameters that control the loss
 
         robust_loss (`str`, *optional*, defaults to `"at"`):
-            `"standard"` (plain fine-tuning), `"at"`, `"trades"` or `"mart"`.
+            A name in `hf_rft.losses.LOSSES`; `"standard"` is plain fine-tuning.
         robust_loss_weight (`float`, *optional*):
-            Weight of the regulariser of TRADES and MART. None: the published one.
+            Weight of the loss's regulariser, if it has one. None: the published one.
 
         > Parameters that control the epsilon schedule
 
         epsilon_schedule_type (`str`, *optional*, defaults to `"hinge"`):
-            `"constant"`, `"linear"`, `"hinge"`, `"cosine"`, `"smoothed"` or `"piecewise"`.
+            A name in `hf_rft.schedules.SCHEDULES`.
         epsilon_schedule_kwargs (`dict`, *optional*):
             Arguments of the schedule. None: its defaults, for `"hinge"` `{"start": 0.25, "end": 0.75}`.
         epsilon_schedule_interval (`str`, *optional*, defaults to `"step"`):
@@ -79,7 +88,8 @@ class RobustTrainingArguments(TrainingArguments):
         > Parameters that control the evaluation
 
         eval_attack (`str`, *optional*, defaults to `"apgd"`):
-            Attack of `evaluate`, at fixed epsilons whatever the training schedule.
+            A name in `hf_rft.attacks.ATTACKS`: the attack of `evaluate`, at fixed epsilons whatever the training
+            schedule.
         eval_attack_steps (`int`, *optional*, defaults to 10):
             Its gradient evaluations.
         eval_epsilons (`list[str]`, *optional*):
@@ -119,21 +129,19 @@ class RobustTrainingArguments(TrainingArguments):
         ValueError: naming the argument, its value and the remedy.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "epsilon_schedule_kwargs"]
-
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Remove columns not used by the model's forward from `datasets.Dataset`s."}
     )
 
     # --- Threat model ---
-    norm: str = field(default="linf", metadata={"help": "Norm of the perturbation.", "choices": ["linf", "l2", "l1"]})
+    norm: str = field(default="linf", metadata={"help": "Norm of the perturbation.", "choices": NORMS})
     epsilon: str = field(
         default="4/255",
         metadata={"help": "Target perturbation strength in pixels scaled to [0, 1], such as 8/255 or 0.03."},
     )
 
     # --- Training attack ---
-    attack: str = field(default="apgd", metadata={"help": f"Training attack, one of {', '.join(TRAINING_ATTACKS)}."})
+    attack: str = field(default="apgd", metadata={"help": "Training attack.", "choices": TRAINING_ATTACKS})
     attack_steps: int = field(default=7, metadata={"help": "Gradient evaluations of the training attack."})
     attack_steps_schedule: str = field(
         default="constant",
@@ -164,15 +172,14 @@ class RobustTrainingArguments(TrainingArguments):
     )
 
     # --- Loss ---
-    robust_loss: str = field(default="at", metadata={"help": f"Training loss, one of {', '.join(LOSSES)}."})
+    robust_loss: str = field(default="at", metadata={"help": "Training loss.", "choices": LOSSES})
     robust_loss_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the regulariser of trades and mart. Default: the published one."}
+        default=None, metadata={"help": "Weight of the loss's regulariser, if any. Default: the published one."}
     )
 
     # --- Epsilon schedule ---
     epsilon_schedule_type: str = field(
-        default="hinge",
-        metadata={"help": "How epsilon grows: constant, linear, hinge, cosine, smoothed or piecewise."},
+        default="hinge", metadata={"help": "How epsilon grows while training.", "choices": SCHEDULES}
     )
     epsilon_schedule_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -184,7 +191,7 @@ class RobustTrainingArguments(TrainingArguments):
     )
 
     # --- Robust evaluation ---
-    eval_attack: str = field(default="apgd", metadata={"help": f"Evaluation attack, one of {', '.join(ATTACKS)}."})
+    eval_attack: str = field(default="apgd", metadata={"help": "Evaluation attack.", "choices": ATTACKS})
     eval_attack_steps: int = field(default=10, metadata={"help": "Gradient evaluations of the evaluation attack."})
     eval_epsilons: list[str] | None = field(
         default=None,
@@ -208,14 +215,14 @@ class RobustTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        check_values(self)
+        check_ranges(self, RANGES)
+        self._check_choices()
+        self.epsilon_schedule_kwargs = _read_json("epsilon_schedule_kwargs", self.epsilon_schedule_kwargs)
         follows_metric = SchedulerType(self.lr_scheduler_type) in METRIC_SCHEDULERS
         if self.metric_for_best_model is None and self.load_best_model_at_end and not follows_metric:
             self.metric_for_best_model = "robust_accuracy" if self.eval_attack_during_training else None
         super().__post_init__()
-        check_scheduler(self)
         self.epsilon = str(self.epsilon)
-        self._check_choices()
         self._check_attack("attack", "attack_steps")
         self._check_attack("eval_attack", "eval_attack_steps")
         self._check_steps_schedule()
@@ -224,10 +231,6 @@ class RobustTrainingArguments(TrainingArguments):
         # Build once: a bad epsilon or schedule is an error now, not after the model was loaded.
         ThreatModel(self.norm, self.epsilon)
         EpsilonScheduleCallback(self.make_epsilon_schedule(), self.epsilon_schedule_interval)
-        if isinstance(self.eval_epsilons, str) or not isinstance(self.eval_epsilons, Iterable | None):
-            raise ValueError(f"`eval_epsilons={self.eval_epsilons!r}` must be a list such as ['0', '4/255', '8/255'].")
-        if self.eval_epsilons is not None:
-            self.eval_epsilons = [str(epsilon) for epsilon in self.eval_epsilons]
         self._check_eval_epsilons()
         self._check_supported()
 
@@ -240,24 +243,16 @@ class RobustTrainingArguments(TrainingArguments):
     def epsilon_grid(self) -> list[Fraction]:
         """The epsilons of the evaluation, exactly, in increasing order; the first is 0."""
         if self.eval_epsilons is None:
-            target = parse_epsilon(self.epsilon)
-            return sorted({target * share / 4 for share in range(5)})
-        try:
-            return [parse_epsilon(epsilon) for epsilon in self.eval_epsilons]
-        except ValueError as error:
-            raise ValueError(f"`eval_epsilons` holds a wrong value: {error}") from error
+            return [parse_epsilon(self.epsilon) * share / 4 for share in range(5)]
+        return parse_epsilons(self.norm, self.eval_epsilons, argument="eval_epsilons")
 
     def _check_choices(self) -> None:
-        for name, valid in (
-            ("attack", list(TRAINING_ATTACKS)),
-            ("eval_attack", list(ATTACKS)),
-            ("robust_loss", list(LOSSES)),
-            ("attack_model_mode", ["eval", "train"]),
-            ("attack_steps_schedule", ["constant", "epsilon"]),
-            ("attack_dtype", [None, "bfloat16"]),
-        ):
-            if getattr(self, name) not in valid:
-                raise ValueError(f"`{name}={getattr(self, name)!r}` is unknown; choose one of {valid}.")
+        for one in dataclasses.fields(self):
+            choices = one.metadata.get("choices", ())
+            if choices and one.name not in TrainingArguments.__dataclass_fields__:
+                valid = [None, *choices] if one.default is None else [*choices]
+                if getattr(self, one.name) not in valid:
+                    raise ValueError(f"`{one.name}={getattr(self, one.name)!r}` is unknown; choose one of {valid}.")
 
     def _check_attack(self, attack: str, steps: str) -> None:
         if getattr(self, attack) == "fgsm" and getattr(self, steps) != 1:
@@ -298,19 +293,15 @@ class RobustTrainingArguments(TrainingArguments):
             )
 
     def _check_eval_epsilons(self) -> None:
-        grid, target = self.epsilon_grid, parse_epsilon(self.epsilon)
+        target = parse_epsilon(self.epsilon)
         if target == 0:
             raise ValueError(
                 f"`epsilon={self.epsilon!r}` leaves nothing to attack; for plain fine-tuning set "
                 "`robust_loss='standard'`, and `epsilon` to the strength at which robustness is measured."
             )
-        for epsilon in grid:
-            try:
-                ThreatModel(self.norm, epsilon)
-            except ValueError as error:
-                raise ValueError(f"`eval_epsilons` holds a wrong value: {error}") from error
-        if not grid or grid[0] != 0 or any(a >= b for a, b in zip(grid, grid[1:], strict=False)):
-            raise ValueError(f"`eval_epsilons={self.eval_epsilons}` must increase strictly and start with 0.")
+        grid = self.epsilon_grid
+        if self.eval_epsilons is not None:
+            self.eval_epsilons = [str(epsilon) for epsilon in self.eval_epsilons]
         if target not in grid:
             raise ValueError(
                 f"`eval_epsilons={self.eval_epsilons}` does not hold `epsilon={self.epsilon!r}`, at which "
@@ -352,3 +343,15 @@ class RobustTrainingArguments(TrainingArguments):
     def epsilons_as_text(self) -> list[str]:
         """The grid as the field writes it, for reports: `["0", "2/255", ...]`."""
         return [format_epsilon(epsilon) for epsilon in self.epsilon_grid]
+
+
+def _read_json(name: str, value: Any) -> Any:
+    """A dictionary, which the command line gives as JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return dict(json.loads(value))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`{name}={value!r}` is not a JSON object ({error}); write '{{\"name\": value}}', with double quotes."
+        ) from error

@@ -16,7 +16,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hf_rft.cli import exit_with, parse_flags, run_program
+from hf_rft.cli import Parser, exit_with, run_program
 from hf_rft.files import check_writable, replacing, write_text
 from hf_rft.onset import evaluations, find_onset
 from hf_rft.plots import plot_comparison
@@ -99,12 +99,12 @@ def markdown_table(runs: dict[str, list[dict]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="+", type=Path, help="YAML files of recipes/run_rft.py")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"))
     parser.add_argument("--jobs", type=int, default=1, help="how many runs at a time")
-    args, extra = parse_flags(parser, arguments, knows_all=False)
+    args, extra = parser.parse_known_args(arguments)
     if secret := [word.partition("=")[0] for word in extra if re.match(r"--[\w-]*token(=|$)", word)]:
         exit_with(f"{secret[0]}: commands are printed and kept; log in with `hf auth login` or set HF_TOKEN instead.")
     if args.jobs < 1:

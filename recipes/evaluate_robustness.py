@@ -22,7 +22,6 @@ from transformers import PreTrainedModel
 
 from hf_rft import PixelNormalization, RobustnessReport, ThreatModel, bundled, evaluate_robustness
 from hf_rft.cli import parse_with_config, run_program
-from hf_rft.evaluation.evaluate import checked_grid
 from hf_rft.evaluation.examples import Examples, num_image_channels
 from hf_rft.evaluation.reference import ATTACKS, check_installed, run_autoattack
 from hf_rft.evaluation.subject import Subject
@@ -32,7 +31,7 @@ from hf_rft.loading import load_model_and_processor, naming
 from hf_rft.model_state import under_attack
 from hf_rft.plots import plot_adversarial_examples
 from hf_rft.ranges import COUNT, SEED, check_ranges
-from hf_rft.threat_model import NORMS, format_epsilon
+from hf_rft.threat_model import NORMS, format_epsilon, parse_epsilons
 
 
 @dataclass
@@ -99,7 +98,7 @@ class EvaluationArguments:
         check_ranges(self, {"max_samples": COUNT, "batch_size": COUNT, "seed": SEED}, is_flag=True)
         if not self.model_name_or_path:
             raise ValueError("--model_name_or_path is empty; give a Hub id or a local folder.")
-        checked_grid(self.norm, self.epsilons)
+        parse_epsilons(self.norm, self.epsilons)
         unknown = [attack for attack in self.reference_attacks if attack not in ATTACKS]
         if unknown:
             raise ValueError(f"--reference_attacks {unknown} are unknown; choose among {', '.join(ATTACKS)}.")

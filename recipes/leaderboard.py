@@ -20,7 +20,7 @@ import numpy as np
 from scipy.stats import bootstrap
 
 from hf_rft import RobustnessReport
-from hf_rft.cli import parse_flags, run_program
+from hf_rft.cli import Parser, run_program
 from hf_rft.evidence import REPORT_NAME, hash_weight_files, read_report
 from hf_rft.files import check_writable, replacing, write_text
 from hf_rft.hub import download
@@ -237,12 +237,12 @@ def read_all(entries: Sequence[str], token: str | None = None) -> tuple[list[Can
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("entries", nargs="+", help="folder, robustness.json, or repository[@revision]")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/leaderboard"))
     parser.add_argument("--sort_by", choices=SORT_KEYS, default=SORT_KEYS[0])
     parser.add_argument("--token", help="of the Hub, for private repositories")
-    args = parse_flags(parser, arguments)[0]
+    args = parser.parse_args(arguments)
     check_writable("--output_dir", args.output_dir)
     candidates, not_read = read_all(args.entries, args.token)
     if not candidates:

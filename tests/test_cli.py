@@ -143,6 +143,8 @@ def test_config_in_one_word_and_default_config(parse, tmp_path):
         ("seed: -1\n", [], "`seed=-1` is negative."),
         ("- a\n- b\n", [], "must hold `name: value` lines, got list"),
         ("", [], "must hold `name: value` lines, got NoneType"),
+        ("rate: [1, 2]\n", [], "`rate: [1, 2]` is a list, but `rate` takes one value"),
+        ("seed: 1\nrate: 2\nseed: 3\n", [], "config.yaml is not valid YAML: the key 'seed' stands in it twice."),
         ("a: [1\n", [], "is not valid YAML"),
         (None, ["--config", "missing.yaml"], "No such file or directory: 'missing.yaml'"),
         (None, ["--config"], "argument --config: expected one argument"),
@@ -150,11 +152,6 @@ def test_config_in_one_word_and_default_config(parse, tmp_path):
 )
 def test_bad_input(fails, yaml, flags, message):
     assert message in fails(yaml, *flags)
-
-
-def test_config_given_twice_is_refused(fails, tmp_path):
-    (tmp_path / "second.yaml").write_text("count: 8\n")
-    assert "--config" in fails("count: 7\n", "--config", str(tmp_path / "second.yaml"))
 
 
 def test_errors_of_the_arguments_end_the_program(fails, tmp_path):

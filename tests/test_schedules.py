@@ -26,8 +26,7 @@ def build(name, start, end):
 
 
 def test_every_type_has_a_schedule():
-    assert [schedule_type.value for schedule_type in EpsilonScheduleType] == NAMES
-    assert set(schedules.TYPE_TO_EPSILON_SCHEDULE) == set(EpsilonScheduleType)
+    assert list(schedules.SCHEDULES) == [schedule_type.value for schedule_type in EpsilonScheduleType] == NAMES
 
 
 @given(shares)

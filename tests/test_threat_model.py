@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from scipy.stats import kstest
 
 from hf_rft.noise import example_generators
-from hf_rft.threat_model import NORMS, ThreatModel, format_epsilon, parse_epsilon
+from hf_rft.threat_model import NORMS, ThreatModel, format_epsilon, parse_epsilon, parse_epsilons
 
 
 ORDERS = {"linf": np.inf, "l2": 2, "l1": 1}
@@ -63,6 +63,31 @@ def assert_inside(adversarial, pixels, norm, radii):
 )
 def test_parse_epsilon_is_exact(written, expected):
     assert parse_epsilon(written) == expected
+
+
+def test_a_grid_is_read_exactly():
+    grid = parse_epsilons("l2", (epsilon for epsilon in ("0", 0.1, Fraction(1, 3), "2")))
+    assert grid == [0, Fraction(1, 10), Fraction(1, 3), 2] and all(isinstance(one, Fraction) for one in grid)
+
+
+@pytest.mark.parametrize(
+    ("norm", "epsilons", "message"),
+    [
+        ("linf", "0", r"`grid='0'` must be a list, for example \['0', '2/255', '4/255'\]"),
+        ("linf", 0.1, "`grid=0.1` must be a list"),
+        ("linf", [], r"`grid=\[\]` must start with 0 and increase strictly to at least one more, for example"),
+        ("linf", [0], r"`grid=\['0'\]` must start with 0 and increase strictly to at least one more"),
+        ("linf", ["1/255", "2/255"], "must start with 0"),
+        ("linf", [0, 0.2, 0.2], "increase strictly"),
+        ("linf", [0, 0.2, 0.1], "increase strictly"),
+        ("linf", [0, "much"], "`grid` holds a wrong value: `epsilon='much'` is not a number"),
+        ("linf", [0, 2, 8], "`grid` holds a wrong value: `epsilon=2` is above 1, but .* did you mean '2/255'"),
+        ("l7", [0, 1], r"^`norm='l7'` is unknown; choose one of \['linf', 'l2', 'l1'\]"),
+    ],
+)
+def test_what_is_no_grid_is_refused_under_its_name(norm, epsilons, message):
+    with pytest.raises(ValueError, match=message):
+        parse_epsilons(norm, epsilons, argument="grid")
 
 
 @given(st.integers(0, 255))

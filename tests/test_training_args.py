@@ -1,9 +1,15 @@
 import dataclasses
+import re
 from fractions import Fraction
 
 import pytest
 
 from hf_rft import RobustTrainingArguments
+from hf_rft.attacks import ATTACKS, pgd
+from hf_rft.cli import Parser
+from hf_rft.losses import LOSSES, RobustLoss, at_loss
+from hf_rft.schedules import SCHEDULES
+from hf_rft.threat_model import NORMS
 
 
 @pytest.fixture
@@ -83,14 +89,17 @@ def test_numbers_are_accepted_where_yaml_gives_them(make_args):
         ({"epsilon_schedule_kwargs": {"end": 1.5}}, "`end=1.5` is not a share of training"),
         ({"epsilon_schedule_kwargs": {"begin": 0.1}}, r"takes \['start', 'end'\], got \['begin'\]"),
         ({"epsilon_schedule_kwargs": "start=0.1"}, "`epsilon_schedule_kwargs='start=0.1'` is not a JSON object"),
-        ({"epsilon_schedule_interval": "batch"}, "`epsilon_schedule_interval='batch'` is unknown; choose 'step'"),
-        ({"eval_epsilons": ["1/255", "4/255"]}, "must increase strictly and start with 0"),
-        ({"eval_epsilons": ["0", "4/255", "2/255"]}, "must increase strictly and start with 0"),
+        (
+            {"epsilon_schedule_interval": "batch"},
+            r"`epsilon_schedule_interval='batch'` is unknown; choose one of \['step', 'epoch'\]",
+        ),
+        ({"eval_epsilons": ["1/255", "4/255"]}, "`eval_epsilons=.* must start with 0 and increase strictly"),
+        ({"eval_epsilons": ["0", "4/255", "2/255"]}, "`eval_epsilons=.* must start with 0 and increase strictly"),
         ({"eval_epsilons": ["0", "2/255"]}, "does not hold `epsilon='4/255'`"),
         ({"eval_epsilons": ["0", "4/255", "8"]}, "`epsilon=.*` is above 1"),
         ({"eval_epsilons": "0,4/255"}, "`eval_epsilons='0,4/255'` must be a list"),
         ({"eval_do_concat_batches": False}, "`eval_do_concat_batches=False` is not supported"),
-        ({"eval_epsilons": []}, "must increase strictly and start with 0"),
+        ({"eval_epsilons": []}, "`eval_epsilons=.* must start with 0 and increase strictly"),
         (
             {"eval_attack_during_training": False, "metric_for_best_model": "eval_robust_accuracy"},
             "`metric_for_best_model='eval_robust_accuracy'` is not measured",
@@ -106,6 +115,23 @@ def test_numbers_are_accepted_where_yaml_gives_them(make_args):
 def test_bad_input_is_refused(make_args, options, message):
     with pytest.raises(ValueError, match=message):
         make_args(**options)
+
+
+def test_a_new_schedule_loss_or_attack_is_one_entry_of_its_table(tmp_path, monkeypatch):
+    """Command line, Python, help and messages all read the table."""
+    monkeypatch.setitem(SCHEDULES, "square", lambda *, power=2: lambda progress: progress**power)
+    monkeypatch.setitem(LOSSES, "mine", RobustLoss(at_loss, needs_clean=False))
+    monkeypatch.setitem(ATTACKS, "my_pgd", pgd)
+    words = "--epsilon_schedule_type square --robust_loss mine --eval_attack my_pgd --use_cpu True".split()
+    parser = Parser([RobustTrainingArguments])
+    (args,) = parser.parse_args_into_dataclasses([*words, "--output_dir", str(tmp_path)], look_for_args_file=False)
+    assert (args.make_epsilon_schedule()(0.5), args.robust_loss, args.eval_attack) == (0.25, "mine", "my_pgd")
+    described = parser.format_help()
+    for choices in (NORMS, LOSSES, SCHEDULES, ATTACKS):
+        assert "{" + ",".join(choices) + "}" in described
+    for name, choices in (("epsilon_schedule_type", SCHEDULES), ("robust_loss", LOSSES), ("eval_attack", ATTACKS)):
+        with pytest.raises(ValueError, match=f"`{name}='x'` is unknown; choose one of " + re.escape(f"{[*choices]}")):
+            RobustTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **{name: "x"})
 
 
 def test_every_field_has_help():

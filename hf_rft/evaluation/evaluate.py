@@ -1,6 +1,6 @@
 """`evaluate_robustness`: a classifier and a dataset in, the whole accuracy-versus-epsilon curve out."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..files import check_writable
 from ..model_state import under_attack
 from ..pixel_space import PixelNormalization
 from ..ranges import COUNT, SEED
-from ..threat_model import NORMS, ThreatModel, format_epsilon, parse_epsilon
+from ..threat_model import format_epsilon, parse_epsilons
 from .cache import Record, ResultCache, batch_key, hash_examples, hash_json
 from .counting import CountedForward
 from .examples import Examples, num_image_channels
@@ -90,7 +90,7 @@ def evaluate_robustness(
     Raises:
         ValueError: naming the argument, what was found and the remedy, before any attack.
     """
-    protocol = _Protocol(norm, checked_grid(norm, epsilons), make_tier(tier), seed, autocast_dtype)
+    protocol = _Protocol(norm, parse_epsilons(norm, epsilons), make_tier(tier), seed, autocast_dtype)
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"`model` must be a torch module, got {type(model).__name__}.")
     for name, value, allowed in (("batch_size", batch_size, COUNT), ("seed", seed, SEED)):
@@ -172,33 +172,6 @@ def evaluate_robustness(
         settings=settings,
         examples=shown,
     )
-
-
-def checked_grid(norm: str, epsilons: Sequence[str | float | Fraction]) -> list[Fraction]:
-    """The epsilons exactly.
-
-    Raises:
-        ValueError: if they are no grid from 0 on, or an unknown norm or L-inf above 1 is among them.
-    """
-    if isinstance(epsilons, str) or not isinstance(epsilons, Iterable):
-        raise ValueError(f"`epsilons={epsilons!r}` must be a list, for example ['0', '2/255', '4/255'].")
-    try:
-        grid = [parse_epsilon(epsilon) for epsilon in epsilons]
-    except ValueError as error:
-        raise ValueError(f"`epsilons` holds a wrong value: {error}") from error
-    if len(grid) < 2 or grid[0] != 0 or any(b <= a for a, b in zip(grid, grid[1:], strict=False)):
-        written = [str(epsilon) for epsilon in epsilons]
-        raise ValueError(
-            f"`epsilons={written}` must start with 0 and increase strictly to at least one more, for example "
-            "['0', '2/255', '4/255']."
-        )
-    if norm not in NORMS:
-        raise ValueError(f"`norm={norm!r}` is unknown; choose one of {list(NORMS)}.")
-    try:
-        ThreatModel(norm, epsilons[-1])  # refuses L-inf above 1
-    except ValueError as error:
-        raise ValueError(f"`epsilons` holds a wrong value: {error}") from error
-    return grid
 
 
 @dataclass(frozen=True)
