@@ -1,4 +1,7 @@
-"""One process of `test_distributed.py`: every case of training and evaluation, and what came out of them in a file."""
+"""One process of `test_distributed.py`: every case of training and evaluation, and what came out of them in a file.
+
+In float64, because the batches differ: the sign of an L-inf step would make a whole step out of a rounding error.
+"""
 
 import json
 import os
@@ -21,6 +24,7 @@ from hf_rft.alarms import AlarmCallback
 from hf_rft.distributed import leave_process_group
 
 
+DTYPE = torch.float64
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 PROCESSOR = ViTImageProcessor(size={"height": SIZE, "width": SIZE})
 
@@ -109,7 +113,7 @@ def robust_trainer(
 ) -> RobustTrainer:
     attack = {"epsilon": "8/255", "attack": "pgd", "attack_steps": 2, "epsilon_schedule_type": "constant"}
     return trainer_class(
-        without_dropout(make_model(family)),
+        without_dropout(make_model(family)).to(DTYPE),
         RobustTrainingArguments(**{**attack, "eval_attack_steps": 3, **options}),
         train_dataset=dataset,
         processing_class=PROCESSOR,
@@ -118,7 +122,7 @@ def robust_trainer(
 
 
 def train(folder, loss, family, count, batch_size, accumulation, options, **trainer_options) -> tuple[list, dict]:
-    gradients, images = Gradients(), Images(count)
+    gradients, images = Gradients(), Images(count, dtype=DTYPE)
     trainer = robust_trainer(
         family,
         Stream(images) if "max_steps" in options else images,
@@ -128,7 +132,7 @@ def train(folder, loss, family, count, batch_size, accumulation, options, **trai
             "gradient_accumulation_steps": accumulation,
             "per_device_eval_batch_size": 8 // PROCESSES,
         },
-        eval_dataset=Images(13, seed=1),
+        eval_dataset=Images(13, seed=1, dtype=DTYPE),
         callbacks=[gradients],
         **trainer_options,
     )
@@ -142,8 +146,9 @@ def train(folder, loss, family, count, batch_size, accumulation, options, **trai
 def evaluate(folder: str, count: int, batch_size: int, options: dict, *trainer_class) -> dict:
     """The whole report of a model whose predictions are the labels, apart from a few."""
     options = {**arguments(folder, 8, options), "per_device_eval_batch_size": batch_size // PROCESSES}
-    trainer = robust_trainer("timm", Images(8), {**options, "max_steps": 1, "learning_rate": 0.0}, *trainer_class)
-    images = Images(count)
+    options |= {"max_steps": 1, "learning_rate": 0.0}
+    trainer = robust_trainer("timm", Images(8, dtype=DTYPE), options, *trainer_class)
+    images = Images(count, dtype=DTYPE)
     with torch.no_grad():
         images.labels = trainer.model.eval()((images.pixels - 0.5) / 0.5).logits.argmax(dim=1)
     images.labels[::5] = (images.labels[::5] + 1) % 4
@@ -158,13 +163,14 @@ def evaluate(folder: str, count: int, batch_size: int, options: dict, *trainer_c
 
 def collectives(folder: str, attack_steps: int | None, options: dict, *trainer_class) -> dict[str, int]:
     """How often each exchange between processes, named with its sizes, happens in three steps of training."""
+    images = Images(48, dtype=DTYPE)
     arguments_ = {**arguments(folder, 8, options), "max_steps": 3, "ddp_bucket_cap_mb": 0.002}
     if attack_steps is None:
         arguments_ |= {"ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
-        trainer = Trainer(make_model("vit"), TrainingArguments(**arguments_), train_dataset=Images(48))
+        trainer = Trainer(make_model("vit").to(DTYPE), TrainingArguments(**arguments_), train_dataset=images)
     else:
         arguments_ |= {"robust_loss": "trades", "attack_steps": attack_steps}
-        trainer = robust_trainer("vit", Images(48), arguments_, *trainer_class)
+        trainer = robust_trainer("vit", images, arguments_, *trainer_class)
         trainer.remove_callback(AlarmCallback)  # which looks at the model now and then, not in every step
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         trainer.train()

@@ -22,8 +22,8 @@ def evaluate(count: int, batch_size: int, cache_dir: str | Path | None = None):
     """The same tiny model and images in each process and each run."""
     torch.set_num_threads(1)
     flags.SQUARE_STEPS = 10  # trust checks have tests of their own
-    model = make_model("resnet").eval()
-    images = Images(count)
+    model = make_model("resnet").double().eval()
+    images = Images(count, dtype=torch.float64)
     with torch.no_grad():
         images.labels = model((images.pixels - 0.5) / 0.5).logits.argmax(dim=1)
     images.labels[::5] = (images.labels[::5] + 1) % 4

@@ -34,7 +34,7 @@ def test_results_stay_the_same(make_trainer, family, robust_loss, attack):
     results = []
     for backend in (None, "aot_eager"):
         options = {"max_steps": 2, "robust_loss": robust_loss, "attack": attack, "torch_compile_backend": backend}
-        trainer = make_trainer(without_dropout(make_model(family)), **options)
+        trainer = make_trainer(without_dropout(make_model(family)).double(), **options)
         trainer.train()
         results.append((weights(trainer.model), trainer.evaluate()["eval_expected_robustness"]))
     for name, tensor in results[0][0].items():

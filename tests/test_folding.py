@@ -216,7 +216,7 @@ def test_training_folds_in_evaluation_mode_only(make_trainer, family, mode):
 def test_training_is_the_same_up_to_rounding(make_trainer, family):
     ends = []
     for is_folded in (True, False):
-        model = with_statistics(without_dropout(make_model(family)))
+        model = with_statistics(without_dropout(make_model(family))).double()
         trainer = make_trainer(model, max_steps=3, norm="l2", epsilon="0.5", learning_rate=1e-3)
         assert trainer._foldable_pairs
         if not is_folded:

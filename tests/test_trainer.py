@@ -34,7 +34,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_large_batch(
     """4 x 8 against 32, and 8 + 8 + 5 against 21, with a random start. One SGD step with rate 1 shows the gradient."""
     updates, losses = [], []
     for batch_size, steps in ((8, accumulation), (count, 1)):
-        model = without_dropout(make_model(family))
+        model = without_dropout(make_model(family)).double()
         before = weights(model)
         trainer = make_trainer(
             model,
@@ -235,7 +235,7 @@ def test_activation_checkpointing_changes_nothing(make_trainer, family):
     """BatchNorm stays frozen while backward runs the forward pass again."""
     results, forwards = [], []
     for checkpointing in (False, True):
-        trainer = make_trainer(family, max_steps=2, gradient_checkpointing=checkpointing)
+        trainer = make_trainer(make_model(family).double(), max_steps=2, gradient_checkpointing=checkpointing)
         calls = []
         deepest = [
             module for module in trainer.model.modules() if isinstance(module, (torch.nn.LayerNorm, torch.nn.Conv2d))
@@ -457,7 +457,7 @@ def test_evaluation_does_not_depend_on_batch_size_or_training_settings(make_trai
         {"per_device_eval_batch_size": 4, "attack": "fgsm", "attack_steps": 1, "attack_random_start": False},
         {"epsilon_schedule_kwargs": {"multiplier": 0.0}, "attack_model_mode": "train"},
     ):
-        metrics = make_trainer(**options).evaluate()
+        metrics = make_trainer(make_model("vit").double(), **options).evaluate()
         results.append({key: value for key, value in metrics.items() if "accuracy" in key or "robustness" in key})
     assert len(results[0]) == 8
     assert all(result == results[0] for result in results)

@@ -232,7 +232,7 @@ def test_works_under_autocast(name, norm):
 @every_attack
 @every_norm
 def test_works_where_gradients_are_disabled(name, norm):
-    model, pixels, labels = make_problem()
+    model, pixels, labels = make_problem(dtype=torch.float64)
     expected = attack(name, model, pixels, labels, norm)
     with torch.no_grad():
         assert torch.equal(attack(name, model, pixels, labels, norm), expected)
@@ -298,8 +298,8 @@ def test_early_stop_asks_once_when_all_are_misclassified_already(name, norm):
 @every_ascent
 @every_norm
 def test_early_stop_fools_no_fewer(name, norm):
-    pixels, labels = make_batch(count=16)
-    model = make_model()
+    pixels, labels = make_batch(count=16, dtype=torch.float64)
+    model = make_model(dtype=torch.float64)
     labels[:12] = model(pixels)[:12].argmax(dim=1)
     fooled = [
         model(attack(name, model, pixels, labels, norm, steps=9, early_stop=early_stop)).argmax(dim=1) != labels

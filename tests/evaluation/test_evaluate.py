@@ -238,7 +238,7 @@ def test_forms_of_a_dataset_give_the_same_report(family, processor):
 
     transformed = pictures.with_transform(transform)
     pixel_values = torch.stack([transformed[index]["pixel_values"] for index in range(len(pictures))])
-    tensors = TensorImages(pixel_values * 0.5 + 0.5, torch.tensor(pictures["label"][:]))
+    tensors = [{"pixel_values": x, "labels": y} for x, y in zip(pixel_values, pictures["label"], strict=True)]
     renamed = pictures.rename_columns({"image": "picture", "label": "kind"})
     reports = [evaluate(model, dataset, processor) for dataset in (pictures, transformed, tensors)]
     reports.append(evaluate(model, renamed, processor, image_column="picture", label_column="kind"))
