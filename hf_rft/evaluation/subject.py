@@ -1,6 +1,6 @@
 """The model that is evaluated, as functions from pixels to logits."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -13,7 +13,7 @@ class Subject:
 
     Args:
         model (`torch.nn.Module`):
-            Maps `pixel_values` to logits, or to an output that holds `logits`.
+            Maps `pixel_values` to logits, or to an output or dictionary that holds `logits`.
         normalization ([`PixelNormalization`]):
             Of its processor.
         autocast_dtype (`torch.dtype`, *optional*):
@@ -42,7 +42,10 @@ class Subject:
 
     def _logits(self, pixels: torch.Tensor) -> torch.Tensor:
         outputs = self.model(self.normalization.from_pixels(pixels).to(self.dtype))
-        logits = outputs if isinstance(outputs, torch.Tensor) else getattr(outputs, "logits", None)
+        if isinstance(outputs, Mapping):
+            logits = outputs.get("logits")
+        else:
+            logits = outputs if isinstance(outputs, torch.Tensor) else getattr(outputs, "logits", None)
         if logits is None or logits.dim() != 2 or logits.shape[1] < 2:
             shape = "no `logits`" if logits is None else f"logits of shape {tuple(logits.shape)}"
             raise ValueError(
