@@ -23,7 +23,7 @@ from ..threat_model import NORMS, ThreatModel, format_epsilon, parse_epsilon
 from .cache import Record, ResultCache, batch_key, hash_examples, hash_json
 from .counting import CountedForward
 from .examples import Examples, num_image_channels
-from .flags import CHECKED_EXAMPLES, trust_flags
+from .flags import drawn_examples, trust_flags
 from .provenance import describe_dataset, describe_model, describe_normalization, versions
 from .report import AdversarialExamples, RobustnessReport
 from .search import find_breaking_points
@@ -296,8 +296,8 @@ def _evaluate_batch(
 def _check_trust(
     subject: Subject, examples: Examples, merged: Record, protocol: _Protocol, was_training: bool
 ) -> tuple[dict[str, str], Passes]:
-    """The trust checks, on the first examples that the model gets right; and what they cost."""
-    positions = (merged["broken_at"] > 0).nonzero().flatten()[:CHECKED_EXAMPLES].tolist()
+    """The trust checks, on examples that the model gets right; and what they cost."""
+    positions = drawn_examples(merged["broken_at"] > 0, protocol.seed)
     pixels, labels = subject.load(examples, positions or [0])
     counted = CountedForward(subject.exact)
     flags = trust_flags(
@@ -306,6 +306,7 @@ def _check_trust(
         labels[: len(positions)],
         norm=protocol.norm,
         epsilons=protocol.epsilons,
+        tier=protocol.tier.name,
         broken_at=merged["broken_at"][positions].to(subject.device),
         seed=protocol.seed,
         was_training=was_training,
