@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..attacks import ATTACKS
 from ..attacks.base import Passes
-from ..checks import check_class_order, check_labels
+from ..checks import check_class_order, check_labels, class_numbers
 from ..files import check_writable
 from ..model_state import under_attack
 from ..pixel_space import PixelNormalization
@@ -115,8 +115,10 @@ def evaluate_robustness(
     )
     normalization = PixelNormalization.from_processor(processor, argument="processor")
     if isinstance(dataset, datasets.Dataset):
-        feature = dataset.features.get(examples.label_column)
-        check_class_order("`dataset`", getattr(feature, "names", None), getattr(model, "config", None))
+        class_names = getattr(dataset.features.get(examples.label_column), "names", None)
+        if class_names is not None:
+            check_class_order("`dataset`", class_names, getattr(model, "config", None))
+            class_numbers("`dataset`", class_names, getattr(model, "config", None))
     subject = Subject(model, normalization, autocast_dtype)
     described_model = describe_model(model)
     evaluated = {

@@ -753,6 +753,18 @@ def test_bad_arguments_are_refused_before_any_attack(linear, options, message, m
         evaluate(options.pop("model"), options.pop("dataset"), **options)
 
 
+def test_unrelated_classes_are_refused_before_any_attack(processor, monkeypatch):
+    monkeypatch.setattr(module, "find_breaking_points", refuse)
+    model = make_model("vit").eval()
+    model.config.id2label = dict(enumerate(["T-shirt", "trouser", "pullover", "dress"]))
+    pets = picture_dataset(classes=3).cast_column("label", datasets.ClassLabel(names=["cat", "dog", "owl"]))
+    with pytest.raises(ValueError, match=r"The model has no classes \['cat', 'dog', 'owl'\].*\(`dataset`\).*int64"):
+        evaluate(model, pets, processor)
+    monkeypatch.undo()
+    numbered = pets.cast_column("label", datasets.Value("int64"))
+    assert len(evaluate(model, numbered, processor, tier=[("fgsm", 1)])) == 8
+
+
 def test_bad_label_in_the_last_batch_is_refused_before_any_attack(linear, monkeypatch):
     monkeypatch.setattr(module, "find_breaking_points", refuse)
     linear.labels[-1] = 4
