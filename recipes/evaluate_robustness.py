@@ -45,7 +45,10 @@ class EvaluationArguments:
     token: str | None = field(default=None, metadata={"help": "Hub token, for private or gated repositories."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     channels_last: bool = field(
-        default=False, metadata={"help": "Memory format of the weights; convolutional networks often run faster."}
+        default=False,
+        metadata={
+            "help": "Memory format of the weights, for convolutional networks on a GPU; on a CPU it is used anyway."
+        },
     )
 
     dataset_name: str | None = field(

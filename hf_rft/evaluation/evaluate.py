@@ -72,7 +72,9 @@ def evaluate_robustness(
             The grid, for example `["0", "2/255", "4/255"]`: increasing, the first is 0.
         tier (`str` or `Sequence`, *optional*, defaults to `"standard"`):
             `"fast"` (APGD on cross-entropy), `"standard"` (then targeted APGD) or `"full"` (then FMN and Square); or a
-            list of `(attack, steps)` or `(attack, steps, restarts)`.
+            list of `(attack, steps)` or `(attack, steps, restarts)`. An example counts as robust if these attacks
+            failed, which does not prove that it is. The named tiers also search outwards from each clean image, since
+            an attack may fail in a large ball and succeed in a smaller one (search.py); a list does as it says only.
         batch_size (`int`, *optional*, defaults to 64):
             Images in a pass through the model, and in one file of the cache.
         seed (`int`, *optional*, defaults to 0):
