@@ -34,6 +34,19 @@ def parameters_frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def in_memory_format(model: nn.Module, memory_format: torch.memory_format) -> Iterator[None]:
+    """Keep the weights of 2D convolutions in this memory format; afterwards they are the very tensors they were."""
+    kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.dim() == 4]
+    for parameter, data in kept:
+        parameter.data = data.to(memory_format=memory_format)
+    try:
+        yield
+    finally:
+        for parameter, data in kept:
+            parameter.data = data
+
+
+@contextlib.contextmanager
 def batch_norm_frozen(model: nn.Module) -> Iterator[None]:
     """Keep modules with running statistics in evaluation mode.
 

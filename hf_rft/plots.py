@@ -23,6 +23,11 @@ def _figure(**options):
     return Figure(layout="constrained", **options)
 
 
+def _save(figure, path: str | Path, dpi: int) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi)
+
+
 def draw_curves(axes, curves: Mapping[str, Curve], norm: str) -> None:
     """Accuracy in percent over epsilon, one line a name."""
     for name, (epsilons, accuracies) in curves.items():
@@ -60,7 +65,7 @@ def plot_robustness_curve(
             at = [float(epsilon) for epsilon in epsilons]
             axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set_title(title, parse_math=False)
-    figure.savefig(path, dpi=150)
+    _save(figure, path, dpi=150)
 
 
 def plot_epsilon_schedule(
@@ -75,7 +80,7 @@ def plot_epsilon_schedule(
     axes.yaxis.set_ticks([0, float(threat_model.epsilon)], ["0", target])
     axes.set(xlabel="optimizer step", ylabel=f"epsilon ({threat_model.norm})")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    _save(figure, path, dpi=150)
 
 
 def plot_adversarial_examples(
@@ -116,7 +121,7 @@ def plot_adversarial_examples(
             axes.imshow(shown, cmap="gray" if shown.shape[-1] == 1 else None, vmin=0, vmax=1)
             axes.set_title(title, fontsize="small", parse_math=False)  # names may hold dollars
             axes.set_axis_off()
-    figure.savefig(path, dpi=100)
+    _save(figure, path, dpi=100)
 
 
 def plot_comparison(runs: Mapping[str, Sequence[Mapping]], path: str | Path, norm: str) -> None:
@@ -157,7 +162,7 @@ def plot_comparison(runs: Mapping[str, Sequence[Mapping]], path: str | Path, nor
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    _save(figure, path, dpi=150)
 
 
 def _colors() -> list[str]:

@@ -21,6 +21,7 @@ from model_and_data import check_folder, checked_columns, encode_labels, load_im
 from transformers import PreTrainedModel
 
 from hf_rft import PixelNormalization, RobustnessReport, ThreatModel, bundled, evaluate_robustness
+from hf_rft.checks import class_numbers, has_class_names
 from hf_rft.cli import parse_with_config, run_program
 from hf_rft.evaluation.examples import Examples, num_image_channels
 from hf_rft.evaluation.reference import ATTACKS, check_installed, run_autoattack
@@ -43,7 +44,10 @@ class EvaluationArguments:
     token: str | None = field(default=None, metadata={"help": "Hub token, for private or gated repositories."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
     channels_last: bool = field(
-        default=False, metadata={"help": "Memory format of the weights; convolutional networks often run faster."}
+        default=False,
+        metadata={
+            "help": "Memory format of the weights, for convolutional networks on a GPU; on a CPU it is used anyway."
+        },
     )
 
     dataset_name: str | None = field(
@@ -121,32 +125,18 @@ def load_images(args: EvaluationArguments) -> Dataset:
 def with_model_labels(dataset: Dataset, model: PreTrainedModel, args: EvaluationArguments) -> Dataset:
     """The dataset with the model's class numbers in place of its own."""
     feature = dataset.features[args.label_column_name]
-    names = {number: str(name) for number, name in (model.config.id2label or {}).items()}
-    model_is_unnamed = all(name == f"LABEL_{number}" for number, name in names.items())
     is_text = str(getattr(feature, "dtype", "")).endswith("string")
     by_name = args.match_labels == "name"
-    if model_is_unnamed or not (isinstance(feature, ClassLabel) or (is_text and by_name)):
+    if not has_class_names(model.config) or not (isinstance(feature, ClassLabel) or (is_text and by_name)):
         return dataset
     if is_text:
         dataset = encode_labels(DatasetDict({"train": dataset}), args.label_column_name)["train"]
         feature = dataset.features[args.label_column_name]
     if not by_name:  # the data's names are not the model's, so they must not be compared
         return dataset.cast_column(args.label_column_name, Value("int64"))
-    number_of = {name: number for number, name in names.items()}
-    twice = sorted({name for name in feature.names if list(names.values()).count(name) > 1})
-    if twice:
-        raise ValueError(
-            f"Several classes of the model have the names {twice[:5]}; pass --match_labels index if the order of the "
-            "data's classes is that of the model."
-        )
-    unknown = [name for name in feature.names if name not in number_of]
-    if unknown:
-        raise ValueError(
-            f"The model has no classes {unknown[:5]}; its classes are {list(number_of)[:5]} and so on. Give the data "
-            "that it was trained for (--image_dir, --dataset_name), rename the data's classes, or pass --match_labels "
-            "index if their order is that of the model."
-        )
-    numbers = [number_of[name] for name in feature.names]
+    numbers = class_numbers(
+        "--image_dir, --dataset_name", feature.names, model.config, numbers_are_right="pass --match_labels index"
+    )
     if numbers == list(range(len(numbers))):
         return dataset
     column = args.label_column_name

@@ -7,7 +7,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from conftest import make_model
 
 from hf_rft.augmentation import SeededAugmentation
-from hf_rft.checks import check_batch, check_dataset, check_labels, check_parallelism
+from hf_rft.checks import check_batch, check_dataset, check_labels, check_parallelism, class_numbers
 
 
 def rows(*labels, column="label"):
@@ -35,6 +35,57 @@ def test_good_datasets_pass():
 def test_bad_datasets_are_refused(dataset, message):
     with pytest.raises(ValueError, match=message):
         check_dataset("train_dataset", dataset, 3)
+
+
+# --- Classes of the data and of the model ---
+
+
+def named(*names):
+    return SimpleNamespace(id2label=dict(enumerate(names)))
+
+
+CLOTHES = named("T-shirt", "trouser", "pullover", "dress")
+
+
+@pytest.mark.parametrize(
+    ("class_names", "config", "expected"),
+    [
+        (["T-shirt", "trouser", "pullover", "dress"], CLOTHES, [0, 1, 2, 3]),
+        (["T-shirt", "trouser"], CLOTHES, [0, 1]),
+        (["dress", "T-shirt", "pullover"], CLOTHES, [3, 0, 2]),
+        (["cat", "dog"], named("LABEL_0", "LABEL_1", "LABEL_2"), [0, 1]),
+        (["cat", "dog"], SimpleNamespace(id2label=None), [0, 1]),
+        (["cat", "dog"], None, [0, 1]),
+        # As in ImageNet: the second crane goes by different names, and the model calls both the same.
+        (
+            ["tench", "crane", "goldfish", "jay", "crane2"],
+            named("tench", "crane", "goldfish", "jay", "crane"),
+            [*range(5)],
+        ),
+    ],
+)
+def test_numbers_that_the_model_gives_to_the_classes_of_the_data(class_names, config, expected):
+    assert class_numbers("`dataset`", class_names, config) == expected
+
+
+@pytest.mark.parametrize(
+    ("class_names", "config", "message"),
+    [
+        (
+            ["cat", "dog", "owl"],
+            CLOTHES,
+            r"The model has no classes \['cat', 'dog', 'owl'\]; its classes are \['T-shirt'",
+        ),
+        (["T-shirt", "dog"], CLOTHES, r"The model has no classes \['dog'\]"),  # one of two is no majority
+        (["trouser", "T-shirt", "dress", "owl"], CLOTHES, r"The model has no classes \['owl'\]"),  # and which number?
+        (["crane", "jay"], named("crane", "jay", "crane"), r"Several classes of the model have the names \['crane'\]"),
+    ],
+)
+def test_classes_that_are_not_the_models_are_refused(class_names, config, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        class_numbers("`dataset`", class_names, config)
+    remedy = "Give images of its classes (`dataset`), rename the data's classes, or, if their numbers are the model's"
+    assert remedy in str(raised.value) and "cast the label column to `datasets.Value('int64')`." in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
+import contextlib
+
 import pytest
 import torch
 from conftest import make_model
 
-from hf_rft.model_state import batch_norm_frozen, in_mode, parameters_frozen
+from hf_rft.model_state import batch_norm_frozen, in_memory_format, in_mode, parameters_frozen
 
 
 @pytest.fixture
@@ -49,3 +51,19 @@ def test_batch_norm_without_running_statistics_is_not_touched():
     model = torch.nn.Sequential(torch.nn.BatchNorm2d(2, track_running_stats=False), torch.nn.Dropout())
     with batch_norm_frozen(model):
         assert all(module.training for module in model)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+@pytest.mark.parametrize("family", ["resnet", "vit"])
+def test_memory_format_comes_back_with_the_very_same_tensors(family, interrupted):
+    model = make_model(family)
+    before = {name: (p.data_ptr(), p.stride(), p.clone()) for name, p in model.named_parameters()}
+    convolutions = [module.weight for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert not all(weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions)
+    with contextlib.suppress(KeyboardInterrupt), in_memory_format(model, torch.channels_last):
+        assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in convolutions)
+        assert all(torch.equal(p, before[name][2]) for name, p in model.named_parameters())
+        if interrupted:
+            raise KeyboardInterrupt
+    for name, parameter in model.named_parameters():
+        assert (parameter.data_ptr(), parameter.stride()) == before[name][:2]

@@ -54,6 +54,19 @@ def test_robustness_curve_is_written(tmp_path):
     assert "<svg" in vector.read_text()
 
 
+def test_figures_make_the_folder_they_go_to(tmp_path):
+    draw = {
+        "curve": lambda path: plots.plot_robustness_curve(CURVES, "linf", path),
+        "schedule": lambda path: plots.plot_epsilon_schedule([0, 1], [0, 0.1], ThreatModel("linf", "8/255"), path),
+        "examples": lambda path: plots.plot_adversarial_examples(adversarial_examples(), 5 * [0], {}, path),
+        "comparison": lambda path: plots.plot_comparison({"fixed": [make_run()]}, path, "linf"),
+    }
+    for name, plot in draw.items():
+        path = tmp_path / name / "new" / "figure.png"
+        plot(str(path))
+        assert path.read_bytes().startswith(PNG), name
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures that are saved."""

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..attacks import ATTACKS
 from ..attacks.base import Passes
-from ..checks import check_class_order, check_labels
+from ..checks import check_class_order, check_labels, class_numbers
 from ..files import check_writable
 from ..model_state import under_attack
 from ..pixel_space import PixelNormalization
@@ -23,7 +23,7 @@ from ..threat_model import format_epsilon, parse_epsilons
 from .cache import Record, ResultCache, batch_key, hash_examples, hash_json
 from .counting import CountedForward
 from .examples import Examples, num_image_channels
-from .flags import CHECKED_EXAMPLES, trust_flags
+from .flags import drawn_examples, trust_flags
 from .provenance import describe_dataset, describe_model, describe_normalization, versions
 from .report import AdversarialExamples, RobustnessReport
 from .search import find_breaking_points
@@ -54,7 +54,8 @@ def evaluate_robustness(
     """Measure the accuracy of an image classifier under attack, over a grid of perturbation strengths.
 
     Under `accelerate launch` or `torchrun` the batches are divided over the processes, and all of them return the
-    same report as one process would. The model is measured in evaluation mode and gets its modes back.
+    same report as one process would. The model is measured in evaluation mode, on a CPU with its convolutions in
+    channels_last (faster), and gets its modes and its memory format back.
 
     Args:
         model (`torch.nn.Module`):
@@ -71,7 +72,9 @@ def evaluate_robustness(
             The grid, for example `["0", "2/255", "4/255"]`: increasing, the first is 0.
         tier (`str` or `Sequence`, *optional*, defaults to `"standard"`):
             `"fast"` (APGD on cross-entropy), `"standard"` (then targeted APGD) or `"full"` (then FMN and Square); or a
-            list of `(attack, steps)` or `(attack, steps, restarts)`.
+            list of `(attack, steps)` or `(attack, steps, restarts)`. An example counts as robust if these attacks
+            failed, which does not prove that it is. The named tiers also search outwards from each clean image, since
+            an attack may fail in a large ball and succeed in a smaller one (search.py); a list does as it says only.
         batch_size (`int`, *optional*, defaults to 64):
             Images in a pass through the model, and in one file of the cache.
         seed (`int`, *optional*, defaults to 0):
@@ -114,8 +117,10 @@ def evaluate_robustness(
     )
     normalization = PixelNormalization.from_processor(processor, argument="processor")
     if isinstance(dataset, datasets.Dataset):
-        feature = dataset.features.get(examples.label_column)
-        check_class_order("`dataset`", getattr(feature, "names", None), getattr(model, "config", None))
+        class_names = getattr(dataset.features.get(examples.label_column), "names", None)
+        if class_names is not None:
+            check_class_order("`dataset`", class_names, getattr(model, "config", None))
+            class_numbers("`dataset`", class_names, getattr(model, "config", None))
     subject = Subject(model, normalization, autocast_dtype)
     described_model = describe_model(model)
     evaluated = {
@@ -127,7 +132,7 @@ def evaluate_robustness(
     state = PartialState(cpu=not torch.accelerator.is_available())
     was_training = any(module.training for module in model.modules())
 
-    with under_attack(model, training=False):
+    with under_attack(model, training=False), subject.in_fast_format(subject.load(examples, [0])[0]):
         batches = [
             range(first, min(first + batch_size, len(examples))) for first in range(0, len(examples), batch_size)
         ]
@@ -269,8 +274,8 @@ def _evaluate_batch(
 def _check_trust(
     subject: Subject, examples: Examples, merged: Record, protocol: _Protocol, was_training: bool
 ) -> tuple[dict[str, str], Passes]:
-    """The trust checks, on the first examples that the model gets right; and what they cost."""
-    positions = (merged["broken_at"] > 0).nonzero().flatten()[:CHECKED_EXAMPLES].tolist()
+    """The trust checks, on examples that the model gets right; and what they cost."""
+    positions = drawn_examples(merged["broken_at"] > 0, protocol.seed)
     pixels, labels = subject.load(examples, positions or [0])
     counted = CountedForward(subject.exact)
     flags = trust_flags(
@@ -279,6 +284,7 @@ def _check_trust(
         labels[: len(positions)],
         norm=protocol.norm,
         epsilons=protocol.epsilons,
+        tier=protocol.tier.name,
         broken_at=merged["broken_at"][positions].to(subject.device),
         seed=protocol.seed,
         was_training=was_training,

@@ -1,11 +1,20 @@
 """Where each example of a batch breaks, on a grid of epsilons.
 
 An example fooled at one epsilon is fooled at every larger one, since its adversarial example lies in the larger ball
-too; an example that withstands an epsilon withstands every smaller one. What costs is an attack that fails, because it
-goes on to its last step, and an example needs only one such failure, just below the epsilon that breaks it. Hence the
-order: the largest epsilon first; once an example is broken, its adversarial example is pulled towards the clean image
-as far as it goes, and a short minimum-norm search looks for a nearer one; then the attacks are tried just below. Each
-example has its own epsilon, so that all share full batches, and drops out once decided.
+too. What costs is an attack that fails, because it goes on to its last step, and an example needs only one such
+failure, just below the epsilon that breaks it. Hence the order: the largest epsilon first; once an example is broken,
+its adversarial example is pulled towards the clean image as far as it goes, and a short minimum-norm search looks for
+a nearer one; then the attacks are tried just below. Each example has its own epsilon, so that all share full batches,
+and drops out once decided.
+
+What a failed attack implies: that this attack failed, at this epsilon. It does not imply that the example is robust
+there, nor, strictly, at smaller epsilons: where a model hides its gradient far from the clean image, an attack that
+starts there sees nothing, although it would succeed in a smaller ball. So an example that withstands everything at the
+largest epsilon is looked at once more, by the minimum-norm search, which starts from the clean image and moves
+outwards; what it finds is pursued as above. Each example is searched once. Beyond that, a failure of all attacks is
+taken to hold at every smaller epsilon. Tiers without the search (`guess_steps=0`: lists of the user's own, and the
+trainer's evaluation, which is meant to be cheap) rely on that alone, so that their accuracy at one epsilon may depend
+on larger ones in the grid.
 """
 
 import inspect
@@ -149,7 +158,8 @@ class _Search:
                 found = self._run(self.verify, indices[doubtful], stage)
                 fooled[doubtful] = self._record(indices[doubtful], found, level[doubtful])
         self.withstood[indices] = torch.where(fooled, 0, stage + 1)
-        self._guess(indices[fooled & is_first])
+        is_last = stage + 1 == len(self.runs)
+        self._guess(indices[is_first & (fooled | is_last)])
 
     def _run(self, forward: Forward, indices: torch.Tensor, stage: int) -> torch.Tensor:
         run = self.runs[stage]
@@ -168,13 +178,14 @@ class _Search:
         return found.to(self.pixels)
 
     def _guess(self, indices: torch.Tensor) -> None:
-        """Look for nearer adversarial examples than those at hand."""
+        """Look from the clean images for nearer adversarial examples than those at hand, if any are."""
         if self.guess_steps == 0 or len(indices) == 0:
             return
-        within = ThreatModel(self.norm, self.distances[indices])
+        within = ThreatModel(self.norm, self.distances[indices].clamp_max(self.grid[-1]))
         pixels, labels = self.pixels[indices], self.labels[indices]
         found = fmn(self.forward, pixels, labels, threat_model=within, steps=self.guess_steps)
-        self._record(indices, found, self.broken_at[indices])
+        fooled = self._record(indices, found, self.broken_at[indices].clamp_max(len(self.grid) - 1))
+        self.withstood[indices[fooled]] = 0
 
     def _record(self, indices: torch.Tensor, found: torch.Tensor, within: torch.Tensor) -> torch.Tensor:
         """Keep what fools the model, the nearest of each example; return which of the images fool.

@@ -47,16 +47,18 @@ class LinearClassifier(nn.Module):
         self.linear = nn.Linear(weight.shape[1], classes, dtype=torch.float64)
         self.linear.weight.data = weight
         self.linear.bias.data = -((2 * self.pixels - 1).flatten(1) @ weight.T).mean(dim=0)
-        logits = self((self.pixels - 0.5) / 0.5)
-        logits = (logits if outputs == "tensor" else logits.logits).detach()
+        logits = self.logits((self.pixels - 0.5) / 0.5).detach()
         self.labels = logits.argmax(dim=1)
         self.labels[::4] = (self.labels[::4] + 1) % classes
         self.lead = logits.gather(1, self.labels.unsqueeze(1)) - logits
         self.eval()
 
+    def logits(self, pixel_values):
+        return self.scale * self.linear(pixel_values.flatten(1))
+
     def forward(self, pixel_values):
-        logits = self.scale * self.linear(pixel_values.flatten(1))
-        return logits if self.outputs == "tensor" else SimpleNamespace(logits=logits)
+        logits = self.logits(pixel_values)
+        return {"tensor": logits, "logits": SimpleNamespace(logits=logits), "dict": {"logits": logits}}[self.outputs]
 
     def images(self):
         return TensorImages(self.pixels, self.labels)
@@ -129,7 +131,7 @@ def between(distances):
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize(("classes", "outputs"), [(2, "tensor"), (3, "logits"), (4, "tensor")])
+@pytest.mark.parametrize(("classes", "outputs"), [(2, "tensor"), (3, "logits"), (4, "dict")])
 def test_linear_classifier_of_known_distances(norm, classes, outputs):
     model = LinearClassifier(classes, outputs=outputs)
     true_distances = model.distances(norm)
@@ -358,6 +360,55 @@ def test_channels_last_changes_nothing(processor):
     assert channels_last.settings["model"]["sha256"] == contiguous.settings["model"]["sha256"]
 
 
+def conv_formats_seen(model):
+    """Whether the weight of the first convolution was channels_last, pass by pass."""
+    convolution = next(part for part in model.modules() if isinstance(part, nn.Conv2d))
+    seen = []
+    convolution.register_forward_hook(
+        lambda part, *_: seen.append(part.weight.is_contiguous(memory_format=torch.channels_last))
+    )
+    return seen, convolution.weight
+
+
+@pytest.mark.parametrize("family", ["resnet", "timm", "vit"])
+def test_convolutions_run_channels_last_on_a_cpu_and_get_their_format_back(family, processor):
+    """However the model was loaded, the report is the same to the last bit."""
+    pictures = picture_dataset(make_model(family).eval(), processor)
+    reports = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model = make_model(family).eval().to(memory_format=memory_format)
+        seen, weight = conv_formats_seen(model)
+        before = weight.data_ptr(), weight.stride()
+        reports.append(evaluate(model, pictures, processor))
+        assert len(seen) > 10 and all(seen)
+        assert (weight.data_ptr(), weight.stride()) == before
+    assert reports[0].to_dict() == reports[1].to_dict()
+    assert reports[0].robust_accuracy < reports[0].clean_accuracy
+
+
+class FlattensWithView(nn.Module):
+    """What many write by hand; `view` cannot take channels_last images."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.head = nn.Conv2d(3, 8, 3, stride=2), nn.Linear(8 * 7 * 7, 4)
+
+    def forward(self, pixel_values):
+        features = self.convolution(pixel_values).relu()
+        return self.head(features.view(len(features), -1))
+
+
+def test_model_that_cannot_run_channels_last_keeps_its_format():
+    torch.manual_seed(0)
+    model = FlattensWithView().eval()
+    seen, weight = conv_formats_seen(model)
+    report = evaluate(model, Images(6))
+    assert seen[0] and not any(seen[1:])  # one trial
+    assert weight.is_contiguous() and len(report) == 6
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        model.to(memory_format=torch.channels_last)(torch.rand(2, 3, SIZE, SIZE))
+
+
 @pytest.mark.parametrize("family", ["vit", "timm"])
 def test_what_is_crafted_under_autocast_fools_in_float32(family, processor):
     model = make_model(family).eval()
@@ -419,7 +470,7 @@ def state_of(model):
     modes = [part.training for part in model.modules()]
     parameters = [(p.requires_grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    return modes, parameters, weights
+    return modes, parameters, weights, [(p.data_ptr(), p.stride()) for p in model.parameters()]
 
 
 def generator_states():
@@ -428,7 +479,7 @@ def generator_states():
 
 
 def check_same(before, after):
-    assert after[0] == before[0]
+    assert after[0] == before[0] and after[3] == before[3]
     for (flag, gradient), (flag_before, gradient_before) in zip(after[1], before[1], strict=True):
         assert flag == flag_before
         assert (gradient is None) == (gradient_before is None)
@@ -700,6 +751,18 @@ def test_bad_arguments_are_refused_before_any_attack(linear, options, message, m
         options["model"] = LinearClassifier(shape=(3, SIZE, SIZE)).float()
     with pytest.raises(ValueError, match=message):
         evaluate(options.pop("model"), options.pop("dataset"), **options)
+
+
+def test_unrelated_classes_are_refused_before_any_attack(processor, monkeypatch):
+    monkeypatch.setattr(module, "find_breaking_points", refuse)
+    model = make_model("vit").eval()
+    model.config.id2label = dict(enumerate(["T-shirt", "trouser", "pullover", "dress"]))
+    pets = picture_dataset(classes=3).cast_column("label", datasets.ClassLabel(names=["cat", "dog", "owl"]))
+    with pytest.raises(ValueError, match=r"The model has no classes \['cat', 'dog', 'owl'\].*\(`dataset`\).*int64"):
+        evaluate(model, pets, processor)
+    monkeypatch.undo()
+    numbered = pets.cast_column("label", datasets.Value("int64"))
+    assert len(evaluate(model, numbered, processor, tier=[("fgsm", 1)])) == 8
 
 
 def test_bad_label_in_the_last_batch_is_refused_before_any_attack(linear, monkeypatch):

@@ -1,4 +1,5 @@
 from fractions import Fraction
+from math import comb
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from transformers import ViTImageProcessor
 
 from hf_rft import evaluate_robustness
-from hf_rft.evaluation.flags import trust_flags
+from hf_rft.evaluation.flags import CHECKED_EXAMPLES, drawn_examples, trust_flags
 from hf_rft.threat_model import NORMS
 
 
@@ -81,7 +82,7 @@ def pictures(network):
     return Pictures(images.pixels[is_right][:COUNT], images.labels[is_right][:COUNT])
 
 
-def flags_of(forward, pictures, norm="linf", epsilons=None, broken_at=1, was_training=False):
+def flags_of(forward, pictures, norm="linf", epsilons=None, tier="standard", broken_at=1, was_training=False):
     """Of trust checks that are told that every example broke at the same epsilon."""
     return trust_flags(
         forward,
@@ -89,6 +90,7 @@ def flags_of(forward, pictures, norm="linf", epsilons=None, broken_at=1, was_tra
         pictures.labels,
         norm=norm,
         epsilons=epsilons or GRIDS[norm],
+        tier=tier,
         broken_at=torch.full_like(pictures.labels, broken_at),
         seed=0,
         was_training=was_training,
@@ -253,18 +255,98 @@ def test_random_search_that_does_better_than_gradients():
 def test_each_example_is_attacked_at_its_own_epsilon():
     """Some claim too much: the share that is fooled is of those that are said to stand at some epsilon."""
     forward, weight = linear()
-    pictures = linear_pictures(forward, count=8)
+    pictures = linear_pictures(forward, count=24)
     flags = trust_flags(
         forward,
         pictures.pixels,
         pictures.labels,
         norm="linf",
         epsilons=[Fraction(0), *(epsilon / 2 for epsilon in grid_beyond(pictures, forward, weight, 1.02)[1:])],
-        broken_at=torch.tensor([1, 1, 1, 1, 2, 2, 2, 3]),  # stand at 0, at half and at the whole of the distance
+        tier="standard",
+        # Stand at 0, at half and at the whole of the distance; beyond that FGSM succeeds.
+        broken_at=torch.tensor([1, 1, 1, 1, 2, 2, 2, 3]).repeat(3),
         seed=0,
         was_training=False,
     )
     assert "fools 25% of the images" in flags["fgsm_stronger"]
+
+
+@pytest.mark.parametrize(("fooled", "is_flagged"), [(2, False), (3, False), (4, True), (21, True)])
+def test_a_few_successes_of_a_weaker_attack_are_no_proof(fooled, is_flagged):
+    """Of 21, at a tolerated share of 5 %: 2 are expected by chance in 28 % of the cases, 4 in 2 %."""
+    by_chance = sum(comb(21, count) * 0.05**count * 0.95 ** (21 - count) for count in range(fooled, 22))
+    assert (by_chance < 0.05) == is_flagged
+    forward, weight = linear()
+    pictures = linear_pictures(forward, count=21)
+    grid = [Fraction(0), *(epsilon / 2 for epsilon in grid_beyond(pictures, forward, weight, 1.02)[1:])]
+    flags = trust_flags(
+        forward,
+        pictures.pixels,
+        pictures.labels,
+        norm="linf",
+        epsilons=grid,
+        tier="fast",
+        broken_at=torch.tensor(fooled * [3] + (21 - fooled) * [2]),
+        seed=0,
+        was_training=False,
+    )
+    assert set(flags) == ({"fgsm_stronger"} if is_flagged else set())
+
+
+@pytest.mark.parametrize(
+    ("tier", "remedy"),
+    [
+        ("fast", 'Run `tier="standard"` first; if Square Attack still succeeds there, gradients are masked'),
+        ("custom", 'Run `tier="standard"` first'),
+        ("standard", 'gradients are masked. Run `tier="full"`, and an attack made for this model'),
+        ("full", "gradients are masked. Run an attack made for this model"),
+    ],
+)
+def test_what_to_do_when_square_is_stronger_depends_on_the_tier(tier, remedy):
+    forward, weight = linear(gradient=-1.0)
+    pictures = linear_pictures(forward)
+    grid = grid_beyond(pictures, forward, weight, 5)
+    assert remedy in flags_of(forward, pictures, epsilons=grid, tier=tier, broken_at=3)["square_stronger"]
+
+
+def test_examples_to_check_are_drawn_from_the_whole_dataset():
+    """A folder of images is sorted by class: the first ones would be of one class."""
+    is_right = torch.arange(400) % 4 != 0
+    positions = drawn_examples(is_right, seed=3)
+    assert len(positions) == CHECKED_EXAMPLES and positions == sorted(set(positions))
+    assert is_right[positions].all()
+    assert all(any(low <= position < low + 100 for position in positions) for low in range(0, 400, 100))
+    assert drawn_examples(is_right, seed=3) == positions != drawn_examples(is_right, seed=4)
+    few = is_right & (torch.arange(400) < 30)
+    assert drawn_examples(few, seed=3) == few.nonzero().flatten().tolist()
+    assert drawn_examples(torch.zeros(5, dtype=torch.bool), seed=0) == []
+
+
+def test_masking_that_the_first_examples_do_not_show_is_found(network, pictures):
+    """Sorted by class; only the images of the last ones are quantised."""
+    order = pictures.labels.argsort(stable=True)
+    plain, masked = pictures.pixels[order[:4]], pictures.pixels[order[4:]]
+
+    repeated = torch.cat([plain.repeat(CHECKED_EXAMPLES // 4, 1, 1, 1), masked.repeat(8, 1, 1, 1)])
+    with torch.no_grad():
+        dataset = Pictures(repeated, network(repeated).argmax(dim=1))
+
+    class PartlyMasked(Defence):
+        def forward(self, pixels):
+            is_plain = (pixels.flatten(1).unsqueeze(1) - plain.flatten(1)).abs().amax(dim=2).amin(dim=1) < 0.08
+            logits = self.network(pixels)
+            return torch.where(is_plain.unsqueeze(1), logits, logits.detach())
+
+    report = evaluate_robustness(
+        PartlyMasked(network).eval(),
+        dataset,
+        processor(),
+        norm="linf",
+        epsilons=GRIDS["linf"],
+        tier=[("apgd", 5)],
+        progress_bar=False,
+    )
+    assert "zero_gradients" in report.flags
 
 
 @pytest.mark.parametrize("norm", NORMS)

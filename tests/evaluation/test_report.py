@@ -289,7 +289,7 @@ def test_table_holds_everything():
 
 @pytest.mark.parametrize("settings", [SETTINGS, {}])
 def test_plot_is_written(tmp_path, settings):
-    path = tmp_path / "curve.png"
+    path = tmp_path / "new" / "folder" / "curve.png"  # as `save`, it makes the folder
     make_report(settings=settings).plot(path)
     assert path.read_bytes().startswith(PNG)
 

@@ -8,6 +8,7 @@ from attacks import linear_classifier, linear_problem
 from torch import nn
 
 from hf_rft.attacks import apgd, apgd_dlr, apgd_targeted, fmn, pgd, square
+from hf_rft.evaluation import search as module
 from hf_rft.evaluation.counting import CountedForward
 from hf_rft.evaluation.search import ROUNDING, find_breaking_points
 from hf_rft.evaluation.tiers import AttackRun, Tier, make_tier
@@ -202,11 +203,81 @@ def test_the_guess_saves_runs(problem):
     assert count[1] < count[0]
 
 
+# --- A failed attack proves nothing about smaller epsilons ---
+
+
+def hides_gradients_of_rough_images(model, largest_roughness):
+    """The same outputs, but no gradient for images whose neighbouring pixels differ by more than this on average."""
+
+    def forward(images):
+        roughness = images.diff(dim=-1).abs().mean(dim=(1, 2, 3))
+        logits = model(images)
+        return torch.where((roughness > largest_roughness).unsqueeze(1), logits.detach(), logits)
+
+    return forward
+
+
+HIDDEN_DARKNESS = [0.05, 0.055, 0.065, 0.07, 0.09, 0.11, 0.19, 0.27]
+HUNDREDTHS = {largest: [Fraction(i, 100) for i in range(0, largest + 1, 2)] for largest in (8, 30)}
+
+
+@pytest.fixture
+def hidden():
+    """Uniform images that break when each pixel rises by their darkness; noise of 0.1 is not too rough, 0.3 is."""
+    pixels = (0.5 - torch.tensor(HIDDEN_DARKNESS, dtype=torch.float64)).reshape(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+
+    def model(images):
+        excess = images.flatten(1).mean(dim=1) - 0.5
+        return torch.stack([torch.zeros_like(excess), excess], dim=1)
+
+    forward = hides_gradients_of_rough_images(model, largest_roughness=0.1)
+    return forward, pixels.contiguous(), torch.zeros(len(pixels), dtype=torch.long)
+
+
+def test_an_attack_that_fails_where_it_has_room_hides_nothing_at_smaller_epsilons(hidden):
+    """From a start among noise of 0.3 APGD sees no gradient, and fails also where a rise of 0.05 would do."""
+    forward, pixels, labels = hidden
+    largest = ThreatModel("linf", Fraction(30, 100))
+    lost = apgd(forward, pixels, labels, threat_model=largest, steps=100, early_stop=True)
+    assert (forward(lost).argmax(dim=1) == labels).all()
+
+    tier = tier_of(apgd, steps=100, guess_steps=20)
+    for largest, grid in HUNDREDTHS.items():
+        found = search(hidden, "linf", grid, tier)
+        expected = [sum(epsilon < darkness for epsilon in grid) for darkness in HIDDEN_DARKNESS]
+        assert found.broken_at.tolist() == expected, largest
+
+
+def test_each_example_is_looked_at_once_from_the_clean_image(hidden, monkeypatch):
+    forward, pixels, labels = hidden
+    looked_at = []
+
+    def recorded_fmn(forward, pixels, labels, **options):
+        looked_at.extend(pixels[:, 0, 0, 0].tolist())
+        return fmn(forward, pixels, labels, **options)
+
+    monkeypatch.setattr(module, "fmn", recorded_fmn)
+    labels[-1] = 1  # misclassified: nothing to look for
+    for grid in HUNDREDTHS.values():
+        search(hidden, "linf", grid, tier_of(apgd, square, guess_steps=20))
+        assert sorted(looked_at) == sorted(pixels[:-1, 0, 0, 0].tolist())
+        looked_at.clear()
+
+
+def test_without_a_guess_nothing_is_looked_at(hidden, monkeypatch):
+    monkeypatch.setattr(module, "fmn", None)
+    found = search(hidden, "linf", HUNDREDTHS[30], tier_of(apgd))
+    assert found.broken_at.tolist() == len(HIDDEN_DARKNESS) * [len(HUNDREDTHS[30])]
+
+
 # --- Which attack meets which example ---
 
 
-def check_order(calls, found, epsilons, attacks):
-    """What each example met: downwards while it breaks, on to the next attack at the same epsilon when it does not."""
+def check_order(calls, found, epsilons, attacks, guess_steps):
+    """What each example met: downwards while it breaks, on to the next attack at the same epsilon when it does not.
+
+    One that has withstood all of them at the largest epsilon goes down where a guess breaks it.
+    """
     met = defaultdict(list)
     for number, outcomes, _ in calls:
         for example, (epsilon, fooled) in outcomes.items():
@@ -216,7 +287,7 @@ def check_order(calls, found, epsilons, attacks):
     for example, events in met.items():
         assert events[0][:2] == (0, grid[-1])
         for (number, epsilon, fooled), (next_number, next_epsilon, _) in zip(events, events[1:], strict=False):
-            if fooled:
+            if fooled or (guess_steps > 0 and (number, epsilon) == (attacks - 1, grid[-1])):
                 assert next_number == 0 and next_epsilon < epsilon
             else:
                 assert next_number == number + 1 and next_epsilon == epsilon
@@ -224,7 +295,7 @@ def check_order(calls, found, epsilons, attacks):
         if broken_at > 1:  # it withstood everything just below
             assert (number, epsilon, fooled) == (attacks - 1, grid[broken_at - 1], False)
         else:
-            assert fooled
+            assert fooled or (guess_steps > 0 and (number, epsilon) == (attacks - 1, grid[-1]))
 
 
 @pytest.mark.parametrize("guess_steps", [0, 5])
@@ -232,7 +303,7 @@ def test_an_example_goes_down_while_it_breaks_and_meets_the_next_attack_when_it_
     attacks, calls = recorded(bright, partial(brighten, 0.5), partial(brighten, 1.0))
     found = search(bright, "linf", TENTHS, tier_of(*attacks, guess_steps=guess_steps))
     assert found.broken_at.tolist() == [1, 1, 1, 2, 2, 2, 3, 4, 4, 5, 0]
-    check_order(calls, found, TENTHS, attacks=2)
+    check_order(calls, found, TENTHS, attacks=2, guess_steps=guess_steps)
 
 
 @every_norm
@@ -242,7 +313,7 @@ def test_order_of_real_attacks(norm, guess_steps, problem):
     epsilons = [i * GRIDS[norm][-1] / 12 for i in range(13)]
     found = search(problem, norm, epsilons, tier_of(*attacks, steps=5, guess_steps=guess_steps))
     assert len(found.broken_at.unique()) >= 4
-    check_order(calls, found, epsilons, attacks=3)
+    check_order(calls, found, epsilons, attacks=3, guess_steps=guess_steps)
 
 
 def test_examples_share_calls_at_epsilons_of_their_own(bright):
