@@ -8,7 +8,6 @@ Each is a pure function of `TrainerState.log_history`, so that resuming changes 
 import functools
 import math
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
+from .callbacks import is_stream
 from .evaluation.flags import ZERO_GRADIENT_SHARE
 from .interruption import AlarmRaised
 from .onset import evaluations, find_onset, onset_threshold, while_training
@@ -301,7 +301,7 @@ class AlarmCallback(TrainerCallback):
             self._num_classes,
             self._chance_loss,
             state.max_steps,
-            state.num_train_epochs if state.num_train_epochs < sys.maxsize else 1,  # a dataset without a length
+            1 if is_stream(state) else state.num_train_epochs,
             self._num_eval_examples,
             self._prefix,
         )

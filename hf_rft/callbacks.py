@@ -16,6 +16,11 @@ from .schedules import EpsilonSchedule
 logger = logging.get_logger(__name__)
 
 
+def is_stream(state: TrainerState) -> bool:
+    """Whether the training dataset has no length, so that nobody knows how many epochs there will be."""
+    return state.num_train_epochs >= sys.maxsize
+
+
 class EpsilonScheduleCallback(TrainerCallback):
     """Says which share of epsilon the next training step uses.
 
@@ -61,7 +66,7 @@ class EpsilonScheduleCallback(TrainerCallback):
         return float(multiplier)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        if self.interval == "epoch" and state.num_train_epochs >= sys.maxsize:
+        if self.interval == "epoch" and is_stream(state):
             raise ValueError(
                 "`epsilon_schedule_interval='epoch'` needs a training dataset with a length, to know how many epochs "
                 "there are; set it to 'step'."
@@ -71,9 +76,9 @@ class EpsilonScheduleCallback(TrainerCallback):
 
 
 class DatasetEpochCallback(TrainerCallback):
-    """Tells the training dataset which epoch begins, if it has a `set_epoch`.
+    """Tells the training dataset which epoch begins, if it has a `set_epoch`, and counts the passes over a stream.
 
-    Accelerate does so too, but not for a dataset behind a sharded batch sampler (several processes), where random
+    Accelerate tells it too, but not a dataset behind a sharded batch sampler (several processes), where random
     augmentation would then repeat itself every epoch.
     """
 
@@ -83,6 +88,12 @@ class DatasetEpochCallback(TrainerCallback):
         set_epoch = getattr(getattr(train_dataloader, "dataset", None), "set_epoch", None)
         if set_epoch is not None:
             set_epoch(math.floor(state.epoch or 0.0))
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        # `Trainer` counts a step as 1 / max_steps of an epoch, and so never learns that the pass is complete: a run
+        # resumed here would begin by ending it once more.
+        if is_stream(state) and not control.should_training_stop:
+            state.epoch = math.floor(state.epoch or 0.0) + 1.0
 
 
 class DataWaitCallback(TrainerCallback):

@@ -47,9 +47,10 @@ def find_foldable_pairs(model: nn.Module) -> list[FoldablePair]:
 def folded(pairs: Sequence[FoldablePair]) -> Iterator[None]:
     """Let convolutions do the work of their BatchNorms, which must be in evaluation mode.
 
-    Folded weights are computed from the present ones, and carry no gradient to them. Afterwards all modules are as
-    they were before.
+    Folded weights are computed from the present ones, and carry no gradient to them. Pairs whose `forward` somebody has
+    replaced since they were found are left alone. Afterwards all modules are as they were before.
     """
+    pairs = [pair for pair in pairs if not any(_has_own_forward(one) for one in pair)]
     own = [(convolution, convolution.weight, convolution.bias) for convolution, _ in pairs]
     try:
         for convolution, batch_norm in pairs:
@@ -132,7 +133,13 @@ def _can_fold(convolution: Any, batch_norm: Any) -> bool:
         and torch.promote_types(convolution.weight.dtype, torch.float32) == convolution.weight.dtype
         # What listens to them would see other values.
         and not any(one._forward_hooks or one._forward_pre_hooks for one in (convolution, batch_norm))
+        and not any(_has_own_forward(one) for one in (convolution, batch_norm))
     )
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody replaced the `forward` of this one module, as accelerate's hooks do."""
+    return "forward" in vars(module)
 
 
 def _timm_layer(name: str) -> type | None:

@@ -143,6 +143,12 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
         start = time.perf_counter()
         batches, num_items_in_batch = super().get_batch_samples(counted(), num_batches, device)
         self._seconds_for_data += time.perf_counter() - start
+        if batches and len(batches) < num_batches:
+            # A pass over a stream ended within a step, which the parent takes after `num_batches` micro-batches only:
+            # repetitions of which no example counts complete it.
+            missing = num_batches - len(batches)
+            batches += missing * batches[-1:]
+            self._real_examples += missing * [0]
         examples = sum(self._real_examples)
         if self.args.world_size > 1:
             examples = int(self.accelerator.reduce(torch.tensor(examples, device=device), "sum"))

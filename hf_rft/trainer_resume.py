@@ -1,5 +1,6 @@
 """How `RobustTrainer` survives being killed: checkpoints that are complete or ignored, and resuming from them."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -8,10 +9,12 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from transformers.utils import logging
 
+from .callbacks import is_stream
 from .checkpoints import (
     check_resumable,
     last_complete_checkpoint,
@@ -66,6 +69,21 @@ class ResumeMixin(Trainer):
         if self.interruption.requested is not None:  # too late to stop: this was the end
             raise self.interruption.requested
         return output
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial):
+        """The parent takes a stream to be one endless pass; how far the present one has come is in the state."""
+        epochs, batches = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, checkpoint, trial
+        )
+        if checkpoint is None or not is_stream(self.state):
+            return epochs, batches
+        if self.state.global_step >= max_steps:
+            return num_train_epochs, 0  # nothing is left to do
+        # The parent counts a step as this share of an epoch; the user may have changed `max_steps` since.
+        saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+        passes = math.floor(saved.epoch)
+        steps = round((saved.epoch - passes) * saved.max_steps)
+        return passes, 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
 
     def _get_dataloader(self, *args, **kwargs):
         dataloader = super()._get_dataloader(*args, **kwargs)

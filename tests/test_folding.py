@@ -2,6 +2,7 @@ import contextlib
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import SIZE, make_model, without_dropout
 from test_trainer import weights
 from torch import nn
@@ -150,6 +151,12 @@ def with_hook():
     return part
 
 
+def with_hook_of_accelerate(name):
+    part = Part()
+    add_hook_to_module(part.get_submodule(name), ModelHook())
+    return part
+
+
 def shared():
     part = Part()
     return nn.ModuleList([part, nn.Sequential(part.convolution)])
@@ -160,12 +167,27 @@ def shared():
     [
         *(UsesTheConvolutionTwice, UsesTheOutputTwice, UsesTheWeight, LooksAtValues),
         *(with_scaled_convolution, with_hook, shared),
+        lambda: with_hook_of_accelerate("convolution"),
+        lambda: with_hook_of_accelerate("norm"),
         lambda: Part(track_running_stats=False),
         lambda: Part().bfloat16(),
     ],
 )
 def test_what_folding_would_change_is_left_alone(make):
     assert find_foldable_pairs(make()) == []
+
+
+@pytest.mark.parametrize("name", ["convolution", "norm"])
+def test_a_forward_that_was_replaced_after_the_search_is_used_and_kept(name):
+    part = with_statistics(Part()).eval()
+    pairs = find_foldable_pairs(part)
+    module = part.get_submodule(name)
+    original = module.forward
+    module.forward = lambda images: original(images) + 1
+    replaced, expected = module.forward, part(images())
+    with folded(pairs):
+        assert torch.equal(part(images()), expected)
+    assert module.forward is replaced
 
 
 def test_plain_part_is_folded():

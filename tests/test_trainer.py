@@ -57,6 +57,41 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_large_batch(
         assert_close(update, updates[1][name], name, atol=2e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("count", [14, 18])  # the last step of a pass has one micro-batch of 2, or two of 4 and 2
+def test_a_stream_that_ends_within_a_step_trains_like_a_dataset_of_known_length(make_trainer, count):
+    """Over two passes, three micro-batches a step."""
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return (images[index] for index in range(count))
+
+    class Gradients(TrainerCallback):
+        def __init__(self):
+            self.steps = []
+
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            self.steps.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+    images, found = Images(count), []
+    for dataset in (images, Stream()):
+        gradients = Gradients()
+        trainer = make_trainer(
+            without_dropout(make_model("vit")),
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=3,
+            max_steps=4,
+            train_sampling_strategy="sequential",
+            trainer_options={"train_dataset": dataset, "callbacks": [gradients]},
+        )
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        found.append((losses, gradients.steps))
+    (losses, steps), (losses_of_stream, steps_of_stream) = found
+    assert losses == losses_of_stream and len(steps) == len(steps_of_stream) == 4
+    for step, of_stream in zip(steps, steps_of_stream, strict=True):
+        assert step and all(torch.equal(gradient, of_stream[name]) for name, gradient in step.items())
+
+
 @pytest.mark.parametrize("robust_loss", ["at", "trades", "mart"])
 def test_loss_equals_formula_on_its_own_adversarial_examples(make_trainer, robust_loss):
     trainer = make_trainer(without_dropout(make_model("vit")), robust_loss=robust_loss, label_smoothing_factor=0.0)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import Images, make_model, weights
 from transformers import Trainer, TrainerCallback
 
 from hf_rft import trainer_resume
@@ -45,9 +45,9 @@ def assert_same(resumed, whole):
         whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
     ):
         assert torch.equal(tensor, other), name
-    timing = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
+    timing = ("_runtime", "_per_second", "train_loss")
     logs = [
-        [{key: value for key, value in entry.items() if key not in timing} for entry in trainer.state.log_history]
+        [{key: value for key, value in entry.items() if not key.endswith(timing)} for entry in trainer.state.log_history]
         for trainer in (whole, resumed)
     ]
     assert logs[0] == logs[1]
@@ -230,6 +230,77 @@ def test_a_full_disk_loses_nothing(make_trainer, tmp_path, monkeypatch, whole, s
     resumed = make_trainer(**options)
     resumed.train(resume_from_checkpoint=True)
     assert_same(resumed, whole)
+
+
+# --- Streams ---
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """18 images in another order in each pass; nobody is told how many they are."""
+
+    images, epoch = Images(18), 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        order = torch.randperm(18, generator=torch.Generator().manual_seed(self.epoch))
+        return (self.images[index] for index in order.tolist())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "accumulation", "steps"),
+    [
+        ("steps", 1, [5, 7]),  # a pass has 5 steps
+        ("steps", 2, [3, 4, 8]),  # 3 steps, the last of one micro-batch
+        ("epoch", 2, [6]),
+    ],
+)
+def test_a_stream_resumed_in_any_pass_ends_like_one_that_was_not_interrupted(
+    make_trainer, tmp_path, strategy, accumulation, steps
+):
+    options = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": accumulation,
+        "max_steps": 12,
+        "save_strategy": strategy,
+        "save_steps": 1,
+        "eval_strategy": "epoch",
+        "eval_attack_during_training": False,
+    }
+
+    def run(folder, checkpoint=None, **changes):
+        trainer = make_trainer(
+            output_dir=str(tmp_path / folder), trainer_options={"train_dataset": Stream()}, **{**options, **changes}
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    whole = run("whole")
+    for step in steps:
+        assert_same(run(f"from-{step}", tmp_path / "whole" / f"checkpoint-{step}"), whole)
+
+
+def test_a_stream_that_was_trained_to_its_end_goes_on_only_if_the_end_is_put_off(make_trainer, tmp_path):
+    def run(max_steps, checkpoint=None):
+        trainer = make_trainer(
+            output_dir=str(tmp_path / f"{max_steps} steps"),
+            max_steps=max_steps,
+            per_device_train_batch_size=4,
+            lr_scheduler_type="constant",
+            save_strategy="steps",
+            save_steps=1,
+            trainer_options={"train_dataset": Stream()},
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer.state.global_step, weights(trainer.model)
+
+    step, shorter = run(8)
+    again, same = run(8, tmp_path / "8 steps" / "checkpoint-8")
+    assert step == again == 8 and all(torch.equal(tensor, same[name]) for name, tensor in shorter.items())
+    _, resumed = run(12, tmp_path / "8 steps" / "checkpoint-7")
+    step, longer = run(12)
+    assert step == 12 and all(torch.equal(tensor, resumed[name]) for name, tensor in longer.items())
 
 
 # --- Losses and gradients that are not finite ---
