@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .evaluation.report import RobustnessReport
+from .evidence import attach_report as attach_report
 from .evidence import read_evidence
 from .files import check_links
 from .ranges import SHARE
@@ -274,7 +275,8 @@ def create_repo(
     except _HubError as error:
         raise PushError(
             f"The repository {repo_id} could not be made: {error}\n"
-            "You can train without `push_to_hub`, and publish afterwards with recipes/push_robust_model.py."
+            "You can train without `push_to_hub`, and publish the output folder afterwards with "
+            "`hf_rft.hub.push_folder`."
         ) from error
 
 

@@ -101,7 +101,7 @@ def check_card(card: ModelCard, report: RobustnessReport, *, name: str) -> None:
     Raises:
         ValueError: naming the entry.
     """
-    remedy = "Write the card again with recipes/push_robust_model.py."
+    remedy = "Write the card again with `hf_rft.hub.attach_report`."
     stated = {}
     for result in cast(ModelCardData, card.data).eval_results or []:
         arguments = result.metric_args or {}
