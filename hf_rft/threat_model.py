@@ -3,6 +3,7 @@
 All tensors are images of shape `(batch, channels, height, width)` with pixels in [0, 1], and so are distances.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -62,6 +63,14 @@ def format_epsilon(epsilon: Fraction) -> str:
     if (levels := _decimal(epsilon * 255)) is not None:
         return f"{levels}/255"
     return str(epsilon)
+
+
+def format_approximately(epsilon: float, target: Fraction) -> str:
+    """Write an epsilon on the way to `target` with three digits, in the unit of the target: `1.33/255`, `0.25`."""
+    if math.isclose(epsilon, target, rel_tol=1e-6):
+        return format_epsilon(target)
+    unit = 255 if "/255" in format_epsilon(target) else 1
+    return format_epsilon(Fraction(f"{epsilon * unit:.3g}") / unit)
 
 
 @dataclass(eq=False)
