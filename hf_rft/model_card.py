@@ -156,6 +156,7 @@ def describe_robustness(report: RobustnessReport, curve: str | None = None) -> s
         f"{code(settings['tier'])}: {plain(_attacks(settings['attacks']))}; seed {plain(settings['seed'])}. An "
         "example counts only if the model is right on it clean and under every attack. Any curve through these points "
         f"has a mean between {_percent(low)} and {_percent(high)}.",
+        *([_NOT_HELD_OUT] if settings.get("dataset", {}).get("is_held_out") is False else []),
         "### Trust checks",
         _flags(report.flags),
         "### Limits of the claim",
@@ -168,6 +169,11 @@ def describe_robustness(report: RobustnessReport, curve: str | None = None) -> s
     ]
     return "\n\n".join(parts)
 
+
+_NOT_HELD_OUT = (
+    "**No test data were held out**: the numbers are from the validation images, by which checkpoints are compared "
+    "during training. Expect lower ones on new images."
+)
 
 _WEAK_TIER = (
     " The attacks here are weaker than those usually asked of a claim (tier `standard`: APGD, then targeted APGD, 100 "

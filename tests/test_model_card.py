@@ -143,6 +143,13 @@ def test_the_code_to_reproduce_is_code(report):
     assert "tier=[('apgd', 100, 1)]" in text
 
 
+@pytest.mark.parametrize(("is_held_out", "is_stated"), [(None, False), (True, False), (False, True)])
+def test_numbers_from_validation_images_are_called_so(is_held_out, is_stated):
+    dataset = {"name": "mine", "split": "validation"} | ({} if is_held_out is None else {"is_held_out": is_held_out})
+    text = describe_robustness(make_report(settings=settings(dataset=dataset)))
+    assert ("the numbers are from the validation images" in text) == is_stated
+
+
 def test_weak_tiers_are_called_optimistic():
     assert "optimistic" in describe_robustness(make_report(settings=settings(tier="custom")))
     strong = settings(**TIERS["standard"].describe())
