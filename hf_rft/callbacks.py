@@ -130,6 +130,37 @@ def data_wait_message(waited: float, elapsed: float, num_workers: int) -> str | 
     )
 
 
+class AttackCheckCallback(TrainerCallback):
+    """Ends training, before the weights change, if a step in which an attack was due ran none.
+
+    An override of `compute_loss` that forgets `super()` would otherwise train without any attack, and nobody would
+    notice.
+
+    Args:
+        attacks (`Callable[[], int]`):
+            Number of attacks that have run so far.
+        is_due (`Callable[[], bool]`):
+            Whether the current optimizer step needs one.
+        trainer_name (`str`):
+            For the message.
+    """
+
+    def __init__(self, attacks: Callable[[], int], is_due: Callable[[], bool], trainer_name: str):
+        self._attacks, self._is_due, self._trainer_name = attacks, is_due, trainer_name
+        self._before = 0
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        before, self._before = self._before, self._attacks()
+        if self._before == before and self._is_due():
+            raise RuntimeError(
+                f"{self._trainer_name} ran no attack in optimizer step {state.global_step + 1}, where the schedule "
+                "asks for one: this would be training without robustness. If it overrides `compute_loss` or "
+                "`training_step`, call `super()` there; `super().compute_loss(..., return_outputs=True)` also returns "
+                "the outputs for the attacked images. Another loss, such as one with class weights, is better passed "
+                "as `RobustTrainer(robust_loss=...)`; to train without attacks set `robust_loss='standard'`."
+            )
+
+
 class BestCheckpointCallback(TrainerCallback):
     """Forgets a best checkpoint that a resumed run can no longer load, so that another one becomes the best."""
 

@@ -9,15 +9,15 @@ import hashlib
 import os
 from pathlib import Path
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoImageProcessor
 from transformers.utils import CONFIG_NAME
 
 from .evaluation.cache import hash_model
 from .evaluation.provenance import describe_normalization
 from .evaluation.report import RobustnessReport
-from .files import replacing
-from .model_card import check_card
+from .files import check_links, replacing, write_text
+from .model_card import check_card, update_card
 from .pixel_space import PixelNormalization
 from .untrusted import check_weight_index, load_classifier, load_config
 
@@ -84,6 +84,51 @@ def write_evidence(
     return report
 
 
+def attach_report(
+    folder: str | os.PathLike,
+    report: RobustnessReport | None = None,
+    *,
+    name: str | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+) -> RobustnessReport:
+    """Make a saved model one that [`load_robust_model`] takes: write its report, the curve, and both into its card.
+
+    Args:
+        folder (`str`):
+            A saved model with its processor.
+        report ([`RobustnessReport`], *optional*):
+            Of the very same weights. Defaults to the robustness.json in the folder.
+        name (`str`, *optional*):
+            Of the repository it will be published as. Defaults to the folder's name.
+        license, base_model (`str`, *optional*):
+            For a card that does not state them.
+
+    Returns:
+        [`RobustnessReport`]: the report with the hashes of the weight files.
+
+    Raises:
+        ValueError: if there is no report, or the model in the folder is not the one that was evaluated.
+    """
+    folder = Path(folder)
+    name = name or folder.resolve().name
+    check_links(folder)  # before the text of a card goes into another
+    report = write_evidence(folder, report or read_report(folder / REPORT_NAME), name=name)
+    path = folder / CARD_NAME
+    if path.is_file():
+        card = ModelCard.load(path)
+    else:
+        title = name.split("/")[-1]
+        data = ModelCardData(library_name="transformers", pipeline_tag="image-classification", model_name=title)
+        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n")
+    for key, value in (("license", license), ("base_model", base_model)):
+        if value is not None and card.data.get(key) is None:
+            card.data[key] = value
+    update_card(card, report, curve=CURVE_NAME)
+    write_text(path, card.content)
+    return report
+
+
 def read_evidence(
     folder: str | os.PathLike, *, name: str | None = None, trust_remote_code: bool = False
 ) -> RobustnessReport:
@@ -100,7 +145,13 @@ def read_evidence(
     """
     folder, name = Path(folder), name or str(folder)
     report = read_report(folder / REPORT_NAME, name=name)
-    hashes = report.settings["model"].get("files") or {}
+    remedy = f"`hf_rft.hub.attach_report({name!r})`" if os.path.isdir(name) else "`hf_rft.hub.attach_report`"
+    hashes = report.settings["model"].get("files")
+    if hashes is None:
+        raise ValueError(
+            f"{REPORT_NAME} of {name} is not tied to the weight files beside it: it does not hold their SHA-256. "
+            f"{remedy} compares the model with the one that was evaluated, and writes the hashes and the card."
+        )
     for file, found in hash_weight_files(folder).items():
         if hashes.get(file) != found:
             raise ValueError(
@@ -115,7 +166,10 @@ def read_evidence(
     _check_processor(report, PixelNormalization.from_processor(processor), name)
     card_path = folder / CARD_NAME
     if not card_path.is_file():
-        raise ValueError(f"{name} has no model card ({CARD_NAME}), which states the threat model of its numbers.")
+        raise ValueError(
+            f"{name} has no model card ({CARD_NAME}), which states the threat model of its numbers; {remedy} writes "
+            "one."
+        )
     check_card(ModelCard.load(card_path), report, name=name)
     return report
 
@@ -136,7 +190,8 @@ def read_report(path: str | os.PathLike, *, name: str | None = None) -> Robustne
     if not path.is_file():
         raise ValueError(
             f"{name or path.parent} has no {path.name}, so nothing is known about its robustness. Evaluate it with "
-            "recipes/evaluate_robustness.py and attach the report with recipes/push_robust_model.py."
+            "recipes/evaluate_robustness.py or `evaluate_robustness`, and attach the report with "
+            "`hf_rft.hub.attach_report`."
         )
     report = RobustnessReport.load(path)
     missing = sorted({"model", "dataset", "processor", "tier", "attacks", "seed"} - set(report.settings))

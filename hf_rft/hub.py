@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import CommitInfo, constants, snapshot_download
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from .evaluation.report import RobustnessReport
+from .evidence import attach_report as attach_report
 from .evidence import read_evidence
 from .files import check_links
 from .ranges import SHARE
@@ -129,7 +131,7 @@ def download(
     """A folder with the repository's top-level files of one commit; a local folder is returned as it is.
 
     Raises:
-        ValueError: if there is no such folder, and a repository cannot have that name.
+        ValueError: if there is neither such a folder nor such a repository.
     """
     if os.path.isdir(repo_or_path):
         if revision is not None:
@@ -140,8 +142,8 @@ def download(
     except ValueError as error:
         raise ValueError(f"{repo_or_path} is neither a folder nor the name of a repository ({error}).") from error
     wanted = ["*.json", "*.md", *(["*.safetensors"] if with_weights else []), *(["*.py"] if with_code else [])]
-    return Path(
-        snapshot_download(
+    try:
+        folder = snapshot_download(
             str(repo_or_path),
             revision=revision,
             token=token,
@@ -150,7 +152,15 @@ def download(
             ignore_patterns=["*/*"],  # checkpoints
             library_name="hf_rft",
         )
-    )
+    except GatedRepoError:  # it is there
+        raise
+    except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:  # a mistyped path, more often than not
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{repo_or_path} is no folder (looked for in {Path.cwd()}), nor a repository that can be reached: correct "
+            f"the path, or the repository's name. ({type(error).__name__}: {reason})"
+        ) from error
+    return Path(folder)
 
 
 def check_requirements(
@@ -274,7 +284,8 @@ def create_repo(
     except _HubError as error:
         raise PushError(
             f"The repository {repo_id} could not be made: {error}\n"
-            "You can train without `push_to_hub`, and publish afterwards with recipes/push_robust_model.py."
+            "You can train without `push_to_hub`, and publish the output folder afterwards with "
+            "`hf_rft.hub.push_folder`."
         ) from error
 
 

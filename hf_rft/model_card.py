@@ -7,7 +7,7 @@ stays as it is.
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .evaluation.report import RobustnessReport
 from .markdown import code, one_line, plain
 from .onset import evaluations, find_onset
-from .threat_model import format_epsilon
+from .threat_model import format_approximately, format_epsilon, parse_epsilon
 
 
 TAGS = ["image-classification", "adversarial-robustness", "robust-fine-tuning", "hf_rft"]
@@ -101,7 +101,7 @@ def check_card(card: ModelCard, report: RobustnessReport, *, name: str) -> None:
     Raises:
         ValueError: naming the entry.
     """
-    remedy = "Write the card again with recipes/push_robust_model.py."
+    remedy = "Write the card again with `hf_rft.hub.attach_report`."
     stated = {}
     for result in cast(ModelCardData, card.data).eval_results or []:
         arguments = result.metric_args or {}
@@ -156,6 +156,7 @@ def describe_robustness(report: RobustnessReport, curve: str | None = None) -> s
         f"{code(settings['tier'])}: {plain(_attacks(settings['attacks']))}; seed {plain(settings['seed'])}. An "
         "example counts only if the model is right on it clean and under every attack. Any curve through these points "
         f"has a mean between {_percent(low)} and {_percent(high)}.",
+        *([_NOT_HELD_OUT] if settings.get("dataset", {}).get("is_held_out") is False else []),
         "### Trust checks",
         _flags(report.flags),
         "### Limits of the claim",
@@ -169,15 +170,32 @@ def describe_robustness(report: RobustnessReport, curve: str | None = None) -> s
     return "\n\n".join(parts)
 
 
+_NOT_HELD_OUT = (
+    "**No test data were held out**: the numbers are from the validation images, by which checkpoints are compared "
+    "during training. Expect lower ones on new images."
+)
+
 _WEAK_TIER = (
     " The attacks here are weaker than those usually asked of a claim (tier `standard`: APGD, then targeted APGD, 100 "
     "steps each): the numbers are optimistic."
 )
 
 
+class Progress(NamedTuple):
+    """How far along its schedule a training came, and which weights it kept. Epsilons are the largest so far."""
+
+    planned_steps: int
+    steps: int
+    epsilon: float
+    kept_step: int
+    kept_epsilon: float
+
+
 def describe_training(
     arguments: Mapping[str, Any],
     *,
+    progress: Progress | None = None,
+    best_by: str | None = None,
     adaptation: str | None = None,
     alarms: Mapping[str, str] | None = None,
     command: str | None = None,
@@ -188,6 +206,10 @@ def describe_training(
     Args:
         arguments (`Mapping`):
             Threat model, attack, loss and schedule, by their names in [`RobustTrainingArguments`]; JSON values.
+        progress ([`Progress`], *optional*):
+            Of the training. None: it went as the arguments say.
+        best_by (`str`, *optional*):
+            The metric by which the kept checkpoint was chosen.
         adaptation (`str`, *optional*):
             What [`describe_onset`] wrote.
         alarms (`Mapping`, *optional*):
@@ -197,15 +219,7 @@ def describe_training(
         schedule_plot (`str`, *optional*):
             File name of the picture of epsilon over steps.
     """
-    norm, steps = NORM_NAMES[arguments["norm"]], f"{arguments['attack_steps']}-step"
-    if arguments.get("attack_steps_schedule", "constant") != "constant":
-        steps = f"{steps} (fewer while epsilon was smaller)"
-    parts = [
-        "## Robust fine-tuning",
-        f"Trained with hf_rft against {norm} perturbations up to "
-        f"{arguments['epsilon']}: {steps} `{arguments['attack']}`, loss `{arguments['robust_loss']}`, schedule "
-        f"`{arguments['epsilon_schedule_type']}` ([Epsilon-Scheduling](https://huggingface.co/papers/2509.23325)).",
-    ]
+    parts = ["## Robust fine-tuning", *_what_ran(arguments, progress, best_by)]
     if schedule_plot:
         parts.append(f"![Epsilon over training steps]({schedule_plot})")
     if adaptation:
@@ -218,6 +232,44 @@ def describe_training(
         parts.append(f"```bash\n{command}\n```")
     parts.append("```yaml\n" + yaml.safe_dump(dict(arguments), sort_keys=False) + "```")
     return "\n\n".join(parts)
+
+
+def _what_ran(arguments: Mapping[str, Any], progress: Progress | None, best_by: str | None) -> list[str]:
+    """What the weights have been trained against, which may be less than was planned."""
+    target = parse_epsilon(arguments["epsilon"])
+    if progress is None:
+        progress = Progress(1, 1, float(target), 1, float(target))
+    if progress.steps == 0:
+        return ["No training step was taken; these are the settings."]
+    reached, seen = (format_approximately(epsilon, target) for epsilon in (progress.epsilon, progress.kept_epsilon))
+    steps = f"{arguments['attack_steps']}-step"
+    if arguments.get("attack_steps_schedule", "constant") != "constant":
+        steps = f"{steps} (fewer while epsilon was smaller)"
+    method = (
+        f"loss `{arguments['robust_loss']}`, schedule `{arguments['epsilon_schedule_type']}` "
+        "([Epsilon-Scheduling](https://huggingface.co/papers/2509.23325))"
+    )
+    is_as_planned = seen == format_epsilon(target)
+    if seen == "0":
+        first = f"Trained with hf_rft, but **without any attack**: epsilon was 0 all along; {method}."
+    else:
+        upto = f"up to {seen}" if is_as_planned else f"up to **{seen}** (target: {arguments['epsilon']})"
+        first = (
+            f"Trained with hf_rft against {NORM_NAMES[arguments['norm']]} perturbations {upto}: {steps} "
+            f"`{arguments['attack']}`, {method}."
+        )
+    then = []
+    if progress.steps < progress.planned_steps:
+        then.append(
+            f"Training stopped after {progress.steps} of {progress.planned_steps} steps, with epsilon at {reached}."
+        )
+    if progress.kept_step != progress.steps:
+        chosen = f", the best checkpoint by `{best_by}`" if best_by else ""
+        then.append(
+            f"The weights are those after step {progress.kept_step} of {progress.planned_steps}{chosen}; until then "
+            f"epsilon had been at most {seen}."
+        )
+    return [first, " ".join(then)] if then else [first]
 
 
 def describe_onset(history: Sequence[Mapping[str, Any]], num_classes: int, prefix: str = "eval") -> str:

@@ -6,7 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .threat_model import ThreatModel, format_epsilon, parse_epsilon
+from .threat_model import ThreatModel, format_approximately, format_epsilon, parse_epsilon
 
 
 if TYPE_CHECKING:
@@ -69,17 +69,46 @@ def plot_robustness_curve(
 
 
 def plot_epsilon_schedule(
-    steps: Sequence[int], epsilons: Sequence[float], threat_model: ThreatModel, path: str | Path
+    steps: Sequence[int],
+    epsilons: Sequence[float],
+    threat_model: ThreatModel,
+    path: str | Path,
+    *,
+    done: tuple[int, float] | None = None,
+    kept: tuple[int, float] | None = None,
 ) -> None:
-    """Write the training epsilon over optimizer steps to `path`, with the target epsilon as a dashed line."""
+    """Write the training epsilon over optimizer steps to `path`, with the target epsilon as a dashed line.
+
+    Args:
+        steps, epsilons (`Sequence`):
+            The whole planned schedule: epsilon after so many completed steps.
+        done (`tuple`, *optional*):
+            Steps that were trained, if fewer than planned, and the epsilon reached; the rest of the schedule is drawn
+            dotted.
+        kept (`tuple`, *optional*):
+            The step whose weights were kept, if not the last one trained, and the largest epsilon they have seen.
+    """
     figure = _figure(figsize=(6, 2.5))
     axes = figure.subplots()
-    axes.plot(steps, epsilons)
+    last, reached = done or (steps[-1], epsilons[-1])
+    count = sum(step <= last for step in steps)
+    (trained,) = axes.plot(steps[:count], epsilons[:count], label="trained")
+    color = trained.get_color()
     target = format_epsilon(threat_model.epsilon)
+    if last < steps[-1]:
+        axes.plot(steps[count - 1 :], epsilons[count - 1 :], ":", color=color, label="planned, not trained")
+        epsilon = format_approximately(reached, threat_model.epsilon)
+        axes.axvline(last, color=color, linewidth=1, label=f"stopped: step {last}, epsilon {epsilon}")
+    if kept is not None and kept[0] != last:
+        epsilon = format_approximately(kept[1], threat_model.epsilon)
+        axes.axvline(kept[0], color="C3", linewidth=2, label=f"weights kept: step {kept[0]}, epsilon {epsilon}")
     axes.axhline(float(threat_model.epsilon), linestyle="--", color="grey", linewidth=1)
     axes.yaxis.set_ticks([0, float(threat_model.epsilon)], ["0", target])
     axes.set(xlabel="optimizer step", ylabel=f"epsilon ({threat_model.norm})")
     axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) > 1:
+        figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize="small", frameon=False)
     _save(figure, path, dpi=150)
 
 

@@ -4,6 +4,7 @@ All tensors are images of shape `(batch, channels, height, width)` with pixels i
 """
 
 import itertools
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -95,6 +96,14 @@ def parse_epsilons(norm: str, epsilons: Iterable[Any], *, argument: str = "epsil
             f"least one more, for example {example}."
         )
     return grid
+
+
+def format_approximately(epsilon: float, target: Fraction) -> str:
+    """Write an epsilon on the way to `target` with three digits, in the unit of the target: `1.33/255`, `0.25`."""
+    if math.isclose(epsilon, target, rel_tol=1e-6):
+        return format_epsilon(target)
+    unit = 255 if "/255" in format_epsilon(target) else 1
+    return format_epsilon(Fraction(f"{epsilon * unit:.3g}") / unit)
 
 
 @dataclass(eq=False)

@@ -20,7 +20,13 @@ from transformers import PreTrainedModel
 from .attacks import ATTACKS, Attack
 from .attacks.base import checked
 from .attacks.objectives import KLDivergence
-from .callbacks import BestCheckpointCallback, DatasetEpochCallback, DataWaitCallback, EpsilonScheduleCallback
+from .callbacks import (
+    AttackCheckCallback,
+    BestCheckpointCallback,
+    DatasetEpochCallback,
+    DataWaitCallback,
+    EpsilonScheduleCallback,
+)
 from .checks import check_batch, check_dataset, check_finite, check_loss, check_setup
 from .interruption import InterruptionCallback
 from .losses import LOSSES, RobustLoss
@@ -110,12 +116,20 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
             self.add_callback(EpsilonScheduleCallback(schedule, args.epsilon_schedule_interval))
         elif epsilon_schedule is not None:
             raise ValueError("Give either `epsilon_schedule` or an `EpsilonScheduleCallback`, not both.")
+        self.add_callback(
+            AttackCheckCallback(
+                attacks=lambda: self._attacks,
+                is_due=lambda: not self._scheduled_threat_model.is_trivial,
+                trainer_name=type(self).__name__,
+            )
+        )
         self.add_callback(self._make_alarm_callback())
         self.interruption = InterruptionCallback()
         self.add_callback(self.interruption)  # the last one: others may have requests
 
         self._train_epsilon: float | None = None  # of the last training step, for the log
         self._train_attack_steps = 0  # likewise
+        self._attacks = 0  # that have run in training
         self._seconds_for_data = 0.0  # spent waiting for batches
         self._micro_batch = 0  # within the optimizer step
         self._examples_in_step = 0  # over all micro-batches and processes
@@ -282,6 +296,7 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
                 generator=generator,
                 **options,
             )
+        self._attacks += 1
         adversarial_values = self.pixel_normalization.from_pixels(adversarial)
         # Bytes (a processor that does nothing) cannot hold a perturbation: those stay float.
         return adversarial_values.to(pixel_values.dtype) if pixel_values.is_floating_point() else adversarial_values

@@ -12,14 +12,14 @@ import os
 import shutil
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from huggingface_hub import CommitInfo, ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
-from transformers import PreTrainedModel, Trainer, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
@@ -34,7 +34,7 @@ from .evidence import CARD_NAME, CURVE_NAME, write_evidence
 from .files import replacing, write_text
 from .hub import NOT_PUSHED, PushError, create_repo, push_folder
 from .losses import LOSSES, RobustLoss
-from .model_card import describe_onset, describe_training, update_card
+from .model_card import Progress, describe_onset, describe_training, update_card
 from .plots import plot_epsilon_schedule
 from .threat_model import ThreatModel
 from .training_args import RobustTrainingArguments
@@ -103,13 +103,15 @@ class SharingMixin(Trainer):
                 logger.warning("The model card states no robustness: %s", error)
         # The parent's last accuracy: a result without a threat model.
         cast(ModelCardData, card.data).eval_results = None
-        history = self.state.log_history
+        history, progress = self.state.log_history, self._progress()
         training = describe_training(
             self._described_arguments(),
+            progress=progress,
+            best_by=self.args.metric_for_best_model,
             adaptation=describe_onset(history, self.model.config.num_labels, self._eval_prefix),
             alarms=recorded_alarms(history) if self.state.global_step > 0 else None,
             command=self.command,
-            schedule_plot=self._write_schedule_plot(folder),
+            schedule_plot=self._write_schedule_plot(folder, progress),
         )
         update_card(card, report, training=training, curve=CURVE_NAME)
         write_text(folder / CARD_NAME, card.content)
@@ -147,19 +149,57 @@ class SharingMixin(Trainer):
         values["world_size"] = self.args.world_size
         return {name: values[name] for name in [*own, *_OPTIMISATION, "world_size"] if values.get(name) is not None}
 
-    def _write_schedule_plot(self, folder: Path) -> str | None:
-        """Epsilon over all steps of the training that was done."""
-        callback, last, epochs = self._epsilon_callback, self.state.max_steps, self.state.num_train_epochs
-        if callback is None or last <= 0:
+    def _progress(self) -> Progress:
+        """What was trained, and which weights the model now has."""
+        state = self.state
+        if state.global_step == 0:
+            return Progress(planned_steps=0, steps=0, epsilon=0.0, kept_step=0, kept_epsilon=0.0)
+        has_best = self.args.load_best_model_at_end and state.best_model_checkpoint and not self.is_in_train
+        kept_step = cast(int, state.best_global_step) if has_best else state.global_step
+        steps = [*self._drawn_steps(), kept_step - 1, state.global_step - 1]
+        epsilons = {step: self._epsilon_after(step) for step in steps if step < state.global_step}
+        return Progress(
+            planned_steps=state.max_steps,
+            steps=state.global_step,
+            epsilon=max(epsilons.values()),
+            kept_step=kept_step,
+            kept_epsilon=max(epsilon for step, epsilon in epsilons.items() if step < kept_step),
+        )
+
+    def _drawn_steps(self) -> list[int]:
+        last = self.state.max_steps
+        return sorted({round(share * last / 200) for share in range(201)} | {self.state.global_step})
+
+    def _epsilon_after(self, step: int) -> float:
+        """Epsilon of the training step that came, or would have come, after `step` steps."""
+        callback, done = self._epsilon_callback, self.state
+        if not self.robust_loss.needs_adversarial:
+            return 0.0
+        if callback is None:
+            return float(self.threat_model.epsilon)
+        state = replace(
+            done,
+            global_step=step,
+            epoch=round((done.epoch or 0.0) * step / done.global_step, 6),
+            log_history=[entry for entry in done.log_history if entry.get("step", 0) <= step],
+        )
+        return callback.multiplier(state) * float(self.threat_model.epsilon)
+
+    def _write_schedule_plot(self, folder: Path, progress: Progress) -> str | None:
+        """Epsilon over the steps that were planned, with those that were trained and the kept one."""
+        if progress.steps == 0 or not self.robust_loss.needs_adversarial:
             return None
-        steps = sorted({round(share * last / 200) for share in range(201)})
-        states = [
-            TrainerState(global_step=step, max_steps=last, num_train_epochs=epochs, epoch=epochs * step / last)
-            for step in steps
-        ]
-        epsilons = [callback.multiplier(state) * float(self.threat_model.epsilon) for state in states]
+        steps = self._drawn_steps()
+        epsilons = [self._epsilon_after(step) for step in steps]
         with replacing(folder / SCHEDULE_PLOT_NAME) as scratch:
-            plot_epsilon_schedule(steps, epsilons, self.threat_model, scratch)
+            plot_epsilon_schedule(
+                steps,
+                epsilons,
+                self.threat_model,
+                scratch,
+                done=(progress.steps, progress.epsilon),
+                kept=(progress.kept_step, progress.kept_epsilon),
+            )
         return SCHEDULE_PLOT_NAME
 
     # --- Pushing ---

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
+from datasets.data_files import SPLIT_KEYWORDS
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from transformers import AutoImageProcessor
 
@@ -58,7 +59,12 @@ class DataTrainingArguments:
         default=None, metadata={"help": "Hub id, local dataset folder, or bundled: name. Default: the bundled data."}
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
-    train_dir: str | None = field(default=None, metadata={"help": "Folder of images, one sub-folder a class."})
+    train_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of images, one sub-folder a class; or of splits (train, val, test) that hold these."
+        },
+    )
     validation_dir: str | None = field(default=None, metadata={"help": "Likewise, for choosing checkpoints."})
     test_dir: str | None = field(default=None, metadata={"help": "Likewise, for the final numbers."})
     image_column_name: str = field(default="image", metadata={"help": "Column that holds the images."})
@@ -126,8 +132,12 @@ def load_splits(model_args: ModelArguments, data_args: DataTrainingArguments, se
         ValueError: naming flag, split or column that does not fit, and the remedy.
     """
     if data_args.train_dir is not None:
-        flags = ("train_dir", "validation_dir", "test_dir")
-        folders = {flag: getattr(data_args, flag) for flag in flags if getattr(data_args, flag) is not None}
+        given = {flag: getattr(data_args, flag) for flag in ("train_dir", "validation_dir", "test_dir")}
+        folders = {flag: folder for flag, folder in given.items() if folder is not None}
+        if "train" in (inside := split_folders("train_dir", data_args.train_dir)):
+            folders["train_dir"] = inside.pop("train")
+            folders = {**{f"{split}_dir": folder for split, folder in inside.items()}, **folders}
+            print(f"--train_dir {data_args.train_dir!r} holds splits; used are {', '.join(sorted(folders.values()))}.")
         splits = load_image_folders(folders, model_args.cache_dir)
     else:
         path = bundled.resolve(data_args.dataset_name)
@@ -174,6 +184,28 @@ def load_splits(model_args: ModelArguments, data_args: DataTrainingArguments, se
     return DatasetDict({split: subset(splits[split], limit, seed) for split, limit in limits.items()})
 
 
+def split_folders(flag: str, folder: str) -> dict[str, str]:
+    """The folders inside that hold splits, by split; empty if the folders inside are classes.
+
+    A class may have the name of a split (`train`, beside `bus` and `car`): then there is but one such folder.
+
+    Raises:
+        ValueError: if some folders inside seem to be splits and others classes, or two are the same split.
+    """
+    split_of = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
+    names = sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = [name for name in names if name.lower() in split_of]
+    if not found or (len(found) == 1 and len(names) > 1):
+        return {}
+    splits = {split_of[name.lower()]: f"{folder.rstrip('/')}/{name}" for name in found}
+    if len(splits) < len(names):
+        raise ValueError(
+            f"--{flag} {folder!r} holds the folders {names}: {found} look like splits, which must not be mixed. Give "
+            "each split by its own flag (--train_dir, --validation_dir, --test_dir), or rename the class."
+        )
+    return splits
+
+
 def load_image_folders(folders: Mapping[str, str], cache_dir: str | None = None) -> DatasetDict:
     """A split for each folder of images, one sub-folder a class.
 
@@ -185,6 +217,11 @@ def load_image_folders(folders: Mapping[str, str], cache_dir: str | None = None)
         ValueError: naming the folder that holds no images, or cannot be read.
     """
     for flag, folder in folders.items():
+        if len(splits := split_folders(flag, folder)) > 1:
+            raise ValueError(
+                f"--{flag} {folder!r} holds splits ({', '.join(splits)}), which would be mixed; give one of them, "
+                f"such as {next(iter(splits.values()))}."
+            )
         paths = sorted(path for path in Path(folder).rglob("*") if path.is_file() and not path.name.startswith("."))
         others = [path for path in paths if path.suffix.lower() not in _IMAGE_FOLDER_FILES]
         if len(others) == len(paths):

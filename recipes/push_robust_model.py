@@ -16,15 +16,12 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import validate_repo_id
 
-from hf_rft import RobustnessReport, load_robust_model
+from hf_rft import load_robust_model
 from hf_rft.cli import exit_with, parse_with_config, run_program
-from hf_rft.evidence import CARD_NAME, CURVE_NAME, REPORT_NAME, read_report, write_evidence
-from hf_rft.files import check_links, write_text
+from hf_rft.evidence import REPORT_NAME, attach_report, read_report
 from hf_rft.hub import PushError, push_folder
-from hf_rft.model_card import update_card
 from hf_rft.ranges import SECONDS, check_ranges
 
 
@@ -63,30 +60,12 @@ class PushArguments:
                 raise ValueError(f"--repo_id {self.repo_id!r} is no name of a repository: {error}") from error
 
 
-def write_card(folder: Path, report: RobustnessReport, name: str, args: PushArguments) -> None:
-    """Add the results to the folder's README.md, or write one."""
-    path = folder / CARD_NAME
-    if path.is_file():
-        card = ModelCard.load(path)
-    else:
-        data = ModelCardData(library_name="transformers", pipeline_tag="image-classification", model_name=name)
-        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {name}\n")
-    for key in ("license", "base_model"):
-        if getattr(args, key) is not None and card.data.get(key) is None:
-            card.data[key] = getattr(args, key)
-    update_card(card, report, curve=CURVE_NAME)
-    write_text(path, card.content)
-
-
 def main(arguments: list[str] | None = None) -> None:
     (args,) = parse_with_config((PushArguments,), arguments, description=__doc__)
     folder = Path(args.model_dir)
-    name = args.repo_id or folder.resolve().name
     try:
-        check_links(folder)  # before the text of a card goes into another
         report = read_report(args.report or folder / REPORT_NAME)
-        report = write_evidence(folder, report, name=name)
-        write_card(folder, report, name.split("/")[-1], args)
+        report = attach_report(folder, report, name=args.repo_id, license=args.license, base_model=args.base_model)
         load_robust_model(folder)  # what is pushed can be loaded
     except ValueError as error:
         exit_with(f"--model_dir {args.model_dir}: {error}")

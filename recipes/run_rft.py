@@ -6,6 +6,7 @@
     accelerate launch recipes/run_rft.py --model_name_or_path google/vit-base-patch16-224-in21k \\
         --dataset_name ethz/food101 --epsilon 4/255 --learning_rate 5e-5 --num_train_epochs 50
     accelerate launch recipes/run_rft.py --train_dir my_images/train --validation_dir my_images/validation
+    accelerate launch recipes/run_rft.py --train_dir my_images  # the same, if these folders are all it holds
 
 Writes into `--output_dir`: the model and its processor, robustness.json (the evidence), README.md (model card) with
 robustness_curve.png and epsilon_schedule.png, all_results.json and trainer_state.json. `--push_to_hub --hub_model_id
@@ -227,7 +228,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     trainer.save_metrics("train", result.metrics)
     trainer.save_state()
 
-    # --- Evaluate on data that training never saw ---
+    # --- Evaluate ---
     if trainer.is_fsdp_enabled:  # every process evaluates by itself, and needs whole weights for that: those saved
         model, _ = load_model_and_processor("--output_dir", training_args.output_dir)
         model.to(training_args.device)
@@ -247,6 +248,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         progress_bar=not training_args.disable_tqdm,
     )
     report.settings["dataset"]["split"] = data_args.test_split
+    report.settings["dataset"]["is_held_out"] = data_args.test_split not in ("train", "validation")
     if data_args.train_dir is not None:
         report.settings["dataset"]["name"] = Path(data_args.train_dir).name
     trainer.robustness_report = report

@@ -2,6 +2,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import struct
 
@@ -9,8 +10,9 @@ import pytest
 from published import evaluate, publish, save_model
 from transformers import ViTImageProcessor
 
-from hf_rft import files
-from hf_rft.evidence import hash_weight_files, read_evidence, read_report, write_evidence
+import hf_rft.hub
+from hf_rft import files, load_robust_model
+from hf_rft.evidence import attach_report, hash_weight_files, read_evidence, read_report, write_evidence
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +121,26 @@ def test_a_full_disk_leaves_the_old_evidence(folder, monkeypatch):
     assert write_evidence(folder, report).settings["seed"] == 5
 
 
+def test_a_report_saved_by_hand_is_accepted_after_the_call_that_the_refusal_names(tmp_path):
+    save_model(tmp_path)
+    report = evaluate(tmp_path)
+    report.save(tmp_path / "robustness.json")
+    with pytest.raises(ValueError) as refusal:
+        load_robust_model(tmp_path)
+    call = re.search("`(hf_rft.*?)` compares", str(refusal.value))
+    eval(call[1], {"hf_rft": hf_rft})
+    assert load_robust_model(tmp_path).report.accuracies == report.accuracies
+
+
+def test_a_report_saved_by_hand_beside_other_weights_stays_refused(tmp_path):
+    save_model(tmp_path / "other", seed=1)
+    save_model(tmp_path / "model")
+    evaluate(tmp_path / "other").save(tmp_path / "model" / "robustness.json")
+    with pytest.raises(ValueError, match=r"The report is about the model \w{12}, but .* holds \w{12}"):
+        attach_report(tmp_path / "model")
+    assert not (tmp_path / "model" / "README.md").exists()
+
+
 # --- What is refused when read ---
 
 
@@ -180,13 +202,16 @@ def other_processor(folder):
     [
         (tampered_weights, r"model\.safetensors of here has the SHA-256 \w{12}, but robustness\.json is about \w{12}"),
         (report_of_another_model, "the weights have changed since, or the report is another model's"),
-        (report_without_hashes, "is about no such file"),
+        (report_without_hashes, r"does not hold their SHA-256\. `hf_rft\.hub\.attach_report` compares"),
         (truncated_report, "not a robustness report"),
         (old_schema, "schema"),
         (report_without_a_norm, "norm"),
         (report_without_attacks, r"`settings` lacks \['attacks'\]"),
         (no_report, r"here has no robustness\.json, so nothing is known about its robustness"),
-        (no_card, r"here has no model card \(README\.md\), which states the threat model"),
+        (
+            no_card,
+            r"here has no model card \(README\.md\), which states the threat model .*`hf_rft\.hub\.attach_report",
+        ),
         (card_without_a_threat_model, "without a threat model"),
         (other_processor, "here was evaluated with the processor values"),
     ],

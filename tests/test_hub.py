@@ -1,6 +1,7 @@
 """Loading and pushing, with a real client against the Hub of hub_server.py."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from conftest import Images
 from hub_server import READ_TOKEN, WRITE_TOKEN
-from huggingface_hub import CommitInfo
+from huggingface_hub import CommitInfo, constants
 from published import publish, save_model
 
 from hf_rft import RobustnessReport, ThreatModel, load_robust_model, upload_process
@@ -156,7 +157,23 @@ def test_private_gated_and_missing_repositories(hub, folder, tmp_path):
     assert hub.repo("models", REPO).private
     assert run(hub, tmp_path / "1", REFUSED, REPO, "") == "loaded"
     assert "RepositoryNotFoundError" in run(hub, tmp_path / "2", REFUSED, REPO, "", token=None)
+    hub.repo("models", REPO).gated = "manual"
+    hub.repo("models", REPO).private = False
+    assert run(hub, tmp_path / "4", REFUSED, REPO, "", token=None).startswith("GatedRepoError")
     assert "RevisionNotFoundError" in run(hub, tmp_path / "3", REFUSED, REPO, "v9")
+
+
+TYPO = "^outputs/typo is no folder .looked for in .*correct the path"
+
+
+def test_a_mistyped_path_is_called_one_by_a_hub_that_lacks_it(hub, tmp_path):
+    assert re.match(f"ValueError: {TYPO[1:]}.*RepositoryNotFound", run(hub, tmp_path, REFUSED, "outputs/typo", ""))
+
+
+def test_a_mistyped_path_is_called_one_without_a_hub(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=TYPO):
+        load_robust_model("outputs/typo")
 
 
 # --- What is pushed ---

@@ -8,6 +8,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from hf_rft.evaluation.tiers import TIERS
 from hf_rft.model_card import (
     TAGS,
+    Progress,
     check_card,
     describe_onset,
     describe_robustness,
@@ -142,6 +143,13 @@ def test_the_code_to_reproduce_is_code(report):
     assert "tier=[('apgd', 100, 1)]" in text
 
 
+@pytest.mark.parametrize(("is_held_out", "is_stated"), [(None, False), (True, False), (False, True)])
+def test_numbers_from_validation_images_are_called_so(is_held_out, is_stated):
+    dataset = {"name": "mine", "split": "validation"} | ({} if is_held_out is None else {"is_held_out": is_held_out})
+    text = describe_robustness(make_report(settings=settings(dataset=dataset)))
+    assert ("the numbers are from the validation images" in text) == is_stated
+
+
 def test_weak_tiers_are_called_optimistic():
     assert "optimistic" in describe_robustness(make_report(settings=settings(tier="custom")))
     strong = settings(**TIERS["standard"].describe())
@@ -170,6 +178,34 @@ def test_steps_that_follow_epsilon_are_stated():
     assert "7-step (fewer while epsilon was smaller) `apgd`" in text
     assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == arguments
     assert "fewer" not in describe_training({**ARGUMENTS, "attack_steps_schedule": "constant"})
+
+
+@pytest.mark.parametrize(
+    ("progress", "stated"),
+    [
+        (Progress(100, 100, 8 / 255, 100, 8 / 255), ["L-infinity perturbations up to 8/255: 7-step `apgd`"]),
+        (
+            Progress(100, 40, 2.5 / 255, 40, 2.5 / 255),
+            ["up to **2.5/255** (target: 8/255)", "stopped after 40 of 100 steps, with epsilon at 2.5/255."],
+        ),
+        (
+            Progress(100, 100, 8 / 255, 20, 0.0),
+            ["**without any attack**", "those after step 20 of 100, the best checkpoint by `robust_accuracy`; until"],
+        ),
+        (
+            Progress(100, 60, 8 / 255, 50, 4 / 255 / 3),
+            ["up to **1.33/255** (target", "with epsilon at 8/255. The weights are those after step 50 of 100, the"],
+        ),
+        (Progress(0, 0, 0.0, 0, 0.0), ["No training step was taken"]),
+    ],
+    ids=["whole", "stopped early", "kept before the ramp", "both", "none"],
+)
+def test_the_training_section_states_what_the_kept_weights_have_seen(progress, stated):
+    text = describe_training(ARGUMENTS, progress=progress, best_by="robust_accuracy")
+    for words in stated:
+        assert words in text
+    assert ("perturbations up to 8/255" in text) == (progress.kept_epsilon == 8 / 255)
+    assert ("The weights are those" in text) == (progress.kept_step < progress.steps)
 
 
 @pytest.mark.parametrize(

@@ -170,3 +170,18 @@ def test_perturbation_of_zero_is_shown_grey(tmp_path, drawn):
 def test_epsilon_schedule(tmp_path):
     plots.plot_epsilon_schedule([0, 5, 10], [0.0, 2 / 255, 8 / 255], ThreatModel("linf", "8/255"), tmp_path / "s.png")
     assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_epsilon_schedule_marks_where_training_stopped_and_which_weights_were_kept(tmp_path, drawn):
+    arguments = [0, 2, 4, 6, 8], [0.0, 0.0, 0.01, 0.02, 0.02], ThreatModel("l2", "0.02"), tmp_path / "s.png"
+    plots.plot_epsilon_schedule(*arguments, done=(6, 0.02), kept=(2, 0.00333333))
+    lines = {line.get_label(): list(line.get_xdata()) for line in drawn[0].axes[0].lines}
+    stated = {label: at for label, at in lines.items() if not label.startswith("_")}
+    assert stated == {
+        "trained": [0, 2, 4, 6],
+        "planned, not trained": [6, 8],
+        "stopped: step 6, epsilon 0.02": [6, 6],
+        "weights kept: step 2, epsilon 0.00333": [2, 2],
+    }
+    plots.plot_epsilon_schedule(*arguments, done=(8, 0.02), kept=(8, 0.02))
+    assert not drawn[1].legends and len(drawn[1].axes[0].lines) == 2

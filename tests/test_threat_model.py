@@ -10,7 +10,14 @@ from scipy.optimize import minimize
 from scipy.stats import kstest
 
 from hf_rft.noise import example_generators
-from hf_rft.threat_model import NORMS, ThreatModel, format_epsilon, parse_epsilon, parse_epsilons
+from hf_rft.threat_model import (
+    NORMS,
+    ThreatModel,
+    format_approximately,
+    format_epsilon,
+    parse_epsilon,
+    parse_epsilons,
+)
 
 
 ORDERS = {"linf": np.inf, "l2": 2, "l1": 1}
@@ -358,3 +365,11 @@ def test_project_of_one_example_does_not_depend_on_the_others(norm):
     for i in range(6):
         alone = ThreatModel(norm, radii[i : i + 1]).project(target[i : i + 1], pixels[i : i + 1])
         torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "target", "written"),
+    [(0.0, "8/255", "0"), (8 / 255 / 3, "8/255", "2.67/255"), (8 / 255, "8/255", "8/255"), (1 / 3, "0.5", "0.333")],
+)
+def test_an_epsilon_on_the_way_is_written_in_the_unit_of_its_target(epsilon, target, written):
+    assert format_approximately(epsilon, parse_epsilon(target)) == written

@@ -685,6 +685,49 @@ def test_refuses_compute_loss_func(make_trainer):
         make_trainer(trainer_options={"compute_loss_func": lambda *args, **kwargs: None})
 
 
+class WeightedTrainer(RobustTrainer):
+    """The usual pattern for class weights: it knows nothing of attacks."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(pixel_values=inputs["pixel_values"])
+        loss = torch.nn.functional.cross_entropy(outputs.logits, inputs["labels"], weight=torch.ones(4))
+        return (loss, outputs) if return_outputs else loss
+
+
+class DoubledTrainer(RobustTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return 2 * super().compute_loss(*args, **kwargs)
+
+
+def test_refuses_a_compute_loss_that_bypasses_the_attack_before_the_weights_change(make_trainer):
+    trainer = make_trainer(max_steps=2, trainer_class=WeightedTrainer)
+    before = weights(trainer.model)
+    message = "WeightedTrainer ran no attack in optimizer step 1.*`compute_loss`.*`super.*`RobustTrainer.robust_loss="
+    with pytest.raises(RuntimeError, match=message):
+        trainer.train()
+    for name, tensor in weights(trainer.model).items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_a_bypassed_attack_is_noticed_at_the_first_step_that_needs_one(make_trainer):
+    options = {"epsilon_schedule": lambda progress: float(progress >= 0.5)}
+    trainer = make_trainer(max_steps=4, trainer_class=WeightedTrainer, trainer_options=options)
+    with pytest.raises(RuntimeError, match="ran no attack in optimizer step 3"):
+        trainer.train()
+
+
+def test_a_compute_loss_of_your_own_may_build_on_ours(make_trainer):
+    losses = {}
+    for trainer_class in (RobustTrainer, DoubledTrainer):
+        trainer = make_trainer(without_dropout(make_model("vit")), max_steps=1, trainer_class=trainer_class)
+        losses[trainer_class] = trainer.train().training_loss
+    assert losses[DoubledTrainer] == pytest.approx(2 * losses[RobustTrainer])
+
+
+def test_without_an_attack_in_the_schedule_any_compute_loss_will_do(make_trainer):
+    make_trainer(max_steps=1, trainer_class=WeightedTrainer, robust_loss="standard").train()
+
+
 def test_refuses_two_schedules(make_trainer):
     options = {"callbacks": [EpsilonScheduleCallback(lambda p: p)], "epsilon_schedule": lambda p: p}
     with pytest.raises(ValueError, match="either `epsilon_schedule` or an `EpsilonScheduleCallback`"):

@@ -121,6 +121,36 @@ def test_without_an_evaluation_the_card_claims_nothing(make_trainer):
     assert "## Robust fine-tuning" in text
 
 
+@pytest.mark.parametrize("robust_loss", ["at", "standard"])
+def test_weights_kept_from_before_the_ramp_are_not_called_robust(make_trainer, robust_loss):
+    options = {"epsilon_schedule": lambda progress: max(0.0, 2 * progress - 1)}
+    trainer = make_trainer(max_steps=8, robust_loss=robust_loss, trainer_options=options)
+    trainer.train()
+    # As `load_best_model_at_end` leaves it.
+    trainer.args.load_best_model_at_end, trainer.args.metric_for_best_model = True, "accuracy"
+    trainer.state.best_global_step, trainer.state.best_model_checkpoint = 2, "checkpoint-2"
+    trainer.create_model_card()
+    text = " ".join((output(trainer) / "README.md").read_text().split())
+    assert "**without any attack**: epsilon was 0 all along" in text
+    assert "The weights are those after step 2 of 8, the best checkpoint by `accuracy`" in text
+    assert "perturbations up to 8/255" not in text
+    assert (output(trainer) / "epsilon_schedule.png").exists() == (robust_loss == "at")
+
+
+def test_the_epsilon_reached_by_a_run_that_stopped_early_is_stated(make_trainer):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 5
+
+    options = {"epsilon_schedule": lambda progress: progress, "callbacks": [Stop()]}
+    trainer = make_trainer(max_steps=8, trainer_options=options)
+    trainer.train()
+    trainer.create_model_card()
+    text = (output(trainer) / "README.md").read_text()
+    assert "perturbations up to **4/255** (target: 8/255)" in text  # 4 of 8 steps were over before the fifth
+    assert "Training stopped after 5 of 8 steps, with epsilon at 4/255." in text
+
+
 def test_functions_of_your_own_are_named(make_trainer):
     def my_loss(clean_logits, adversarial_logits, labels, *, weight, label_smoothing):
         return torch.nn.functional.cross_entropy(adversarial_logits, labels, reduction="none")

@@ -100,6 +100,7 @@ def test_default_run_has_its_evidence(default_run):
     assert report.flags is not None
     card = (folder / "README.md").read_text()
     assert "accelerate launch recipes/run_rft.py --seed 1" in card
+    assert "No test data were held out" not in card
     assert str(folder) not in card
 
 
@@ -142,6 +143,7 @@ def test_own_folder_of_images_with_resume(image_folder, tmp_path):
     metrics = run_rft.main([*arguments, "--output_dir", str(tmp_path / "whole")])
     assert metrics["eval_samples"] == 12
     assert {"eval_accuracy_at_1/255", "eval_accuracy_at_4/255"} <= set(metrics)
+    assert "No test data were held out" not in (tmp_path / "whole" / "README.md").read_text()
     state = json.loads((tmp_path / "whole" / "trainer_state.json").read_text())
     assert state["max_steps"] == 6  # 20 of 24 images, in batches of 7
 
@@ -150,6 +152,11 @@ def test_own_folder_of_images_with_resume(image_folder, tmp_path):
     whole, resumed = (load_file(tmp_path / run / "model.safetensors") for run in ("whole", "resumed"))
     for name, tensor in whole.items():
         assert torch.equal(tensor, resumed[name]), name
+
+
+def test_without_test_data_the_card_says_that_the_numbers_are_from_the_validation_images(small_run, tmp_path):
+    run_rft.main(small_run)
+    assert "the numbers are from the validation images" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_head_learning_rate_reaches_the_head_only():
