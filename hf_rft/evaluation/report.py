@@ -154,7 +154,7 @@ class RobustnessReport:
 
     @property
     def confidence_interval(self) -> tuple[float, float]:
-        """95 % bootstrap interval of the expected robustness, over examples."""
+        """95 % interval of the expected robustness over examples (Clopper-Pearson on the mean)."""
         low, high = self._summary["confidence_interval"]
         return low, high
 

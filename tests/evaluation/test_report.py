@@ -90,7 +90,8 @@ def test_confidence_interval_is_that_of_a_mean():
     report = make_report([0, 2] * 200, GRID[:2])
     assert report.confidence_interval == pytest.approx((0.5 - 0.049, 0.5 + 0.049), abs=0.006)
     assert make_report([0, 2] * 200, GRID[:2]).confidence_interval == report.confidence_interval
-    assert make_report([2, 2], GRID[:2]).confidence_interval == (1, 1)
+    # Two of two: only a model that withstands more than sqrt(0.025) does that more often than 2.5 % of the time.
+    assert make_report([2, 2], GRID[:2]).confidence_interval == pytest.approx((0.025**0.5, 1))
 
 
 def wilson(count, total, z=1.959963984540054):
@@ -119,9 +120,11 @@ def test_summary_takes_a_weight():
     assert uniform["expected_robustness"] == report.expected_robustness
     assert uniform["accuracies"] == report.accuracies
     linear = report.summary(weight=lambda epsilon: epsilon)
-    masses = np.diff(np.array([float(epsilon) for epsilon in GRID]) ** 2)
-    means = np.array([0.7, 0.5, 0.4])
-    assert linear["expected_robustness"] == pytest.approx((masses * means).sum() / masses.sum())
+    # The integral of epsilon times a line from (s, a) to (e, b) is (e - s) (a (2 s + e) + b (s + 2 e)) / 6.
+    grid, accuracies = np.array([float(epsilon) for epsilon in GRID]), np.array(report.accuracies)
+    start, end = grid[:-1], grid[1:]
+    integrals = (end - start) * (accuracies[:-1] * (2 * start + end) + accuracies[1:] * (start + 2 * end)) / 6
+    assert linear["expected_robustness"] == pytest.approx(integrals.sum() / (grid[-1] ** 2 / 2))
     assert report.summary(weight=lambda epsilon: 3.0)["expected_robustness"] == pytest.approx(
         0.5 * sum(report.bracket)
     )

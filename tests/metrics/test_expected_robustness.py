@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 from hf_rft.metrics.expected_robustness import expected_robustness as module
 
@@ -99,39 +100,53 @@ def test_mean_of_distances_cut_off_at_the_largest_epsilon(distances, intervals):
     assert summary["expected_robustness"] == pytest.approx(exact, abs=0.5 / intervals + 1e-9)
 
 
-def test_confidence_interval_covers():
-    """About 95 % of the intervals from random samples hold the true mean."""
+# What share of [0, E] an example withstands, and how often: coins, rare failures, and everything in between.
+SHARES = {
+    "coin": ([0, 1], [0.5, 0.5]),
+    "mostly robust": ([0, 1], [0.02, 0.98]),
+    "hardly ever fooled": ([0, 1], [0.005, 0.995]),
+    "hardly ever robust": ([0, 1], [0.97, 0.03]),
+    "even": (np.linspace(0, 1, 6), np.full(6, 1 / 6)),
+    "0, 1 and between": (np.linspace(0, 1, 6), [0.3, 0.05, 0.05, 0.05, 0.05, 0.5]),
+    "skewed": (np.linspace(0, 1, 6), [0.01, 0.01, 0.01, 0.02, 0.05, 0.9]),
+    "rarely a little less": ([0.875, 1], [0.03, 0.97]),
+}
+
+
+@pytest.mark.parametrize("count", [8, 20, 100, 500])
+@pytest.mark.parametrize("values, chances", SHARES.values(), ids=SHARES)
+def test_at_least_94_percent_of_the_intervals_hold_the_true_mean(count, values, chances):
+    samples = np.random.default_rng(0).multinomial(count, chances, size=4000)
+    mean = np.dot(values, chances)
+    found, times = np.unique((samples @ values / count).round(12), return_counts=True)
+    intervals = np.array([module.confidence_interval(one, count) for one in found])
+    held = (intervals[:, 0] <= mean) & (mean <= intervals[:, 1])
+    assert times @ held / 4000 >= 0.94
+
+
+def test_interval_of_the_summary_is_that_of_the_mean_share():
     rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(100):
-        distances = rng.uniform(0, 2, 60)
-        epsilons = np.linspace(0, 1, 21)
-        right = distances[:, None] > epsilons
-        summary = module.robustness_summary(right.astype(int), np.ones(60, int), epsilons)
-        low, high = summary["confidence_interval"]
-        covered += low <= 0.75 <= high
-    assert 88 <= covered <= 100
+    summary = module.robustness_summary(rng.integers(2, size=(40, 3)), np.zeros(40, int), [0, 0.5, 1])
+    low, high = summary["confidence_interval"]
+    assert (low, high) == module.confidence_interval(summary["expected_robustness"], 40)
+    assert low < summary["expected_robustness"] < high
 
 
-def test_confidence_interval_is_reproducible(metric):
-    rng = np.random.default_rng(0)
-    case = {
-        "predictions": rng.integers(2, size=(40, 3)).tolist(),
-        "references": [0] * 40,
-        "epsilons": [0, 0.5, 1],
-    }
-    np.random.seed(1)
-    first = metric.compute(**case)
-    np.random.seed(2)
-    assert metric.compute(**case) == first
-    low, high = first["confidence_interval"]
-    assert low < first["expected_robustness"] < high
+@pytest.mark.parametrize("count", [1, 8, 500])
+def test_interval_of_examples_that_are_all_robust_or_all_fooled_in_closed_form(count):
+    """A model that withstands a share below `bound` is right on all of them in less than 2.5 % of the draws."""
+    bound = 0.025 ** (1 / count)
+    for prediction, interval in ((1, (bound, 1)), (0, (0, 1 - bound))):
+        summary = module.robustness_summary([[prediction] * 2] * count, [1] * count, [0, 1])
+        assert summary["confidence_interval"] == pytest.approx(interval)
 
 
-@pytest.mark.parametrize("predictions", [[[1, 1]], [[1, 0], [1, 0], [1, 0]]])
-def test_equal_examples_have_an_interval_of_one_point(predictions):
-    results = module.robustness_summary(predictions, [1] * len(predictions), [0, 1])
-    assert results["confidence_interval"] == [results["expected_robustness"]] * 2
+@given(st.integers(0, 30), st.integers(1, 30))
+@settings(deadline=None, max_examples=30)
+def test_interval_of_whole_successes_is_the_exact_binomial_one(successes, count):
+    successes = min(successes, count)
+    exact = binomtest(successes, count).proportion_ci(method="exact")
+    assert module.confidence_interval(successes / count, count) == pytest.approx((exact.low, exact.high), abs=1e-9)
 
 
 def test_epsilon_zero_alone_is_the_accuracy(metric):
@@ -160,7 +175,7 @@ def test_uniform_epsilon_is_the_trapezoidal_rule(case):
 )
 @settings(deadline=None, max_examples=50)
 def test_weight_is_integrated_over_each_interval(case, coefficients, unit):
-    """Weight a + b epsilon + c epsilon^2, in any unit: masses in closed form."""
+    """Weight a + b epsilon + c epsilon^2, in any unit: masses and the mean of the curve in closed form."""
     predictions, references, epsilons = case
     density = np.polynomial.Polynomial(coefficients)
     summary = module.robustness_summary(
@@ -174,7 +189,43 @@ def test_weight_is_integrated_over_each_interval(case, coefficients, unit):
     masses /= masses.sum()
     assert summary["lower_bound"] == pytest.approx(masses @ accuracies[1:])
     assert summary["upper_bound"] == pytest.approx(masses @ accuracies[:-1])
-    assert summary["expected_robustness"] == pytest.approx(masses @ (accuracies[:-1] + accuracies[1:]) / 2)
+    exact = 0.0
+    for k in range(len(masses)):
+        slope = (accuracies[k + 1] - accuracies[k]) / (epsilons[k + 1] - epsilons[k])
+        line = np.polynomial.Polynomial([accuracies[k] - slope * epsilons[k], slope])
+        antiderivative = (density * line).integ()
+        exact += antiderivative(epsilons[k + 1]) - antiderivative(epsilons[k])
+    assert summary["expected_robustness"] == pytest.approx(exact / density.integ()(epsilons[-1]))
+
+
+@pytest.mark.parametrize(
+    ("epsilons", "accuracies", "weight", "mean"),
+    [
+        ([0, 1], [1, 0], lambda epsilon: epsilon, 1 / 3),
+        ([0, 1], [1, 0], lambda epsilon: 1 - epsilon, 2 / 3),
+        ([0, 1], [1, 0], lambda epsilon: 5.0, 1 / 2),
+        ([0, 1], [1, 0], lambda epsilon: float(epsilon < 0.25), 7 / 8),
+        ([0, 1], [1, 0], lambda epsilon: epsilon**-0.5, 2 / 3),
+        # Integral of epsilon times curve: 1/2 on [0, 1], 2/3 on [1, 2]; of epsilon: 2.
+        ([0, 1, 2], [1, 1, 0], lambda epsilon: epsilon, (1 / 2 + 2 / 3) / 2),
+        ([0, 1, 3], [0.7, 0.7, 0.7], lambda epsilon: epsilon, 0.7),
+        ([0], [0.7], lambda epsilon: epsilon, 0.7),
+    ],
+    ids=["rising", "falling", "even", "jump", "pole", "plateau", "flat", "one point"],
+)
+def test_with_a_weight_it_is_the_weighted_mean_of_the_curve_that_is_linear_between_the_points(
+    epsilons, accuracies, weight, mean
+):
+    assert module.expected_robustness(epsilons, accuracies, weight) == pytest.approx(mean, rel=1e-5)
+    lower, upper = module.bracket(epsilons, accuracies, weight)
+    assert lower - 1e-9 <= mean <= upper + 1e-9
+
+
+def test_always_right_is_exactly_1_with_any_weight():
+    assert module.expected_robustness([0, 0.1, 0.7, 1.3], np.ones((2, 4)), lambda epsilon: epsilon**0.3).tolist() == [
+        1,
+        1,
+    ]
 
 
 @given(st.lists(st.floats(0, 2), min_size=1, max_size=20), st.integers(1, 50))
@@ -254,7 +305,7 @@ def test_mean_breaking_share():
         ([[0.5]], 1, "must be a list of at least one number"),
         ([-0.5], 1, r"`distances=\[-0.5\]`"),
         ([float("nan")], 1, r"`distances=\[nan\]`"),
-        (["8/255"], 1, "`distances=.* must be numbers: 8 / 255, for example, not the text '8/255'"),
+        (["8/255"], 1, r"`distances=\['8/255'\]` must be numbers, for example 8 / 255\."),
         ([0.5], 0, "`largest=0` must be one finite number > 0"),
         ([0.5], float("inf"), "`largest=inf` must be one finite number > 0"),
         ([0.5], float("nan"), "`largest=nan` must be one finite number > 0"),
@@ -289,9 +340,15 @@ def test_accuracies_must_fit_the_grid(accuracies):
         ([0, 1, 0.5], "must start with 0 and increase strictly"),
         ([0, float("nan")], r"`epsilons=\[0.0, nan\]` must start with 0 and increase strictly, all of them finite"),
         ([0, float("inf")], r"`epsilons=\[0.0, inf\]` must start with 0 and increase strictly, all of them finite"),
-        (["0", "8/255"], r"`epsilons=\['0', '8/255'\]` must be numbers: 8 / 255, for example, not the text '8/255'"),
-        (["0", "1"], "`epsilons=.* must be numbers"),
-        ([0, "8/255"], "`epsilons=.* must be numbers"),
+        ("8/255", "`epsilons=8/255` must be a list of numbers"),
+        (["0", "8/25x"], "`epsilons` must be numbers or fractions such as 8 / 255 or '8/255'; got '8/25x'"),
+        ([0, ""], "`epsilons` must be numbers or fractions .* got ''"),
+        ([0, "1/"], "`epsilons` must be numbers or fractions .* got '1/'"),
+        ([0, "1/2/3"], "`epsilons` must be numbers or fractions .* got '1/2/3'"),
+        ([0, "1/0"], "`epsilons` must be numbers or fractions .* got '1/0'"),
+        ([0, "nan"], "`epsilons` must be numbers or fractions .* got 'nan'"),
+        ([0, "1e400"], "`epsilons` must be numbers or fractions .* got '1e400'"),
+        (["0", "-8/255"], r"`epsilons=\[0.0, -0.03\d+\]` must start with 0 and increase strictly"),
         ([[0], [0, 1]], "`epsilons=.* must be numbers"),
     ],
 )
@@ -458,6 +515,12 @@ def test_kinds_of_arrays(metric, convert):
         assert results["accuracies"] == [2 / 3, 1 / 3]
     metric.add(prediction=convert(predictions[0]), reference=convert(references)[0])
     assert compute(metric, convert(predictions[1:]), convert(references[1:]))["accuracies"] == [2 / 3, 1 / 3]
+
+
+@pytest.mark.parametrize("written", [["0", "4/255", "0.5"], [0, "4 / 255", ".5"], np.array(["0", "4/255", "5e-1"])])
+def test_epsilons_as_text(metric, written):
+    case = {"predictions": [[1, 1, 1], [1, 1, 0], [1, 0, 0]], "references": [1, 1, 1]}
+    assert metric.compute(**case, epsilons=written) == metric.compute(**case, epsilons=[0, 4 / 255, 0.5])
 
 
 @pytest.mark.parametrize("epsilons", [(0, 1), np.array([0, 1]), torch.tensor([0.0, 1.0]), [Fraction(0), Fraction(1)]])

@@ -5,7 +5,6 @@ which gradio 4 removed.
 """
 
 import json
-from fractions import Fraction
 from pathlib import Path
 
 import evaluate
@@ -20,7 +19,7 @@ def compute(predictions: str, references: str, epsilons: str) -> dict | None:
     return metric.compute(
         predictions=parse_labels("predictions", predictions),
         references=parse_labels("references", references),
-        epsilons=parse_epsilons(epsilons),
+        epsilons=epsilons.split(","),
     )
 
 
@@ -29,13 +28,6 @@ def parse_labels(name: str, text: str) -> list:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"`{name}` must be a JSON list such as [0, 2, 1]; {error}.") from error
-
-
-def parse_epsilons(text: str) -> list[float]:
-    try:
-        return [float(Fraction(epsilon.strip())) for epsilon in text.split(",")]
-    except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"`epsilons` must be numbers or fractions with commas between them; {error}.") from error
 
 
 def build_interface():

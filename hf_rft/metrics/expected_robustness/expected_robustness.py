@@ -4,12 +4,14 @@ Numbers first (`expected_robustness`, `bracket`, `mean_breaking_share`, `robustn
 a user hands over, then the `evaluate` module, which only connects the two.
 """
 
+from fractions import Fraction
+
 import datasets
 import evaluate
 import numpy as np
 from datasets.features.features import cast_to_python_objects
 from scipy.integrate import quad
-from scipy.stats import bootstrap
+from scipy.stats import beta
 
 
 _DESCRIPTION = """
@@ -21,19 +23,21 @@ _KWARGS_DESCRIPTION = """
 Args:
     predictions (`list` of `list` of `int`): for each example, one predicted label per epsilon.
     references (`list` of `int`): true labels.
-    epsilons (`list` of `float`): perturbation strengths, strictly increasing, the first 0.
+    epsilons (`list` of `float` or `str`): perturbation strengths, strictly increasing, the first 0. Text such as
+        "8/255" or "0.03" is read as the number it spells.
     weight (`Callable[[float], float]`, *optional*): how much each epsilon counts: a density >= 0, which need not be
         normalised. By default all epsilons count the same.
     num_classes (`int`, *optional*): refuse labels of `num_classes` and above.
 
 Returns:
-    expected_robustness (`float`): trapezoidal mean of the accuracies, in [0, 1].
+    expected_robustness (`float`): mean of the accuracy curve, linear between the epsilons, in [0, 1].
     clean_accuracy (`float`): accuracy at epsilon 0.
     robust_accuracy (`float`): accuracy at the largest epsilon.
     accuracies (`list` of `float`): accuracy at each epsilon. An example counts only if it is right there and at every
         smaller epsilon.
     lower_bound, upper_bound (`float`): what any curve that falls between the grid points can average to.
-    confidence_interval (`list` of 2 `float`): 95 % bootstrap interval of expected_robustness over examples.
+    confidence_interval (`list` of 2 `float`): 95 % interval of expected_robustness over examples
+        (Clopper-Pearson).
 
 Examples:
 
@@ -63,9 +67,8 @@ _SHAPES = ("one class index", "a list of class indices", "one list of class indi
 def expected_robustness(epsilons, accuracies, weight=None):
     """Mean of the accuracy curve over epsilon in [0, largest epsilon]; linear between the grid points.
 
-    Each interval counts by its mass m_i (see `interval_masses`): `sum m_i (acc_i + acc_{i+1}) / 2 / sum m_i`. Without
-    a weight this is the area by the trapezoidal rule, divided by the largest epsilon. For epsilon 0 alone it is the
-    accuracy there.
+    Without a weight this is the area by the trapezoidal rule, divided by the largest epsilon; with one it is the
+    integral of weight times curve, divided by that of the weight. For epsilon 0 alone it is the accuracy there.
 
     Args:
         epsilons: perturbation strengths, shape `(points,)`, strictly increasing from 0.
@@ -79,8 +82,13 @@ def expected_robustness(epsilons, accuracies, weight=None):
     Raises:
         ValueError: naming `epsilons`, `accuracies` or `weight`.
     """
-    lower, upper = _step_means(epsilons, accuracies, weight)
-    return (lower + upper) / 2
+    masses, left, right = _intervals(epsilons, accuracies, weight)
+    lower, upper = _mean(masses, right), _mean(masses, left)
+    if weight is None:
+        return (lower + upper) / 2
+    late = _integrate(weight, _as_grid(epsilons), times_progress=True)
+    # Where the curve is linear, the step function of the left ends is too high by progress times the interval's drop.
+    return upper - (late * (left - right)).sum(axis=-1) / masses.sum()
 
 
 def bracket(epsilons, accuracies, weight=None) -> tuple[float, float]:
@@ -88,8 +96,23 @@ def bracket(epsilons, accuracies, weight=None) -> tuple[float, float]:
 
     Args and errors as in `expected_robustness`, for one curve: `accuracies` has shape `(points,)`.
     """
-    lower, upper = _step_means(epsilons, accuracies, weight)
-    return float(lower), float(upper)
+    masses, left, right = _intervals(epsilons, accuracies, weight)
+    return float(_mean(masses, right)), float(_mean(masses, left))
+
+
+def confidence_interval(mean: float, examples: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval for the true mean of a quantity in [0, 1], from its mean over independent examples.
+
+    The exact binomial interval (Clopper-Pearson), with `examples * mean` successes, which need not be whole. With
+    mean p, nothing in [0, 1] varies more than a coin that shows 1 with probability p, so the interval is too wide if
+    anything for examples that are neither 0 nor 1.
+    """
+    successes = mean * examples
+    failures = examples - successes
+    tail = (1 - confidence) / 2
+    low = beta.ppf(tail, successes, failures + 1) if successes > 0 else 0.0
+    high = beta.ppf(1 - tail, successes + 1, failures) if failures > 0 else 1.0
+    return float(low), float(high)
 
 
 def interval_masses(epsilons, weight=None) -> np.ndarray:
@@ -108,22 +131,7 @@ def interval_masses(epsilons, weight=None) -> np.ndarray:
     if not callable(weight):
         raise ValueError(f"`weight={weight!r}` must be a function of epsilon, for example `lambda epsilon: epsilon`.")
 
-    def density(epsilon: float) -> float:
-        value = weight(epsilon)
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            number = np.nan
-        if not 0 <= number < np.inf:
-            raise ValueError(f"`weight` returned {value!r} at epsilon {epsilon:g}; it must be a finite number >= 0.")
-        return number
-
-    masses = np.empty(len(epsilons) - 1)
-    for i, (start, end) in enumerate(zip(epsilons[:-1], epsilons[1:], strict=True)):
-        # The tolerance is relative to the mass alone, so that the unit of the weight cannot change the result.
-        masses[i], _, _, *problem = quad(density, start, end, epsabs=0, epsrel=1e-6, limit=1000, full_output=True)
-        if problem:
-            raise ValueError(f"`weight` cannot be integrated over [{start:g}, {end:g}]; pass a smoother density.")
+    masses = _integrate(weight, epsilons)
     if len(masses) > 0 and not 0 < masses.sum() < np.inf:
         raise ValueError(
             f"`weight` integrates to {masses.sum():g} over [0, {epsilons[-1]:g}]; its integral must be positive and "
@@ -162,16 +170,15 @@ def still_correct(predictions, references) -> np.ndarray:
     return np.logical_and.accumulate(correct, axis=1)
 
 
-def robustness_summary(predictions, references, epsilons, *, weight=None, num_classes=None, seed: int = 0) -> dict:
+def robustness_summary(predictions, references, epsilons, *, weight=None, num_classes=None) -> dict:
     """All values of the metric.
 
     Args:
         predictions: predicted labels, integers of shape `(examples, epsilons)`.
         references: true labels, integers of shape `(examples,)`.
-        epsilons: perturbation strengths, shape `(epsilons,)`, strictly increasing from 0.
+        epsilons: perturbation strengths, shape `(epsilons,)`, strictly increasing from 0; numbers, or text as "8/255".
         weight: density >= 0 of epsilon, not necessarily normalised. None: uniform.
         num_classes: refuse labels of `num_classes` and above. None: any label >= 0.
-        seed: of the bootstrap resamples; the global random state is neither read nor changed.
 
     Returns:
         `dict` with the keys described in the module's `Returns`, all of them Python floats or lists of them.
@@ -191,11 +198,6 @@ def robustness_summary(predictions, references, epsilons, *, weight=None, num_cl
     lower_bound, upper_bound = bracket(epsilons, accuracies, weight)
     shares = expected_robustness(epsilons, correct, weight)
     mean = float(shares.mean())
-    interval = (mean, mean)
-    if len(shares) > 1 and np.ptp(shares) > 0:
-        interval = bootstrap(
-            (shares,), np.mean, method="percentile", n_resamples=2000, batch=100, rng=seed
-        ).confidence_interval
     return {
         "expected_robustness": mean,
         "clean_accuracy": float(accuracies[0]),
@@ -203,12 +205,12 @@ def robustness_summary(predictions, references, epsilons, *, weight=None, num_cl
         "accuracies": accuracies.tolist(),
         "lower_bound": lower_bound,
         "upper_bound": upper_bound,
-        "confidence_interval": [float(bound) for bound in interval],
+        "confidence_interval": list(confidence_interval(mean, len(shares))),
     }
 
 
-def _step_means(epsilons, accuracies, weight) -> tuple[np.ndarray, np.ndarray]:
-    """Means of the step functions that take, on each interval, the accuracy of its right and of its left end."""
+def _intervals(epsilons, accuracies, weight) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mass of each interval between neighbouring epsilons, and the accuracies at its left and at its right end."""
     masses = interval_masses(epsilons, weight)
     accuracies = _as_numbers("accuracies", accuracies)
     if accuracies.ndim == 0 or accuracies.shape[-1] != len(masses) + 1 or not np.all(np.isfinite(accuracies)):
@@ -216,26 +218,71 @@ def _step_means(epsilons, accuracies, weight) -> tuple[np.ndarray, np.ndarray]:
             f"`accuracies` must hold one finite number per epsilon, {len(masses) + 1} along its last axis; got shape "
             f"{accuracies.shape}."
         )
-    if len(masses) == 0:
-        return accuracies[..., 0], accuracies[..., 0]
+    if len(masses) == 0:  # epsilon 0 alone: all the mass is there
+        return np.ones(1), accuracies, accuracies
+    return masses, accuracies[..., :-1], accuracies[..., 1:]
+
+
+def _mean(masses, values) -> np.ndarray:
     # Divided last, by a sum over the same terms, so that an accuracy of 1 throughout gives exactly 1.
-    total = masses.sum()
-    return (masses * accuracies[..., 1:]).sum(axis=-1) / total, (masses * accuracies[..., :-1]).sum(axis=-1) / total
+    return (masses * values).sum(axis=-1) / masses.sum()
+
+
+def _integrate(weight, epsilons: np.ndarray, times_progress: bool = False) -> np.ndarray:
+    """Integral of `weight` over each interval; with `times_progress`, of weight times the progress (0 to 1) in it."""
+    integrals = np.empty(len(epsilons) - 1)
+    for i, (start, end) in enumerate(zip(epsilons[:-1], epsilons[1:], strict=True)):
+
+        def integrand(epsilon: float, start=start, width=end - start) -> float:
+            return _density(weight, epsilon) * ((epsilon - start) / width if times_progress else 1)
+
+        # The tolerance is relative to the mass alone, so that the unit of the weight cannot change the result.
+        integrals[i], _, _, *problem = quad(integrand, start, end, epsabs=0, epsrel=1e-6, limit=1000, full_output=True)
+        if problem:
+            raise ValueError(f"`weight` cannot be integrated over [{start:g}, {end:g}]; pass a smoother density.")
+    return integrals
+
+
+def _density(weight, epsilon: float) -> float:
+    value = weight(epsilon)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = np.nan
+    if not 0 <= number < np.inf:
+        raise ValueError(f"`weight` returned {value!r} at epsilon {epsilon:g}; it must be a finite number >= 0.")
+    return number
 
 
 def _as_numbers(name: str, values) -> np.ndarray:
-    """`values` as an array of floats. Text is refused, also text that spells a number: "8/255" does not."""
+    """`values` as an array of floats. Text is refused."""
     try:
         numbers = np.asarray(cast_to_python_objects(values))
         if numbers.dtype.kind not in "biufO":
             raise TypeError(f"dtype {numbers.dtype}")
         return numbers.astype(float)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"`{name}={values}` must be numbers: 8 / 255, for example, not the text '8/255'.") from error
+        raise ValueError(f"`{name}={values}` must be numbers, for example 8 / 255.") from error
+
+
+def _as_epsilon(value):
+    """A number as it is; of text, the number that it spells: "8/255", "0.03", "0.5/255"."""
+    if not isinstance(value, str):
+        return value
+    try:
+        numerator, denominator = value.split("/") if "/" in value else (value, 1)
+        return float(Fraction(numerator) / Fraction(denominator))
+    except (ValueError, ArithmeticError) as error:
+        raise ValueError(
+            f"`epsilons` must be numbers or fractions such as 8 / 255 or '8/255'; got {value.strip()!r}."
+        ) from error
 
 
 def _as_grid(epsilons) -> np.ndarray:
-    grid = _as_numbers("epsilons", epsilons)
+    values = cast_to_python_objects(epsilons)
+    values = values.tolist() if isinstance(values, np.ndarray) else values
+    values = [_as_epsilon(value) for value in values] if isinstance(values, list | tuple) else _as_epsilon(values)
+    grid = _as_numbers("epsilons", values)
     if grid.ndim != 1:
         raise ValueError(f"`epsilons={epsilons}` must be a list of numbers, one per column of `predictions`.")
     if grid.size == 0 or not np.all(np.isfinite(grid)) or grid[0] != 0 or np.any(np.diff(grid) <= 0):
