@@ -6,17 +6,15 @@ All tensors are images of shape `(batch, channels, height, width)` with pixels i
 import itertools
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .noise import Generators, default_generator, rand, randn
 
-
-NORMS = ("linf", "l2", "l1")
 
 # A dense L1 step spends the whole budget on coordinates that hardly matter; PGD moves this share of them at a time.
 L1_SPARSITY = 0.05
@@ -162,19 +160,7 @@ class ThreatModel:
     def random_start(self, pixels: torch.Tensor, generator: Generators = None) -> torch.Tensor:
         """A point drawn uniformly from the ball, then moved into the box."""
         generator = default_generator(pixels.device) if generator is None else generator
-        if self.norm == "linf":
-            direction = 2 * rand(pixels, generator) - 1
-        elif self.norm == "l2":
-            # A Gaussian gives the direction and U^(1/d) the radius of a uniform point in the d-dimensional ball.
-            noise = randn(pixels, generator)
-            dimension = pixels[0].numel()
-            direction = _unit(noise, "l2") * rand(pixels[:, :1, :1, :1], generator) ** (1 / dimension)
-        else:
-            # Coordinates of a uniform point in the L1 ball: Laplace noise over its sum plus one more exponential.
-            exponential = -torch.log1p(-rand(pixels, generator))
-            sign = torch.where(rand(pixels, generator) < 0.5, -1.0, 1.0).to(pixels)
-            slack = -torch.log1p(-rand(pixels[:, :1, :1, :1], generator))
-            direction = sign * exponential / (_norm(exponential, "l1") + slack)
+        direction = _NORMS[self.norm].uniform(pixels, generator)
         return self.project(pixels + self.radius(pixels) * direction, pixels)
 
     def step(
@@ -190,18 +176,7 @@ class ThreatModel:
             sparsity (`float` or `torch.Tensor` of shape `(batch,)`):
                 For `"l1"`, the share of coordinates, those with the largest gradients, that move together.
         """
-        if self.norm == "linf":
-            return step_size * gradient.sign()
-        if self.norm == "l2":
-            return step_size * _unit(gradient, "l2")
-        magnitude = gradient.abs().flatten(1)
-        if not isinstance(sparsity, torch.Tensor):  # filled on the device: nothing waits for a copy
-            sparsity = torch.full((1,), sparsity, device=gradient.device)
-        count = sparsity * magnitude.shape[1]
-        rank = count.long().clamp(1, magnitude.shape[1]).expand(len(magnitude)) - 1
-        threshold = magnitude.sort(dim=1, descending=True).values.gather(1, rank.unsqueeze(1))
-        sign = gradient.sign() * (magnitude >= threshold).reshape(gradient.shape)
-        return step_size * sign / _norm(sign, "l1").clamp_min(1)
+        return step_size * _NORMS[self.norm].steepest(gradient, sparsity)
 
     def project(self, adversarial: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         """The point of ball and box, taken together, that is nearest to `adversarial` (Euclidean distance).
@@ -209,21 +184,12 @@ class ThreatModel:
         `pixels` must lie in the box. Exact for all norms up to rounding: projecting onto the ball and then clamping
         would stay inside too, but loses part of the budget where the box binds.
         """
-        radius = self.radius(pixels)
-        if self.norm == "linf":
-            return torch.minimum(torch.maximum(adversarial, pixels - radius), pixels + radius).clamp(0, 1)
-        delta = adversarial - pixels
-        room = torch.where(delta > 0, 1 - pixels, pixels)  # how far each coordinate may go before it leaves the box
-        shrink = _shrink_l2 if self.norm == "l2" else _shrink_l1
-        size = shrink(delta.abs().flatten(1), room.flatten(1), radius.flatten(1)).reshape(delta.shape)
-        # `pixels + size` may still round to just outside the box.
-        return (pixels + delta.sign() * size).clamp(0, 1)
+        return _NORMS[self.norm].nearest(adversarial, pixels, self.radius(pixels))
 
 
 def _norm(images: torch.Tensor, norm: str) -> torch.Tensor:
     """Norm of each image, shape `(batch, 1, 1, 1)`."""
-    order = {"linf": torch.inf, "l2": 2, "l1": 1}[norm]
-    return torch.linalg.vector_norm(images.flatten(1), ord=order, dim=1).reshape(-1, 1, 1, 1)
+    return torch.linalg.vector_norm(images.flatten(1), ord=_NORMS[norm].order, dim=1).reshape(-1, 1, 1, 1)
 
 
 def _unit(images: torch.Tensor, norm: str) -> torch.Tensor:
@@ -231,6 +197,69 @@ def _unit(images: torch.Tensor, norm: str) -> torch.Tensor:
     tiny = torch.finfo(images.dtype).tiny
     scaled = images / _norm(images, "linf").clamp_min(tiny)
     return scaled / _norm(scaled, norm).clamp_min(tiny)
+
+
+# --- A uniform point of the unit ball ---
+
+
+def _uniform_linf(images: torch.Tensor, generator: Generators) -> torch.Tensor:
+    return 2 * rand(images, generator) - 1
+
+
+def _uniform_l2(images: torch.Tensor, generator: Generators) -> torch.Tensor:
+    """A Gaussian gives the direction and U^(1/d) the radius of a uniform point in the d-dimensional ball."""
+    noise = randn(images, generator)
+    return _unit(noise, "l2") * rand(images[:, :1, :1, :1], generator) ** (1 / images[0].numel())
+
+
+def _uniform_l1(images: torch.Tensor, generator: Generators) -> torch.Tensor:
+    """Laplace noise over its sum plus one more exponential."""
+    exponential = -torch.log1p(-rand(images, generator))
+    sign = torch.where(rand(images, generator) < 0.5, -1.0, 1.0).to(images)
+    slack = -torch.log1p(-rand(images[:, :1, :1, :1], generator))
+    return sign * exponential / (_norm(exponential, "l1") + slack)
+
+
+# --- The steepest step of length 1 ---
+
+
+def _steepest_linf(gradient: torch.Tensor, sparsity: float | torch.Tensor) -> torch.Tensor:
+    return gradient.sign()
+
+
+def _steepest_l2(gradient: torch.Tensor, sparsity: float | torch.Tensor) -> torch.Tensor:
+    return _unit(gradient, "l2")
+
+
+def _steepest_l1(gradient: torch.Tensor, sparsity: float | torch.Tensor) -> torch.Tensor:
+    magnitude = gradient.abs().flatten(1)
+    if not isinstance(sparsity, torch.Tensor):  # filled on the device: nothing waits for a copy
+        sparsity = torch.full((1,), sparsity, device=gradient.device)
+    count = sparsity * magnitude.shape[1]
+    rank = count.long().clamp(1, magnitude.shape[1]).expand(len(magnitude)) - 1
+    threshold = magnitude.sort(dim=1, descending=True).values.gather(1, rank.unsqueeze(1))
+    sign = gradient.sign() * (magnitude >= threshold).reshape(gradient.shape)
+    return sign / _norm(sign, "l1").clamp_min(1)
+
+
+# --- The nearest point of ball and box ---
+
+
+def _nearest_linf(adversarial: torch.Tensor, pixels: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    return torch.minimum(torch.maximum(adversarial, pixels - radius), pixels + radius).clamp(0, 1)
+
+
+def _nearest_by(shrink: Callable) -> Callable:
+    """The projection that shrinks the size of each coordinate's change and keeps its sign."""
+
+    def nearest(adversarial: torch.Tensor, pixels: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+        delta = adversarial - pixels
+        room = torch.where(delta > 0, 1 - pixels, pixels)  # how far each coordinate may go before it leaves the box
+        size = shrink(delta.abs().flatten(1), room.flatten(1), radius.flatten(1)).reshape(delta.shape)
+        # `pixels + size` may still round to just outside the box.
+        return (pixels + delta.sign() * size).clamp(0, 1)
+
+    return nearest
 
 
 def _shrink_l2(size: torch.Tensor, room: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
@@ -287,3 +316,20 @@ def _shrink_l1(size: torch.Tensor, room: torch.Tensor, radius: torch.Tensor) -> 
     # The last bit: rounding must not leave the ball.
     shrunk = shrunk * (radius / shrunk.sum(dim=1, keepdim=True).clamp_min(torch.finfo(size.dtype).tiny)).clamp_max(1)
     return torch.where(inside, clipped, shrunk)
+
+
+class _Norm(NamedTuple):
+    """What a threat model needs to know of a norm."""
+
+    order: float  # as `torch.linalg.vector_norm` takes it
+    uniform: Callable[[torch.Tensor, Generators], torch.Tensor]
+    steepest: Callable[[torch.Tensor, float | torch.Tensor], torch.Tensor]
+    nearest: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+_NORMS = {
+    "linf": _Norm(torch.inf, _uniform_linf, _steepest_linf, _nearest_linf),
+    "l2": _Norm(2, _uniform_l2, _steepest_l2, _nearest_by(_shrink_l2)),
+    "l1": _Norm(1, _uniform_l1, _steepest_l1, _nearest_by(_shrink_l1)),
+}
+NORMS = tuple(_NORMS)

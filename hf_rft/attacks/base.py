@@ -58,23 +58,46 @@ def takes(attack: Callable, argument: str) -> bool:
 
 
 def checked(attack: Attack) -> Attack:
-    """A user's attack, whose results are refused if they leave the ball or the box."""
+    """A user's attack, whose results are refused if they leave the ball or the box.
+
+    Raises:
+        ValueError: if the attack cannot be called as [`Attack`] says.
+    """
+    _check_signature(attack)
 
     @functools.wraps(attack, updated=())
     def wrapper(forward, pixels, labels, *, threat_model, **options):
         adversarial = attack(forward, pixels, labels, threat_model=threat_model, **options)
         radius = threat_model.radius(pixels).flatten()
-        excess = (threat_model.distance(adversarial, pixels) - radius).max()
+        excess = threat_model.distance(adversarial, pixels) - radius
+        # Adding a perturbation to float32 pixels rounds each of them by up to half this; errors of both signs add up
+        # like a random walk in L1 and L2.
+        rounding = torch.finfo(torch.float32).eps * (1 if threat_model.norm == "linf" else pixels[0].numel() ** 0.5)
         lowest, highest = adversarial.aminmax()
-        rounding = 1e-4 * (1 + radius.max())  # of a sum over all pixels, in L1
-        if not (excess <= rounding and lowest >= 0 and highest <= 1):
+        if not ((excess <= 1e-4 * radius + rounding).all() and lowest >= 0 and highest <= 1):
             raise ValueError(
-                f"`attack={attack!r}` returned images in [{lowest:.4g}, {highest:.4g}], up to {excess:.4g} outside "
-                f"the {threat_model.norm} ball of radius {threat_model.epsilon}; end it with `threat_model.project`."
+                f"`attack={attack!r}` returned images in [{lowest:.4g}, {highest:.4g}], up to {excess.max():.4g} "
+                f"outside the {threat_model.norm} ball of radius {threat_model.epsilon}; end it with "
+                "`threat_model.project`."
             )
         return adversarial
 
     return wrapper
+
+
+def _check_signature(attack: Attack) -> None:
+    try:
+        signature = inspect.signature(attack)
+    except (TypeError, ValueError):
+        return  # not callable, which the caller refuses, or compiled code that does not tell
+    try:
+        signature.bind(None, None, None, threat_model=None, steps=1, generator=None)
+    except TypeError as error:
+        raise ValueError(
+            f"`attack={attack!r}` takes {signature}, but is called as attack(forward, pixels, labels, "
+            f"threat_model=..., steps=..., generator=...): {error}. Give it the signature "
+            "(forward, pixels, labels, *, threat_model, steps, generator=None)."
+        ) from error
 
 
 class Passes(NamedTuple):

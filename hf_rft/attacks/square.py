@@ -6,6 +6,7 @@ https://huggingface.co/papers/2103.01208, section 4).
 """
 
 import bisect
+import functools
 import math
 
 import torch
@@ -46,7 +47,7 @@ def square(
     pixels = check_inputs(pixels, labels, steps)
     if threat_model.is_trivial or len(pixels) == 0:
         return pixels
-    propose, start = (_paint, _stripes) if threat_model.norm == "linf" else (_move_budget, _tiles)
+    propose, start = MOVES[threat_model.norm]
     # All random numbers of an example are drawn before the first query: those of one must not depend on the others.
     channels, height, width = pixels.shape[1:]
     first_noise = rand(pixels, generator)
@@ -144,10 +145,9 @@ def _tiles(pixels: torch.Tensor, noise: torch.Tensor, threat_model: ThreatModel)
 
 
 def _move_budget(
-    best: torch.Tensor, pixels: torch.Tensor, noise: torch.Tensor, side: int, threat_model: ThreatModel
+    best: torch.Tensor, pixels: torch.Tensor, noise: torch.Tensor, side: int, threat_model: ThreatModel, *, order: int
 ) -> torch.Tensor:
-    """Empty one square, and spend its budget, and all that is unused, on a bump in another."""
-    order = 2 if threat_model.norm == "l2" else 1
+    """Empty one square, and spend its budget, and all that is unused, on a bump in another; `order` is the norm's."""
     side = min(max(side, 3), *pixels.shape[2:])
     offsets, donor = _offsets(noise[:, :2], side, pixels), _inside(_offsets(noise[:, 2:4], side, pixels), side)
     inside = _inside(offsets, side)
@@ -171,3 +171,11 @@ def _move_budget(
     filling = filling * (budget / power(filling).clamp_min(tiny)).pow(1 / order)
     moved = torch.where(inside, filling, delta.masked_fill(donor, 0))
     return _scale_to_radius(moved, pixels, threat_model)
+
+
+# What changes a square, and the image to start from.
+MOVES = {
+    "linf": (_paint, _stripes),
+    "l2": (functools.partial(_move_budget, order=2), _tiles),
+    "l1": (functools.partial(_move_budget, order=1), _tiles),
+}
