@@ -130,7 +130,7 @@ def check_schedule(schedule: Any) -> None:
         pass
 
 
-def checked_multiplier(multiplier: Any, progress: float) -> float:
+def checked_multiplier(multiplier: float, progress: float) -> float:
     """What a schedule returned at `progress`, if it is a share of epsilon.
 
     Raises:
