@@ -28,6 +28,8 @@ History = Sequence[Mapping[str, Any]]
 
 # A loss this near that of guessing says that nothing was learnt.
 SHARE_OF_GUESSING = 0.95
+# A shorter run is a trial of the code: nobody expects it to learn.
+FEW_STEPS = 20
 # Share of the epochs after which adaptation is due, and share of training over which the loss is averaged.
 DUE, WINDOW = 0.2, 0.1
 # Fall of the accuracy under several steps (Wong et al. 2020, section 5.4).
@@ -54,6 +56,8 @@ class Run:
             Size of the validation set; None if unknown.
         prefix (`str`, *optional*, defaults to `"eval"`):
             Of the evaluation's metrics.
+        epsilon_grows (`Callable[[], bool]`, *optional*):
+            Returns whether the schedule begins with a smaller epsilon than it ends with. None: it does not.
     """
 
     num_classes: int
@@ -62,6 +66,7 @@ class Run:
     num_epochs: float
     num_eval_examples: int | None = None
     prefix: str = "eval"
+    epsilon_grows: Callable[[], bool] | None = None
 
 
 class Alarm(NamedTuple):
@@ -80,15 +85,14 @@ def transfer_failure(history: History, run: Run) -> Alarm | None:
 
     Both are due after 20 % of the epochs, rounded up. A loss near that of guessing is no failure while
     the latest clean accuracy, of an evaluation or a probe, is above the threshold: then only the attack is too strong.
+    Nothing is expected of a run of less than 20 steps.
     """
+    if run.max_steps < FEW_STEPS:
+        return None
     losses = [entry for entry in history if "loss" in entry]
     measured = evaluations(history, run.prefix)
     threshold, due = onset_threshold(run.num_classes), max(1, math.ceil(DUE * run.num_epochs))
-    meaning = (
-        "The model does not begin to learn the task. Let epsilon grow from 0 (`epsilon_schedule_type='hinge'`), or "
-        "try a smaller `epsilon` or another `learning_rate`; see 'Robust Fine-Tuning from Non-Robust Pretrained "
-        "Models', https://huggingface.co/papers/2509.23325."
-    )
+    meaning = f"The model does not begin to learn the task. {_remedy(losses, run)}"
     if losses:
         step, epoch = losses[-1]["step"], losses[-1].get("epoch") or 0.0
         loss = statistics.fmean(
@@ -111,6 +115,26 @@ def transfer_failure(history: History, run: Run) -> Alarm | None:
         )
         return Alarm("transfer_failure", f"Transfer failure: {seen} {meaning}")
     return None
+
+
+def _remedy(losses: History, run: Run) -> str:
+    """What is left to try when a model does not learn, given the epsilons it was trained at."""
+    if losses and all(entry.get("epsilon") == 0 for entry in losses):
+        return "Epsilon has been 0 so far, so no attack is to blame: try another `learning_rate`, check the labels."
+    if run.epsilon_grows is not None and run.epsilon_grows():
+        remedy = (
+            "Epsilon grows already: try a smaller `epsilon`, later hinges (`start` and `end` of "
+            "`epsilon_schedule_kwargs`) or another `learning_rate`"
+        )
+    else:
+        remedy = (
+            "Let epsilon grow from 0 (`epsilon_schedule_type='hinge'`), or try a smaller `epsilon` or another "
+            "`learning_rate`"
+        )
+    return (
+        f"{remedy}; see 'Robust Fine-Tuning from Non-Robust Pretrained Models', "
+        "https://huggingface.co/papers/2509.23325."
+    )
 
 
 def catastrophic_overfitting(history: History, run: Run) -> Alarm | None:
@@ -143,8 +167,11 @@ def robust_overfitting(history: History, run: Run) -> Alarm | None:
 
     The last two evaluations must lie below the best one by more than 2 points and more than two standard errors of the
     difference, and training accuracy above validation accuracy by as much: what is not learnt on training data either
-    is no overfitting. Only evaluations are compared before which training was at the same epsilon as now.
+    is no overfitting. Only evaluations are compared before which training was at the same epsilon as now. Runs of less
+    than 20 steps are too short to tell.
     """
+    if run.max_steps < FEW_STEPS:
+        return None
     accuracy = f"{run.prefix}_robust_accuracy"
     compared = [entry for entry in _robust_evaluations(history, accuracy) if entry.epsilon > 0]
     compared = [entry for entry in compared if math.isclose(entry.epsilon, compared[-1].epsilon, rel_tol=1e-6)]
@@ -268,7 +295,7 @@ class AlarmCallback(TrainerCallback):
     history when training begins, so a resumed run repeats nothing.
 
     Args:
-        num_classes, chance_loss, num_eval_examples, prefix:
+        num_classes, chance_loss, num_eval_examples, prefix, epsilon_grows:
             See [`Run`].
         probe (`Callable`):
             Returns what [`hf_rft.probe.probe`] found, as shares under names that begin with `probe_`, the same on all
@@ -289,9 +316,11 @@ class AlarmCallback(TrainerCallback):
         interrupt: Callable[[AlarmRaised], None],
         num_eval_examples: int | None = None,
         prefix: str = "eval",
+        epsilon_grows: Callable[[], bool] | None = None,
     ):
         self._num_classes, self._chance_loss = num_classes, functools.cache(chance_loss)
         self._num_eval_examples, self._prefix = num_eval_examples, prefix
+        self._epsilon_grows = epsilon_grows
         self._probe, self._record, self._interrupt = probe, record, interrupt
         self._run: Run | None = None  # while training
         self._known: set[str] = set()  # names of the alarms that went off, and "onset"
@@ -304,6 +333,7 @@ class AlarmCallback(TrainerCallback):
             1 if is_stream(state) else state.num_train_epochs,
             self._num_eval_examples,
             self._prefix,
+            self._epsilon_grows,
         )
         self._known = set(recorded_alarms(state.log_history))
         if any("adaptation_onset" in entry for entry in state.log_history):

@@ -4,13 +4,13 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from numbers import Real
+from dataclasses import replace
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from .checkpoints import why_incomplete
-from .schedules import EpsilonSchedule
+from .schedules import EpsilonSchedule, check_schedule, checked_multiplier
 
 
 logger = logging.get_logger(__name__)
@@ -19,6 +19,17 @@ logger = logging.get_logger(__name__)
 def is_stream(state: TrainerState) -> bool:
     """Whether the training dataset has no length, so that nobody knows how many epochs there will be."""
     return state.num_train_epochs >= sys.maxsize
+
+
+def _steps_per_epoch(state: TrainerState) -> int:
+    """Optimizer steps in an epoch: exactly once a step was taken, at most as many as there are before.
+
+    `state.epoch` counts micro-batches, of which the last step of an epoch may have fewer. So within an epoch it lies
+    on or above the share of completed steps, by less than one step.
+    """
+    if not state.epoch or not state.global_step:
+        return math.ceil(state.max_steps / max(state.num_train_epochs, 1))
+    return math.ceil(round(state.global_step / state.epoch, 6))
 
 
 class EpsilonScheduleCallback(TrainerCallback):
@@ -34,11 +45,15 @@ class EpsilonScheduleCallback(TrainerCallback):
         interval (`str`, *optional*, defaults to `"step"`):
             `"step"` measures progress in completed optimizer steps, `"epoch"` in completed epochs (the paper's
             staircase).
+
+    Raises:
+        ValueError: for an unknown interval, or a schedule that cannot be called with progress alone.
     """
 
     def __init__(self, schedule: EpsilonSchedule, interval: str = "step"):
         if interval not in ("step", "epoch"):
             raise ValueError(f"`epsilon_schedule_interval={interval!r}` is unknown; choose 'step' or 'epoch'.")
+        check_schedule(schedule)
         self.schedule = schedule
         self.interval = interval
 
@@ -48,22 +63,31 @@ class EpsilonScheduleCallback(TrainerCallback):
             return 0.0
         if self.interval == "step":
             return min(state.global_step / state.max_steps, 1.0)
-        return min(math.floor(state.epoch or 0.0) / state.num_train_epochs, 1.0)
+        # `state.num_train_epochs` is rounded up.
+        epochs = min(state.num_train_epochs, state.max_steps / _steps_per_epoch(state))
+        return min(math.floor(state.epoch or 0.0) / epochs, 1.0)
 
     def multiplier(self, state: TrainerState) -> float:
         """The schedule's value for the next step.
 
         Raises:
-            ValueError: if the schedule returns something that is no finite, non-negative number.
+            ValueError: if the schedule returns something that is no number from 0 to 1.
         """
         progress = self.progress(state)
-        multiplier = self.schedule(progress)
-        if not isinstance(multiplier, Real) or not 0 <= multiplier < math.inf:
-            raise ValueError(
-                f"`epsilon_schedule` returned {multiplier!r} at progress {progress:.3f}; it must return a finite "
-                "multiplier of epsilon, 0 or more."
-            )
-        return float(multiplier)
+        return checked_multiplier(self.schedule(progress), progress)
+
+    def multiplier_of_step(self, state: TrainerState, step: int) -> float:
+        """The schedule's value for a step of this run, counted from 0."""
+        return self.multiplier(replace(state, global_step=step, epoch=step / _steps_per_epoch(state)))
+
+    def grows(self, state: TrainerState) -> bool:
+        """Whether training begins with a smaller epsilon than it ends with."""
+        return self.multiplier_of_step(state, 0) < self.multiplier_of_step(state, state.max_steps - 1)
+
+    def is_final(self, state: TrainerState) -> bool:
+        """Whether the last step that was taken had the epsilon with which training ends."""
+        multipliers = (self.multiplier_of_step(state, step) for step in (state.global_step - 1, state.max_steps - 1))
+        return math.isclose(*multipliers, rel_tol=1e-6)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if self.interval == "epoch" and is_stream(state):
@@ -71,7 +95,12 @@ class EpsilonScheduleCallback(TrainerCallback):
                 "`epsilon_schedule_interval='epoch'` needs a training dataset with a length, to know how many epochs "
                 "there are; set it to 'step'."
             )
-        at = {share: self.schedule(share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
+        at = {share: checked_multiplier(self.schedule(share), share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
+        if getattr(args, "best_model_at_any_epsilon", False) and args.metric_for_best_model and self.grows(state):
+            logger.warning(
+                "`best_model_at_any_epsilon=True`: the best model, or an early stop, may come from the ramp, where "
+                "models trained at different epsilons are compared, and a small epsilon favours clean accuracy."
+            )
         logger.info("Epsilon by progress: " + ", ".join(f"{share:.0%} -> {value:.3g}x" for share, value in at.items()))
 
 
@@ -162,10 +191,20 @@ class AttackCheckCallback(TrainerCallback):
 
 
 class BestCheckpointCallback(TrainerCallback):
-    """Forgets a best checkpoint that a resumed run can no longer load, so that another one becomes the best."""
+    """Forgets a best checkpoint that a resumed run can no longer load, so that another one becomes the best, and says
+    if none was found.
+    """
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         best = state.best_model_checkpoint
         if best is not None and (reason := why_incomplete(best)) is not None:
             logger.warning("The best checkpoint so far, %s, is ignored, it is not complete: %s.", best, reason)
             state.best_model_checkpoint = state.best_metric = state.best_global_step = None
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if args.load_best_model_at_end and state.best_metric is None and state.is_world_process_zero:
+            logger.warning(
+                "There is no best model to load: no evaluation was made once epsilon had its final value. The model "
+                "is that of the last step. Evaluate more often, let the schedule end earlier, or set "
+                "`best_model_at_any_epsilon=True`."
+            )

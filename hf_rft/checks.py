@@ -1,5 +1,6 @@
 """Checks of what a user hands over, before anything is computed from it."""
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -129,13 +130,14 @@ def _check_fsdp(trainer: Any, plugin: Any) -> None:
 
 
 def check_loss(robust_loss: RobustLoss, args: RobustTrainingArguments, attack: Callable | None) -> None:
-    """Refuse a weight that the loss does not have, and a user's attack that cannot serve the loss."""
+    """Refuse a loss of another signature, a weight that it does not have, and an attack that cannot serve it."""
     for name, function in (("robust_loss", robust_loss.function), ("attack", attack)):
         if function is not None and not callable(function):
             raise ValueError(
                 f"`{name}={function!r}` is no function; pass one, or name a built-in one with "
                 f"`RobustTrainingArguments({name}=...)`."
             )
+    _check_loss_signature(robust_loss.function)
     weight = args.robust_loss_weight
     if weight is not None and robust_loss in LOSSES.values() and robust_loss.weight is None:
         raise ValueError(
@@ -147,6 +149,20 @@ def check_loss(robust_loss: RobustLoss, args: RobustTrainingArguments, attack: C
             f"`attack={attack!r}` takes no `objective`, but this `robust_loss` chooses what its attack increases; add "
             "the argument `objective`, a function of logits and labels."
         )
+
+
+def _check_loss_signature(function: Callable) -> None:
+    """Refuse a loss that cannot be called as training will; one whose signature cannot be read is let through."""
+    try:
+        inspect.signature(function).bind(None, None, None, weight=None, label_smoothing=0.0)
+    except TypeError as error:
+        raise ValueError(
+            f"`robust_loss={function!r}` must take `(clean_logits, adversarial_logits, labels, *, weight, "
+            f"label_smoothing)`, which its signature {inspect.signature(function)} does not: {error}. Take what it "
+            "does not use as well, or `**_`."
+        ) from error
+    except ValueError:  # some callables written in C have no signature
+        pass
 
 
 def check_dataset(name: str, dataset: Any, num_labels: int) -> None:

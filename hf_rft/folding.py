@@ -47,8 +47,8 @@ def find_foldable_pairs(model: nn.Module) -> list[FoldablePair]:
 def folded(pairs: Sequence[FoldablePair]) -> Iterator[None]:
     """Let convolutions do the work of their BatchNorms, which must be in evaluation mode.
 
-    Folded weights are computed from the present ones, and carry no gradient to them. Pairs whose `forward` somebody
-    has replaced since they were found are left alone. Afterwards all modules are as they were before.
+    Folded weights are computed from the present ones, and carry no gradient to them. A pair is left alone if somebody
+    has replaced a `forward` of it since it was found. Afterwards all modules are as they were before.
     """
     pairs = [pair for pair in pairs if not any(_has_own_forward(one) for one in pair)]
     own = [(convolution, convolution.weight, convolution.bias) for convolution, _ in pairs]

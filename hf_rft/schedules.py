@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from numbers import Real
+from typing import Any
 
 import numpy as np
 from transformers.utils.generic import ExplicitEnum
@@ -98,6 +99,39 @@ def piecewise(*, points: Sequence[tuple[float, float]]) -> EpsilonSchedule:
     if not np.all((multipliers >= 0) & (multipliers <= 1)):
         raise ValueError(f"`points={points}`: multipliers must lie in [0, 1]; raise `epsilon` to train beyond it.")
     return lambda progress: float(np.interp(progress, progress_points, multipliers))
+
+
+def check_schedule(schedule: Any) -> None:
+    """Refuse what cannot be called with progress alone; one whose signature cannot be read is let through."""
+    if not callable(schedule):
+        raise ValueError(
+            f"`epsilon_schedule={schedule!r}` is no function; pass one that maps progress in [0, 1] to a multiplier "
+            "of epsilon, or name a built-in one with `RobustTrainingArguments(epsilon_schedule_type=...)`."
+        )
+    try:
+        inspect.signature(schedule).bind(0.0)
+    except TypeError as error:
+        raise ValueError(
+            f"`epsilon_schedule={schedule!r}` is called as `epsilon_schedule(progress)`, with one positional "
+            f"argument, which its signature {inspect.signature(schedule)} does not allow: {error}."
+        ) from error
+    except ValueError:  # some callables written in C have no signature
+        pass
+
+
+def checked_multiplier(multiplier: float, progress: float) -> float:
+    """What a schedule returned at `progress`, if it is a share of epsilon.
+
+    Raises:
+        ValueError: naming the value, the progress and the remedy.
+    """
+    # A few units in the last place above 1 are the rounding of a formula that ends at 1.
+    if not isinstance(multiplier, Real) or not 0 <= multiplier <= 1 + 1e-9:
+        raise ValueError(
+            f"`epsilon_schedule` returned {multiplier!r} at progress {progress:.3f}; it must return a multiplier of "
+            "epsilon from 0 to 1. To train beyond `epsilon`, raise it."
+        )
+    return min(float(multiplier), 1.0)
 
 
 def scaled_steps(steps: int, multiplier: float) -> int:

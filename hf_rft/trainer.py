@@ -33,7 +33,7 @@ from .losses import LOSSES, RobustLoss
 from .model_state import batch_norm_frozen
 from .noise import TRAINING_ATTACK, example_generators
 from .pixel_space import PixelNormalization
-from .schedules import EpsilonSchedule, scaled_steps
+from .schedules import EpsilonSchedule, checked_multiplier, scaled_steps
 from .threat_model import ThreatModel
 from .trainer_alarms import AlarmsMixin
 from .trainer_evaluation import EvaluationMixin
@@ -236,6 +236,14 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
             check_finite("gradient", torch.as_tensor(grad_norm), when)  # the same on all processes
         return grad_norm
 
+    def _determine_best_metric(self, metrics, trial):
+        # Models trained at different epsilons are not compared. Until there is a best one, early stopping waits.
+        callback = self._epsilon_callback
+        if callback is not None and self.robust_loss.needs_adversarial and not self.args.best_model_at_any_epsilon:
+            if not callback.is_final(self.state):
+                return False
+        return super()._determine_best_metric(metrics, trial)
+
     @property
     def _loss_weight(self) -> float | None:
         weight = self.args.robust_loss_weight
@@ -252,7 +260,10 @@ class RobustTrainer(AlarmsMixin, EvaluationMixin, ResumeMixin, SharingMixin):
     def _multiplier(self) -> float:
         """The share of epsilon that the next training step uses."""
         callback = self._epsilon_callback
-        return callback.multiplier(self.state) if callback is not None else 1.0
+        if callback is None:
+            return 1.0
+        # Once more: a subclass may override `multiplier`.
+        return checked_multiplier(callback.multiplier(self.state), callback.progress(self.state))
 
     @property
     def _scheduled_steps(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel, Trainer
 
 from .alarms import AlarmCallback
+from .callbacks import EpsilonScheduleCallback
 from .interruption import InterruptionCallback
 from .losses import RobustLoss
 from .noise import PROBE, example_generators
@@ -31,6 +32,7 @@ class AlarmsMixin(Trainer):
     _folded: Callable[[], AbstractContextManager]
     _loss_weight: float | None
     _scheduled_threat_model: ThreatModel
+    _epsilon_callback: EpsilonScheduleCallback | None
     _probed_batches: list[dict[str, Any]] | None = None
     # Of the adversarial training examples since the last log: how many were classified right, of how many. The first
     # is a tensor on the device once training has begun, looked at only when something is logged.
@@ -49,6 +51,7 @@ class AlarmsMixin(Trainer):
             interrupt=lambda error: self.interruption.request(error),
             num_eval_examples=len(dataset) if hasattr(dataset, "__len__") else None,  # pyright: ignore[reportArgumentType]
             prefix=self._eval_prefix,
+            epsilon_grows=lambda: self._epsilon_callback is not None and self._epsilon_callback.grows(self.state),
         )
 
     @property

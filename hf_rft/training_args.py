@@ -98,6 +98,11 @@ class RobustTrainingArguments(TrainingArguments):
         eval_attack_during_training (`bool`, *optional*, defaults to `True`):
             Attack in the evaluations that happen while training runs. If False those report clean accuracy only,
             which is cheap; calling `evaluate` always attacks.
+        best_model_at_any_epsilon (`bool`, *optional*, defaults to `False`):
+            Let every evaluation decide which model is the best. If False only those do that follow a step at the
+            epsilon with which training ends: on the ramp of a schedule, models trained at different epsilons would be
+            compared. `load_best_model_at_end`, `save_strategy="best"` (which saves nothing before) and
+            [`~transformers.EarlyStoppingCallback`] (which does not count evaluations before) then begin there.
 
         > Parameters that control the alarms
 
@@ -200,6 +205,10 @@ class RobustTrainingArguments(TrainingArguments):
     eval_attack_during_training: bool = field(
         default=True,
         metadata={"help": "Attack in evaluations while training runs; if not, those report clean accuracy only."},
+    )
+    best_model_at_any_epsilon: bool = field(
+        default=False,
+        metadata={"help": "Choose the best model on the ramp of epsilon too, not only at its final value."},
     )
 
     # --- Alarms ---

@@ -114,6 +114,31 @@ def test_an_attack_that_is_too_strong_is_no_transfer_failure(clean):
 
 
 @pytest.mark.parametrize(
+    ("epsilons", "grows", "advice"),
+    [
+        ([0.1] * 10, False, "Let epsilon grow from 0 (`epsilon_schedule_type='hinge'`), or try a smaller `epsilon`"),
+        ([0.0] * 5 + [0.1] * 5, True, "try a smaller `epsilon`, later hinges (`start` and `end` of"),
+        ([0.0] * 10, True, "Epsilon has been 0 so far, so no attack is to blame: try another `learning_rate`"),
+        ([0.0] * 10, False, "Epsilon has been 0 so far, so no attack is to blame: try another `learning_rate`"),
+    ],
+)
+def test_the_advice_is_what_has_not_been_tried(epsilons, grows, advice):
+    history = [{**entry, "epsilon": epsilon} for entry, epsilon in zip(losses([CHANCE] * 10), epsilons, strict=True)]
+    message = transfer_failure(history, make_run(epsilon_grows=lambda: grows)).message
+    assert advice in message and "`learning_rate`" in message
+    assert ("hinge'" in message) == (not grows and epsilons[0] > 0)
+
+
+@pytest.mark.parametrize("max_steps", [4, 19, 20])
+def test_nothing_is_expected_of_a_run_of_a_few_steps(max_steps):
+    run = make_run(max_steps=max_steps, num_epochs=1)
+    failing = losses([CHANCE] * max_steps, every=1)
+    failing[-1]["epoch"] = 1.0
+    overfitting = stretches((0.5, 0.5), (0.7, 0.4), (0.8, 0.4))
+    assert bool(transfer_failure(failing, run)) == bool(robust_overfitting(overfitting, run)) == (max_steps >= 20)
+
+
+@pytest.mark.parametrize(
     ("accuracies", "fires"),
     [
         ([0.05] * 9, False),

@@ -76,8 +76,91 @@ def test_schedule_must_return_a_number(value):
         callback.multiplier(make_state(step=50))
 
 
-def test_multipliers_above_one_are_allowed():
-    assert EpsilonScheduleCallback(lambda progress: 1.5).multiplier(make_state()) == 1.5
+def test_multipliers_above_one_are_refused_before_the_first_step_and_in_each():
+    callback = EpsilonScheduleCallback(lambda progress: 2 * progress)
+    assert callback.multiplier(make_state(step=50)) == 1.0
+    message = "returned 1.5 at progress 0.750; it must return .* from 0 to 1. To train beyond `epsilon`, raise it."
+    with pytest.raises(ValueError, match=message):
+        callback.multiplier(make_state(step=75))
+    with pytest.raises(ValueError, match=message):
+        callback.on_train_begin(SimpleNamespace(), make_state(), SimpleNamespace())
+
+
+def test_rounding_above_one_is_cut_off():
+    assert EpsilonScheduleCallback(lambda progress: 1 + 1e-15).multiplier(make_state()) == 1.0
+
+
+@pytest.mark.parametrize("schedule", [lambda: 1.0, lambda progress, step: 1.0, lambda *, progress: 1.0])
+def test_a_schedule_that_does_not_take_progress_alone_is_refused(schedule):
+    with pytest.raises(ValueError, match=r"is called as `epsilon_schedule\(progress\)`, with one positional argument"):
+        EpsilonScheduleCallback(schedule)
+
+
+def test_a_schedule_must_be_a_function():
+    with pytest.raises(ValueError, match="`epsilon_schedule=0.5` is no function; pass one that maps progress"):
+        EpsilonScheduleCallback(0.5)
+    EpsilonScheduleCallback(max)  # written in C, without a signature: nobody can tell
+
+
+# --- The length of training, and its last step ---
+
+
+def states_of(total_steps, batches, accumulation):
+    """The state after each step, as `Trainer` counts, and how many whole epochs lie behind."""
+    steps_per_epoch = math.ceil(batches / accumulation)
+    for step in range(total_steps + 1):
+        epoch, step_in_epoch = divmod(step, steps_per_epoch)
+        share = min(step_in_epoch * accumulation, batches) / batches
+        yield epoch, make_state(step, epoch + share, total_steps, math.ceil(total_steps / steps_per_epoch))
+
+
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 40))
+def test_staircase_counts_the_epochs_exactly_also_where_the_last_one_is_cut_short(total_steps, batches, accumulation):
+    """Closed form: whole epochs completed, times the steps of one, over all steps."""
+    callback = EpsilonScheduleCallback(identity, "epoch")
+    steps_per_epoch = math.ceil(batches / accumulation)
+    for epoch, state in states_of(total_steps, batches, accumulation):
+        assert callback.progress(state) == pytest.approx(epoch * steps_per_epoch / total_steps, abs=1e-12)
+
+
+def test_staircase_of_one_and_a_half_epochs_ends_as_high_as_it_says():
+    """The second epoch begins at 2/3 of training, where this ramp ends, and not at 1/2."""
+    callback = EpsilonScheduleCallback(get_epsilon_schedule("hinge", start=1 / 3, end=2 / 3), "epoch")
+    multipliers = [callback.multiplier(state) for _, state in states_of(15, 10, 1)]
+    assert multipliers == [0.0] * 10 + [1.0] * 6
+
+
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 40), st.sampled_from(["step", "epoch"]), st.data())
+def test_any_step_of_a_run_is_foretold_from_any_state_of_it(total_steps, batches, accumulation, interval, data):
+    callback = EpsilonScheduleCallback(identity, interval)
+    states = [state for _, state in states_of(total_steps, batches, accumulation)]
+    now, step = data.draw(st.sampled_from(states[1:])), data.draw(st.integers(0, total_steps - 1))
+    assert callback.multiplier_of_step(now, step) == pytest.approx(callback.multiplier(states[step]), abs=1e-12)
+
+
+@pytest.mark.parametrize("interval", ["step", "epoch"])
+@pytest.mark.parametrize(
+    ("name", "kwargs", "grows", "final_from"),
+    [
+        ("constant", {}, False, 1),
+        ("constant", {"multiplier": 0}, False, 1),
+        ("hinge", {"start": 0.2, "end": 0.5}, True, 51),
+        ("linear", {"end": 0.5}, True, 51),
+        ("smoothed", {"start": 0.2, "end": 0.5}, True, 51),
+        ("piecewise", {"points": [(0.2, 0.1), (0.5, 0.7)]}, True, 51),
+    ],
+)
+def test_the_last_epsilon_of_training_is_recognised(interval, name, kwargs, grows, final_from):
+    """After step 51 of 100 the step before was the first at progress 0.5."""
+    callback = EpsilonScheduleCallback(get_epsilon_schedule(name, **kwargs), interval)
+    states = [state for _, state in states_of(100, 10, 1)]
+    assert all(callback.grows(state) == grows for state in states)
+    assert [callback.is_final(state) for state in states[1:]] == [step >= final_from for step in range(1, 101)]
+
+
+def test_where_epsilon_grows_to_the_end_only_the_last_step_is_final():
+    callback = EpsilonScheduleCallback(lambda progress: progress**2)
+    assert [callback.is_final(state) for _, state in states_of(5, 5, 1)][1:] == [False] * 4 + [True]
 
 
 @pytest.mark.parametrize("interval", ["steps", "", None])

@@ -1,5 +1,6 @@
 import copy
 import json
+import logging
 import math
 from types import SimpleNamespace
 
@@ -7,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import NUM_LABELS, SIZE, Images, make_model, weights, without_dropout
-from transformers import TrainerCallback, ViTImageProcessor
+from transformers import EarlyStoppingCallback, TrainerCallback, ViTImageProcessor
 
 from hf_rft import EpsilonScheduleCallback, RobustTrainer
 from hf_rft.alarms import AlarmCallback
 from hf_rft.attacks import pgd
-from hf_rft.losses import LOSSES, trades_loss
+from hf_rft.losses import LOSSES, RobustLoss, trades_loss
 
 
 ALL_FAMILIES = ["vit", "swin", "convnext", "resnet", "dinov2", "timm"]
@@ -653,6 +654,66 @@ def test_best_model_is_reloaded_whole(make_trainer, family, metric):
     assert any(not torch.equal(tensor, kept[6][name]) for name, tensor in weights(trainer.model).items())
 
 
+class LessAndLessRobust(RobustTrainer):
+    """Metrics that fall with every step."""
+
+    def _compute_metrics(self, evaluation):
+        return {**super()._compute_metrics(evaluation), "robust_accuracy": 1.0 - self.state.global_step / 100}
+
+
+BEST_OF_A_RAMP = {
+    "max_steps": 6,
+    "epsilon_schedule_type": "hinge",
+    "epsilon_schedule_kwargs": {"start": 0.0, "end": 0.5},  # the fourth step is the first at full epsilon
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "eval_epsilons": ["0", "8/255"],
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+}
+
+
+@pytest.mark.parametrize(("at_any_epsilon", "best"), [(False, 4), (True, 1)])
+def test_the_best_model_is_chosen_at_the_epsilon_with_which_training_ends(
+    make_trainer, caplog, monkeypatch, at_any_epsilon, best
+):
+    monkeypatch.setattr(logging.getLogger("hf_rft"), "propagate", True)
+    options = {**BEST_OF_A_RAMP, "best_model_at_any_epsilon": at_any_epsilon}
+    trainer = make_trainer(trainer_class=LessAndLessRobust, **options)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    assert trainer.state.best_metric == pytest.approx(1 - best / 100)
+    assert ("may come from the ramp" in caplog.text) == at_any_epsilon
+
+
+@pytest.mark.parametrize(("at_any_epsilon", "end"), [(False, 5), (True, 2)])
+def test_early_stopping_does_not_count_what_was_measured_on_the_ramp(make_trainer, at_any_epsilon, end):
+    options = {**BEST_OF_A_RAMP, "best_model_at_any_epsilon": at_any_epsilon}
+    callbacks = {"callbacks": [EarlyStoppingCallback()]}
+    trainer = make_trainer(trainer_class=LessAndLessRobust, trainer_options=callbacks, **options)
+    trainer.train()
+    assert trainer.state.global_step == end
+
+
+def test_plain_fine_tuning_chooses_among_all_its_models(make_trainer):
+    trainer = make_trainer(trainer_class=LessAndLessRobust, robust_loss="standard", **BEST_OF_A_RAMP)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+
+
+def test_a_run_stopped_on_the_ramp_keeps_its_last_model_and_says_so(make_trainer, caplog, monkeypatch):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 2
+
+    monkeypatch.setattr(logging.getLogger("hf_rft"), "propagate", True)
+    trainer = make_trainer(**BEST_OF_A_RAMP, trainer_options={"callbacks": [Stop()]})
+    trainer.train()
+    assert trainer.state.global_step == 2 and trainer.state.best_model_checkpoint is None
+    assert "There is no best model to load: no evaluation was made once epsilon had its final value" in caplog.text
+
+
 def test_saved_model_is_plain_transformers(make_trainer, tmp_path):
     from transformers import AutoModelForImageClassification
 
@@ -726,6 +787,38 @@ def test_a_compute_loss_of_your_own_may_build_on_ours(make_trainer):
 
 def test_without_an_attack_in_the_schedule_any_compute_loss_will_do(make_trainer):
     make_trainer(max_steps=1, trainer_class=WeightedTrainer, robust_loss="standard").train()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda logits, labels: logits,
+        lambda clean_logits, adversarial_logits, labels: clean_logits,
+        lambda clean_logits, adversarial_logits, labels, *, weight: clean_logits,
+    ],
+)
+def test_refuses_a_loss_of_another_signature_when_it_is_passed(make_trainer, loss):
+    message = r"must take `\(clean_logits, adversarial_logits, labels, \*, weight, label_smoothing\)`, which its sig"
+    for robust_loss in (loss, RobustLoss(loss)):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(trainer_options={"robust_loss": robust_loss})
+
+
+def test_refuses_a_schedule_of_another_signature_when_it_is_passed(make_trainer):
+    with pytest.raises(ValueError, match=r"is called as `epsilon_schedule\(progress\)`.*missing a required argument"):
+        make_trainer(trainer_options={"epsilon_schedule": lambda step, total: step / total})
+
+
+def test_a_schedule_beyond_epsilon_is_refused_before_the_first_step(make_trainer):
+    class Double(EpsilonScheduleCallback):
+        def multiplier(self, state):
+            return 2.0
+
+    for options in ({"epsilon_schedule": lambda p: 2 * p}, {"callbacks": [Double(lambda p: p)]}):
+        trainer = make_trainer(max_steps=1, trainer_options=options)
+        with pytest.raises(ValueError, match="must return a multiplier of epsilon from 0 to 1. To train beyond"):
+            trainer.train()
+        assert trainer.state.global_step == 0
 
 
 def test_refuses_two_schedules(make_trainer):

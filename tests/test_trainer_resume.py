@@ -47,8 +47,8 @@ def assert_same(resumed, whole):
         assert torch.equal(tensor, other), name
     timing = ("_runtime", "_per_second", "train_loss")
     logs = [
-        [{key: value for key, value in entry.items() if not key.endswith(timing)} for entry in one.state.log_history]
-        for one in (whole, resumed)
+        [{key: value for key, value in entry.items() if not key.endswith(timing)} for entry in history]
+        for history in (whole.state.log_history, resumed.state.log_history)
     ]
     assert logs[0] == logs[1]
 
