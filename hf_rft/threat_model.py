@@ -3,7 +3,6 @@
 All tensors are images of shape `(batch, channels, height, width)` with pixels in [0, 1], and so are distances.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterable
@@ -48,23 +47,6 @@ def parse_epsilon(value: str | int | float | Fraction) -> Fraction:
     return epsilon
 
 
-def _decimal(value: Fraction) -> str | None:
-    """`value` as a short exact decimal, or None where it has none."""
-    for digits in range(7):
-        if (value * 10**digits).denominator == 1:
-            return f"{float(value):.{digits}f}"
-    return None
-
-
-def format_epsilon(epsilon: Fraction) -> str:
-    """Write epsilon the way the field does, so that `parse_epsilon` reads back the same number: `3/255`, `0.5`."""
-    if (decimal := _decimal(epsilon)) is not None:
-        return decimal
-    if (levels := _decimal(epsilon * 255)) is not None:
-        return f"{levels}/255"
-    return str(epsilon)
-
-
 def parse_epsilons(norm: str, epsilons: Iterable[Any], *, argument: str = "epsilons") -> list[Fraction]:
     """Read a grid of perturbation strengths exactly.
 
@@ -88,12 +70,29 @@ def parse_epsilons(norm: str, epsilons: Iterable[Any], *, argument: str = "epsil
         grid = [ThreatModel(norm, epsilon).epsilon for epsilon in epsilons]
     except ValueError as error:
         raise ValueError(f"`{argument}` holds a wrong value: {error}") from error
-    if len(grid) < 2 or grid[0] != 0 or any(a >= b for a, b in itertools.pairwise(grid)):
+    if len(grid) < 2 or grid[0] != 0 or grid != sorted(set(grid)):
         raise ValueError(
             f"`{argument}={[str(epsilon) for epsilon in epsilons]}` must start with 0 and increase strictly to at "
             f"least one more, for example {example}."
         )
     return grid
+
+
+def _decimal(value: Fraction) -> str | None:
+    """`value` as a short exact decimal, or None where it has none."""
+    for digits in range(7):
+        if (value * 10**digits).denominator == 1:
+            return f"{float(value):.{digits}f}"
+    return None
+
+
+def format_epsilon(epsilon: Fraction) -> str:
+    """Write epsilon the way the field does, so that `parse_epsilon` reads back the same number: `3/255`, `0.5`."""
+    if (decimal := _decimal(epsilon)) is not None:
+        return decimal
+    if (levels := _decimal(epsilon * 255)) is not None:
+        return f"{levels}/255"
+    return str(epsilon)
 
 
 def format_approximately(epsilon: float, target: Fraction) -> str:
