@@ -70,7 +70,7 @@ def measure_ours(args: argparse.Namespace, case: Case, first: int) -> dict[str, 
         case.labels,
         norm="linf",
         epsilons=case.epsilons,
-        tier=TIERS[args.tier],
+        tier=TIERS[args.tier]["linf"],
         seed=args.seed,
         positions=range(first, first + len(case.pixels)),
     )
@@ -176,9 +176,9 @@ def compare(args: argparse.Namespace, case: Case) -> None:
 def failed_passes(tier: str, num_classes: int) -> int:
     """Forward and backward passes for an image that withstands every attack of the tier once."""
     total = 0
-    for run in TIERS[tier].attacks:
+    for run in TIERS[tier]["linf"].attacks:
         options = {"targets": min(9, num_classes - 1)} if run.attack.__name__ == "apgd_targeted" else {}
-        total += sum(run.attack.passes(run.steps, "linf", **options))
+        total += run.restarts * sum(run.attack.passes(run.steps, "linf", **options))
     return total
 
 

@@ -65,7 +65,7 @@ def settings(**changes):
             "sha256": "1" * 64,
         },
         "processor": "values",
-        **TIERS["fast"].describe(),
+        **TIERS["fast"]["linf"].describe(),
         "seed": 3,
         "versions": {"torch": "2.15.0"},
         **changes,
@@ -104,7 +104,7 @@ def test_one_entry_an_epsilon_and_one_for_expected_robustness(report):
 
 
 def test_several_attacks_are_lists():
-    report = make_report(settings=settings(**TIERS["full"].describe()))
+    report = make_report(settings=settings(**TIERS["full"]["linf"].describe()))
     arguments = eval_results(report)[0].metric_args
     assert arguments["attack"] == ["apgd", "apgd_targeted", "fmn", "square"]
     assert arguments["steps"] == [100, 100, 100, 5000]
@@ -152,7 +152,7 @@ def test_numbers_from_validation_images_are_called_so(is_held_out, is_stated):
 
 def test_weak_tiers_are_called_optimistic():
     assert "optimistic" in describe_robustness(make_report(settings=settings(tier="custom")))
-    strong = settings(**TIERS["standard"].describe())
+    strong = settings(**TIERS["standard"]["linf"].describe())
     assert "optimistic" not in describe_robustness(make_report(settings=strong))
 
 

@@ -7,7 +7,7 @@ Croce and Hein 2020, "Reliable evaluation of adversarial robustness with an ense
 
 import torch
 
-from ..noise import Generators
+from ..noise import Generators, randn
 from ..threat_model import ThreatModel
 from .base import Forward, Passes, check_inputs, evaluate, per_example, states_passes, where
 from .objectives import Objective, dlr, log_odds
@@ -16,16 +16,31 @@ from .objectives import Objective, dlr, log_odds
 MOMENTUM = 0.75
 # A step size is kept only if more than this share of the steps since the last checkpoint increased the objective.
 MIN_INCREASE = 0.75
-# L1: epsilon is 3, 2 and 1 times the target for these shares of the steps, which escapes flat regions.
-L1_PHASES = ((3, 0.3), (2, 0.3), (1, 0.4))
+# Epsilon is this many times the target for these shares of the steps; in L1, wider balls lead out of flat regions.
+PHASES = {"linf": ((1, 1.0),), "l2": ((1, 1.0),), "l1": ((3, 0.3), (2, 0.3), (1, 0.4))}
+# Shorter runs are not divided, and start from a uniform point in L1 too.
+MIN_STEPS_FOR_PHASES = 10
+# Length of the first step relative to epsilon.
+FIRST_STEP = {"linf": 2.0, "l2": 2.0, "l1": 1.0}
 
 
 def _phases(steps: int, norm: str) -> list[tuple[int, int]]:
-    """`(factor of epsilon, steps)` of each phase. Fewer than 10 steps are too few to divide."""
-    if norm != "l1" or steps < 10:
+    """`(factor of epsilon, steps)` of each phase."""
+    if steps < MIN_STEPS_FOR_PHASES:
         return [(1, steps)]
-    phases = [(factor, int(share * steps)) for factor, share in L1_PHASES[:-1]]
-    return [*phases, (1, steps - sum(phase_steps for _, phase_steps in phases))]
+    *wider, (factor, _) = PHASES[norm]
+    phases = [(factor, int(share * steps)) for factor, share in wider]
+    return [*phases, (factor, steps - sum(phase_steps for _, phase_steps in phases))]
+
+
+def _sparse_start(threat_model: ThreatModel, pixels: torch.Tensor, generator: Generators) -> torch.Tensor:
+    """Gaussian noise, moved onto the L1 ball: only the coordinates with the largest noise change, as in the paper.
+
+    On two CNNs (14 px, 150 images, two epsilons each) 0 to 0.7 points fewer examples withstood five runs of 100 steps
+    than from uniform starts, and at one epsilon each 3 to 7 points fewer a run of 10 steps. Single runs of 100 steps
+    differ by up to 2 points either way. In one ball alone (no phases, 20 steps) this start was weaker by 2 points.
+    """
+    return threat_model.project(pixels + randn(pixels, generator), pixels)
 
 
 def apgd_passes(steps: int, norm: str = "linf") -> Passes:
@@ -54,7 +69,8 @@ def apgd(
 
     Args:
         random_start (`bool`, *optional*, defaults to `True`):
-            Start from a uniform point of the ball instead of the clean image.
+            Start from a random point of the ball instead of the clean image: a uniform one, but for L1 with 10 steps
+            and more a sparse one, in the ball of three times the radius.
         step_size (`float`, *optional*):
             Length of the first step relative to epsilon. Defaults to 2 (L-inf, L2) or 1 (L1).
         objective (`Callable`, *optional*):
@@ -67,16 +83,25 @@ def apgd(
     pixels = check_inputs(pixels, labels, steps)
     if threat_model.is_trivial or len(pixels) == 0:
         return pixels
-    adversarial = threat_model.random_start(pixels, generator) if random_start else pixels
-    options = {"step_size": step_size, "objective": objective}
-    *wider_phases, (_, last_steps) = _phases(steps, threat_model.norm)
-    for factor, phase_steps in wider_phases:
-        wider = ThreatModel(threat_model.norm, threat_model.epsilon * factor)
-        adversarial = wider.project(adversarial, pixels)
-        adversarial = _ascend(forward, pixels, labels, adversarial, wider, phase_steps, early_stop=False, **options)
-    if wider_phases:
-        adversarial = threat_model.project(adversarial, pixels)
-    return _ascend(forward, pixels, labels, adversarial, threat_model, last_steps, early_stop=early_stop, **options)
+    norm = threat_model.norm
+    phases = [(ThreatModel(norm, threat_model.epsilon * factor), count) for factor, count in _phases(steps, norm)]
+    start = START[norm] if steps >= MIN_STEPS_FOR_PHASES else ThreatModel.random_start
+    adversarial = start(phases[0][0], pixels, generator) if random_start else pixels
+    for number, (ball, phase_steps) in enumerate(phases, start=1):
+        if number > 1:
+            adversarial = ball.project(adversarial, pixels)
+        adversarial = _ascend(
+            forward,
+            pixels,
+            labels,
+            adversarial,
+            ball,
+            phase_steps,
+            step_size=FIRST_STEP[norm] if step_size is None else step_size,
+            objective=objective,
+            early_stop=early_stop and number == len(phases),  # what fools in a wider ball may not in the last
+        )
+    return adversarial
 
 
 @states_passes(apgd_passes)
@@ -101,11 +126,11 @@ def _ascend(
     threat_model: ThreatModel,
     steps: int,
     *,
-    step_size: float | None,
+    step_size: float,
     objective: Objective,
     early_stop: bool,
 ) -> torch.Tensor:
-    step_rule = (_SparseSteps if threat_model.norm == "l1" else _HalvingSteps)(threat_model, pixels, steps, step_size)
+    step_rule = STEP_RULE[threat_model.norm](threat_model, pixels, steps, step_size, start)
     current = evaluate(forward, start, labels, objective)
     previous = adversarial = best = start
     best_objective, best_gradient, gradient = current.objective, current.gradient, current.gradient
@@ -150,9 +175,9 @@ class _HalvingSteps:
 
     momentum = True
 
-    def __init__(self, threat_model: ThreatModel, pixels: torch.Tensor, steps: int, step_size: float | None):
+    def __init__(self, threat_model: ThreatModel, pixels: torch.Tensor, steps: int, step_size: float, *_):
         self.threat_model = threat_model
-        self.step_size = threat_model.radius(pixels) * (2.0 if step_size is None else step_size)
+        self.step_size = threat_model.radius(pixels) * step_size
         self.interval = max(int(0.22 * steps), 1)
         self.shortest_interval = max(int(0.06 * steps), 1)
         self.shortening = max(int(0.03 * steps), 1)
@@ -186,14 +211,17 @@ class _SparseSteps:
 
     momentum = False
 
-    def __init__(self, threat_model: ThreatModel, pixels: torch.Tensor, steps: int, step_size: float | None):
+    def __init__(
+        self, threat_model: ThreatModel, pixels: torch.Tensor, steps: int, step_size: float, start: torch.Tensor
+    ):
         self.threat_model = threat_model
-        self.longest_step = threat_model.radius(pixels) * (1.0 if step_size is None else step_size)
+        self.longest_step = threat_model.radius(pixels) * step_size
         self.step_size = self.longest_step
         self.interval = max(int(0.04 * steps), 1)
         self.steps_in_interval = 0
-        self.sparsity = torch.full((len(pixels),), 0.2, device=pixels.device)
-        self.support = torch.full((len(pixels),), float(pixels[0].numel()), device=pixels.device)
+        self.support = self._changed(start, pixels)
+        # As at a checkpoint, unless the start is dense, or the clean image.
+        self.sparsity = torch.where(self.support > 0, self.support / pixels[0].numel() / 1.5, 0.2).clamp_max(0.2)
 
     def move(self, gradient: torch.Tensor) -> torch.Tensor:
         return self.threat_model.step(gradient, self.step_size, self.sparsity)
@@ -206,10 +234,19 @@ class _SparseSteps:
         if self.steps_in_interval < self.interval:
             return None
         self.steps_in_interval = 0
-        support = (best != pixels).flatten(1).sum(dim=1).float()
+        support = self._changed(best, pixels)
         became_sparser = support < 0.95 * self.support
         self.support = support
         self.sparsity = support / pixels[0].numel() / 1.5
         shorter = torch.maximum(self.step_size / 1.5, self.longest_step / 10)
         self.step_size = torch.where(per_example(became_sparser), self.longest_step, shorter)
         return became_sparser
+
+    @staticmethod
+    def _changed(images: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        """Number of coordinates that differ from the clean image's."""
+        return (images != pixels).flatten(1).sum(dim=1).float()
+
+
+START = {"linf": ThreatModel.random_start, "l2": ThreatModel.random_start, "l1": _sparse_start}
+STEP_RULE = {"linf": _HalvingSteps, "l2": _HalvingSteps, "l1": _SparseSteps}

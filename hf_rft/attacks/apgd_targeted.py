@@ -41,7 +41,7 @@ def apgd_targeted(
         steps (`int`):
             Gradient evaluations for each target.
         random_start (`bool`, *optional*, defaults to `True`):
-            Start each run from a uniform point of the ball, a new one for each target.
+            Start each run from a random point as in [`apgd`], a new one for each target.
         step_size (`float`, *optional*):
             As in [`apgd`].
         targets (`int`, *optional*, defaults to 9):

@@ -71,10 +71,11 @@ def evaluate_robustness(
         epsilons (`Sequence` of `str`, number or `Fraction`):
             The grid, for example `["0", "2/255", "4/255"]`: increasing, the first is 0.
         tier (`str` or `Sequence`, *optional*, defaults to `"standard"`):
-            `"fast"` (APGD on cross-entropy), `"standard"` (then targeted APGD) or `"full"` (then FMN and Square); or a
-            list of `(attack, steps)` or `(attack, steps, restarts)`. An example counts as robust if these attacks
-            failed, which does not prove that it is. The named tiers also search outwards from each clean image, since
-            an attack may fail in a large ball and succeed in a smaller one (search.py); a list does as it says only.
+            `"fast"` (APGD on cross-entropy, in L1 from five starts), `"standard"` (then targeted APGD) or `"full"`
+            (then FMN and Square); or a list of `(attack, steps)` or `(attack, steps, restarts)`. An example counts as
+            robust if these attacks failed, which does not prove that it is. The named tiers also search outwards from
+            each clean image, since an attack may fail in a large ball and succeed in a smaller one (search.py); a list
+            does as it says only.
         batch_size (`int`, *optional*, defaults to 64):
             Images in a pass through the model, and in one file of the cache.
         seed (`int`, *optional*, defaults to 0):
@@ -93,7 +94,7 @@ def evaluate_robustness(
     Raises:
         ValueError: naming the argument, what was found and the remedy, before any attack.
     """
-    protocol = _Protocol(norm, parse_epsilons(norm, epsilons), make_tier(tier), seed, autocast_dtype)
+    protocol = _Protocol(norm, parse_epsilons(norm, epsilons), make_tier(tier, norm), seed, autocast_dtype)
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"`model` must be a torch module, got {type(model).__name__}.")
     for name, value, allowed in (("batch_size", batch_size, COUNT), ("seed", seed, SEED)):

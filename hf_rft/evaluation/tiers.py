@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ..attacks import ATTACKS, Attack
 from ..attacks.base import checked
+from ..threat_model import NORMS
 
 
 class AttackRun(NamedTuple):
@@ -44,6 +45,7 @@ class Tier:
                     "attack": attack_name(run.attack),
                     "steps": run.steps,
                     "restarts": run.restarts,
+                    **_targets(run.attack),
                     **_bound_options(run.attack),
                 }
                 for run in self.attacks
@@ -52,11 +54,24 @@ class Tier:
         }
 
 
-def _tier(name: str, *runs: tuple[str, int]) -> Tier:
-    return Tier(name, tuple(AttackRun(ATTACKS[attack], steps) for attack, steps in runs), guess_steps=20)
+# APGD finds more in L1 from several sparse starts; elsewhere one run is nearly as good (benchmarks/README.md).
+_RESTARTS = {("l1", "apgd"): 5}
 
 
-# As in AutoAttack (Croce and Hein 2020), with FMN in place of FAB.
+def _tier(name: str, *runs: tuple[str, int]) -> dict[str, Tier]:
+    """The tier of each norm."""
+    return {
+        norm: Tier(
+            name,
+            tuple(AttackRun(ATTACKS[attack], steps, _RESTARTS.get((norm, attack), 1)) for attack, steps in runs),
+            guess_steps=20,
+        )
+        for norm in NORMS
+    }
+
+
+# By name and norm. As in AutoAttack (Croce and Hein 2020, for L1 2021), with FMN in place of FAB, and nine targets in
+# every norm.
 TIERS = {
     "fast": _tier("fast", ("apgd", 100)),
     "standard": _tier("standard", ("apgd", 100), ("apgd_targeted", 100)),
@@ -72,6 +87,12 @@ def attack_name(attack: Any) -> str:
     return getattr(attack, "__name__", repr(attack))
 
 
+def _targets(attack: Attack) -> dict[str, int]:
+    """`{"targets": ...}` of an attack that aims at several classes one after the other."""
+    targets = inspect.signature(attack).parameters.get("targets")
+    return {"targets": targets.default} if targets and isinstance(targets.default, int) else {}
+
+
 def _bound_options(attack: Any) -> dict[str, Any]:
     """`{"options": ...}` with the arguments that `functools.partial` bound to an attack, if any."""
     options = {}
@@ -82,20 +103,22 @@ def _bound_options(attack: Any) -> dict[str, Any]:
     return {"options": options} if options else {}
 
 
-def make_tier(tier: str | Sequence) -> Tier:
+def make_tier(tier: str | Sequence, norm: str | None = None) -> Tier:
     """A tier by name, or a `"custom"` one from a list of `(attack, steps)` or `(attack, steps, restarts)`.
 
-    An attack is a name of `ATTACKS` or a callable with the signature of [`hf_rft.attacks.Attack`].
+    An attack is a name of `ATTACKS` or a callable with the signature of [`hf_rft.attacks.Attack`]. What a name stands
+    for depends on the norm; a list says itself what to run, and needs none.
 
     Raises:
-        ValueError: for an unknown name, an empty list, or a number of steps or restarts below 1.
+        ValueError: for an unknown name, an empty list, a number of steps or restarts below 1, or a callable with
+            another signature.
     """
     if isinstance(tier, Tier):
         return tier
     if isinstance(tier, str):
         if tier not in TIERS:
             raise ValueError(f"`tier={tier!r}` is unknown; choose one of {list(TIERS)}, or give a list of attacks.")
-        return TIERS[tier]
+        return TIERS[tier][norm]
     if not isinstance(tier, Iterable):
         raise ValueError(f"`tier={tier!r}` must be one of {list(TIERS)}, or a list of (attack, steps).")
     runs = []

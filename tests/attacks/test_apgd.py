@@ -78,6 +78,78 @@ def phase_is_wider(norm, steps):
     return [int(0.3 * steps) + 1] * 2 if norm == "l1" and steps >= 10 else []
 
 
+class Watched:
+    """A linear model whose gradient never vanishes, which keeps the images it is asked about."""
+
+    def __init__(self, pixels):
+        generator = torch.Generator().manual_seed(0)
+        self.weight = torch.randn((pixels[0].numel(), 2), generator=generator, dtype=pixels.dtype)
+        self.images = []
+
+    def __call__(self, images):
+        self.images.append(images.detach())
+        return images.flatten(1) @ self.weight
+
+
+def changed(images, pixels):
+    return (images != pixels).flatten(1).sum(dim=1)
+
+
+@pytest.fixture
+def grey():
+    return torch.full((4, 1, 16, 16), 0.5, dtype=torch.float64)
+
+
+def test_l1_starts_from_gaussian_noise_projected_onto_three_times_the_ball(grey):
+    model, generator = Watched(grey), torch.Generator().manual_seed(3)
+    noise = torch.randn(grey.shape, generator=torch.Generator().manual_seed(3), dtype=grey.dtype)
+    apgd(model, grey, torch.zeros(4).long(), threat_model=ThreatModel("l1", 1), steps=10, generator=generator)
+    start = model.images[0]
+    assert torch.equal(start, ThreatModel("l1", 3).project(grey + noise, grey))
+    torch.testing.assert_close((start - grey).abs().flatten(1).sum(dim=1), torch.full((4,), 3.0).double())
+    assert (changed(start, grey) < 0.1 * 256).all()
+
+
+@pytest.mark.parametrize(("norm", "steps"), [("l1", 9), ("l2", 10), ("linf", 10)])
+def test_other_runs_start_from_a_uniform_point(norm, steps, grey):
+    model, threat_model = Watched(grey), ThreatModel(norm, 0.1)
+    generators = [torch.Generator().manual_seed(3) for _ in range(2)]
+    apgd(model, grey, torch.zeros(4).long(), threat_model=threat_model, steps=steps, generator=generators[0])
+    assert torch.equal(model.images[0], threat_model.random_start(grey, generators[1]))
+
+
+def test_l1_first_step_of_a_phase_moves_two_thirds_of_the_coordinates_of_its_start(grey, monkeypatch):
+    """A phase of 10 steps reconsiders that at each of them; its first step knows its start only."""
+    moved, step = [], ThreatModel.step
+
+    def record(self, *args):
+        moved.append(changed(step(self, *args), torch.zeros_like(grey)))
+        return step(self, *args)
+
+    monkeypatch.setattr(ThreatModel, "step", record)
+    model = Watched(grey)
+    apgd(model, grey, torch.zeros(4).long(), threat_model=ThreatModel("l1", 1), steps=20)
+    starts = model.images[0], model.images[7], model.images[14]  # phases of 6, 6 and 8 steps, a last look each
+    for start, count in zip(starts, (moved[0], moved[6], moved[12]), strict=True):
+        assert torch.equal(count, (changed(start, grey) / 1.5).long().clamp_min(1))
+
+
+@pytest.mark.parametrize("random_start", [False, True])
+def test_l1_first_step_moves_a_fifth_of_the_coordinates_where_the_start_is_clean_or_dense(
+    random_start, grey, monkeypatch
+):
+    moved, step = [], ThreatModel.step
+
+    def record(self, *args):
+        moved.append(changed(step(self, *args), torch.zeros_like(grey)))
+        return step(self, *args)
+
+    monkeypatch.setattr(ThreatModel, "step", record)
+    options = {"threat_model": ThreatModel("l1", 1), "random_start": random_start}
+    apgd(Watched(grey), grey, torch.zeros(4).long(), steps=9 if random_start else 10, **options)
+    assert (moved[0] == 256 // 5).all()
+
+
 @pytest.mark.parametrize(("norm", "epsilon"), [("linf", "0.2"), ("l2", "0.8")])
 def test_step_halves_until_it_finds_the_top_of_a_concave_objective(norm, epsilon):
     generator = torch.Generator().manual_seed(0)

@@ -6,7 +6,7 @@ import torch
 
 from hf_rft.attacks import ATTACKS, apgd, apgd_targeted, fmn, pgd, square
 from hf_rft.evaluation.tiers import TIERS, AttackRun, Tier, attack_name, make_tier
-from hf_rft.threat_model import ThreatModel
+from hf_rft.threat_model import NORMS, ThreatModel
 
 
 def leaves_the_ball(forward, pixels, labels, *, threat_model, steps, generator=None):
@@ -23,20 +23,39 @@ class OwnAttack:
         return "OwnAttack(strength=3)"
 
 
-def test_named_tiers_grow():
+@pytest.mark.parametrize(("norm", "starts"), [("linf", 1), ("l2", 1), ("l1", 5)])
+def test_named_tiers_grow(norm, starts):
     """As in AutoAttack, with FMN in place of FAB; each holds the attacks of the one before."""
     assert list(TIERS) == ["fast", "standard", "full"]
-    runs = {name: tier.attacks for name, tier in TIERS.items()}
+    runs = {name: make_tier(name, norm).attacks for name in TIERS}
     assert runs["full"] == (
-        AttackRun(apgd, 100, 1),
+        AttackRun(apgd, 100, starts),
         AttackRun(apgd_targeted, 100, 1),
         AttackRun(fmn, 100, 1),
         AttackRun(square, 5000, 1),
     )
     assert runs["standard"] == runs["full"][:2] and runs["fast"] == runs["full"][:1]
-    for name, tier in TIERS.items():
-        assert make_tier(name) is tier and make_tier(tier) is tier
+    for name in TIERS:
+        tier = make_tier(name, norm)
+        assert make_tier(tier, norm) is tier
         assert tier.name == name and tier.guess_steps > 0
+
+
+@pytest.mark.parametrize("name", TIERS)
+def test_every_norm_has_a_tier_of_every_name(name):
+    assert list(TIERS[name]) == list(NORMS)
+
+
+def test_description_states_restarts_and_targets_of_the_norm():
+    runs = make_tier("full", "l1").describe()["attacks"]
+    assert runs == [
+        {"attack": "apgd", "steps": 100, "restarts": 5},
+        {"attack": "apgd_targeted", "steps": 100, "restarts": 1, "targets": 9},
+        {"attack": "fmn", "steps": 100, "restarts": 1, "targets": 9},
+        {"attack": "square", "steps": 5000, "restarts": 1},
+    ]
+    bound = make_tier([(partial(apgd_targeted, targets=3), 5)]).describe()["attacks"][0]
+    assert bound["targets"] == 3
 
 
 def test_description_names_everything_and_is_json():
@@ -51,7 +70,6 @@ def test_description_names_everything_and_is_json():
         "guess_steps": 0,
     }
     assert json.loads(json.dumps(description)) == description
-    assert TIERS["full"].describe()["attacks"][-1] == {"attack": "square", "steps": 5000, "restarts": 1}
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -115,6 +133,7 @@ def test_own_attack_must_stay_in_the_ball(norm):
         ([("apgd", True)], "`tier` holds steps True for apgd; give a number from 1"),
         ([("apgd", 10, True)], "`tier` holds restarts True for apgd; give a number"),
         (["pgd"], r"`tier` holds 'pgd'; an attack is given as \(attack, steps\) or"),
+        ([(lambda pixels, labels: pixels, 3)], r"takes \(pixels, labels\), but is called as .*Give it the signature"),
     ],
 )
 def test_bad_tiers(tier, message):
