@@ -9,7 +9,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 from transformers import AutoImageProcessor
 from transformers.utils import CONFIG_NAME
 
@@ -17,7 +17,7 @@ from .evaluation.cache import hash_model
 from .evaluation.provenance import describe_normalization
 from .evaluation.report import RobustnessReport
 from .files import check_links, replacing, write_text
-from .model_card import check_card, update_card
+from .model_card import check_card, make_card
 from .pixel_space import PixelNormalization
 from .untrusted import check_weight_index, load_classifier, load_config
 
@@ -115,16 +115,11 @@ def attach_report(
     check_links(folder)  # before the text of a card goes into another
     report = write_evidence(folder, report or read_report(folder / REPORT_NAME), name=name)
     path = folder / CARD_NAME
-    if path.is_file():
-        card = ModelCard.load(path)
-    else:
-        title = name.split("/")[-1]
-        data = ModelCardData(library_name="transformers", pipeline_tag="image-classification", model_name=title)
-        card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n# {title}\n")
-    for key, value in (("license", license), ("base_model", base_model)):
-        if value is not None and card.data.get(key) is None:
-            card.data[key] = value
-    update_card(card, report, curve=CURVE_NAME)
+    existing = ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else None
+    stated = existing.data.to_dict() if existing else {}
+    metadata = {"license": license, "base_model": base_model}
+    metadata = {key: value for key, value in metadata.items() if not stated.get(key)}
+    card = make_card(existing, name=name.split("/")[-1], report=report, curve=CURVE_NAME, metadata=metadata)
     write_text(path, card.content)
     return report
 

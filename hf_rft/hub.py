@@ -60,7 +60,7 @@ class RobustModel(NamedTuple):
 
 
 class PushError(RuntimeError):
-    """A push that failed; the message says why, what is missing on the Hub, and how to try again."""
+    """A push that failed; the message says why, and how to try again."""
 
 
 # --- Loading ---
@@ -240,31 +240,22 @@ def push_folder(
     validate_repo_id(repo_id)
     if timeout is None:
         timeout = BASE_SECONDS + sum((folder / name).stat().st_size for name in names) / BYTES_PER_SECOND
-    repo = {"repo_id": repo_id, "repo_type": repo_type, "revision": revision}
-    options = {
-        "folder": str(folder),
+    given = {"repo_type": repo_type, "revision": revision, "private": private, "space_sdk": space_sdk}
+    uploaded = {
+        "folder_path": str(folder),
         "path_in_repo": path_in_repo,
         "ignore_patterns": list(ignore_patterns),
         "commit_message": commit_message,
-        "private": private,
-        "space_sdk": space_sdk,
     }
     try:
-        commit = _talk_to_hub("push", repo, options, token=token, timeout=timeout, progress_bar=progress_bar)
+        commit = _talk_to_hub(repo_id, token, timeout, folder=uploaded, progress_bar=progress_bar, **given)
     except _HubError as error:
-        prefix = f"{path_in_repo}/" if path_in_repo else ""
-        files = {name: prefix + name for name in names}
-        try:
-            asked = {"folder": str(folder), "files": files}
-            names = _talk_to_hub("missing", repo, asked, token=token, timeout=30, progress_bar=False)
-        except _HubError:  # as many as may be missing
-            pass
-        given = {**repo, "path_in_repo": path_in_repo, "space_sdk": space_sdk, "private": private}
-        defaults = {"repo_id": repo_id, "repo_type": "model", "path_in_repo": ""}
-        arguments = "".join(f", {key}={value!r}" for key, value in given.items() if value != defaults.get(key))
+        unlike_defaults = {**given, "repo_type": None if repo_type == "model" else repo_type}
+        again = {**unlike_defaults, "path_in_repo": path_in_repo or None}
+        arguments = "".join(f", {key}={value!r}" for key, value in again.items() if value is not None)
         raise PushError(
-            f"{repo_id} was not updated: {error}\n"
-            f"Nothing is lost, all files are in {folder}. Not on the Hub: {', '.join(names) or 'nothing'}.\n"
+            f"The push to {repo_id} failed: {error}\n"
+            f"Nothing is lost, all files are in {folder}; a commit is on the Hub as a whole or not at all.\n"
             f"To try again: hf_rft.hub.push_folder({str(folder)!r}, {repo_id!r}{arguments})."
         ) from error
     return CommitInfo(commit_message=commit_message, commit_description="", **commit)
@@ -278,9 +269,8 @@ def create_repo(
     Raises:
         PushError: if that did not work.
     """
-    repo = {"repo_id": repo_id, "repo_type": "model", "revision": revision}
     try:
-        return _talk_to_hub("create", repo, {"private": private}, token=token, timeout=60, progress_bar=False)
+        return _talk_to_hub(repo_id, token, timeout=60, private=private, revision=revision)["repo_id"]
     except _HubError as error:
         raise PushError(
             f"The repository {repo_id} could not be made: {error}\n"
@@ -294,10 +284,20 @@ class _HubError(Exception):
 
 
 def _talk_to_hub(
-    command: str, repo: dict, options: dict, *, token: str | None, timeout: float, progress_bar: bool
-) -> Any:
+    repo_id: str,
+    token: str | None,
+    timeout: float,
+    *,
+    folder: dict[str, Any] | None = None,
+    repo_type: str = "model",
+    revision: str | None = None,
+    private: bool | None = None,
+    space_sdk: str | None = None,
+    progress_bar: bool = False,
+) -> dict[str, str]:
     """Run upload_process.py, which is stopped after `timeout` seconds."""
-    request = {"command": command, "repo": repo, "options": options, "token": token}
+    request = {"repo_id": repo_id, "repo_type": repo_type, "revision": revision, "private": private}
+    request |= {"space_sdk": space_sdk, "folder": folder, "token": token}
     silent = {} if progress_bar else {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     try:
         process = subprocess.run(

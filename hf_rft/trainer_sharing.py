@@ -10,16 +10,17 @@ import functools
 import json
 import os
 import shutil
-import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
-from huggingface_hub import CommitInfo, ModelCard, ModelCardData
+from huggingface_hub import CommitInfo, ModelCard
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.modelcard import TrainingSummary, make_markdown_table
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import logging
@@ -28,13 +29,14 @@ from transformers.utils.hub import PushInProgress
 from .alarms import recorded_alarms
 from .attacks import Attack
 from .callbacks import EpsilonScheduleCallback
+from .evaluation.provenance import versions
 from .evaluation.report import RobustnessReport
 from .evaluation.tiers import Tier, attack_name
 from .evidence import CARD_NAME, CURVE_NAME, write_evidence
 from .files import replacing, write_text
 from .hub import NOT_PUSHED, PushError, create_repo, push_folder
 from .losses import LOSSES, RobustLoss
-from .model_card import Progress, describe_onset, describe_training, update_card
+from .model_card import Progress, Training, describe_onset, make_card
 from .plots import plot_epsilon_schedule
 from .threat_model import ThreatModel
 from .training_args import RobustTrainingArguments
@@ -87,51 +89,46 @@ class SharingMixin(Trainer):
 
     @functools.wraps(Trainer.create_model_card)
     def create_model_card(self, *args, **kwargs):
-        # Afterwards the card says how robust the model is, with robustness.json and its curve beside the weights, and
-        # how it was trained. `robustness_report` is left out if it is not about the weights in the output folder.
-        super().create_model_card(*args, **kwargs)
+        # Says how robust the model is, with robustness.json and its curve beside the weights, and how it was trained.
+        # `robustness_report` is left out if it is not about the weights in the output folder.
         if not self.is_world_process_zero():
             return
+        summary = TrainingSummary.from_trainer(self, *args, **kwargs)
+        if not _is_repo_id(summary.finetuned_from):  # a folder, gone in the meantime, or nothing at all
+            summary.finetuned_from = None
+        metadata = summary.create_metadata()
+        for of_the_last_evaluation in ("model-index", "metrics"):  # numbers without a threat model
+            metadata.pop(of_the_last_evaluation, None)
         folder = Path(self.args.output_dir)
-        card = ModelCard.load(folder / CARD_NAME)
-        self._mend_generated_text(card)
+        path = folder / CARD_NAME
         report = None
         if self.robustness_report is not None:
             try:
                 report = write_evidence(folder, self.robustness_report, name=self.hub_model_id)
             except ValueError as error:
                 logger.warning("The model card states no robustness: %s", error)
-        # The parent's last accuracy: a result without a threat model.
-        cast(ModelCardData, card.data).eval_results = None
-        history, progress = self.state.log_history, self._progress()
-        training = describe_training(
-            self._described_arguments(),
-            progress=progress,
-            best_by=self.args.metric_for_best_model,
-            adaptation=describe_onset(history, self.model.config.num_labels, self._eval_prefix),
-            alarms=recorded_alarms(history) if self.state.global_step > 0 else None,
-            command=self.command,
-            schedule_plot=self._write_schedule_plot(folder, progress),
+        history, progress, dataset = self.state.log_history, self._progress(), summary.dataset
+        card = make_card(
+            ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else None,
+            name=summary.model_name,
+            report=report,
+            curve=CURVE_NAME,
+            training=Training(
+                self._described_arguments(),
+                progress,
+                best_by=self.args.metric_for_best_model,
+                onset=describe_onset(history, self.model.config.num_labels, self._eval_prefix),
+                alarms=recorded_alarms(history) if self.state.global_step > 0 else None,
+                command=self.command,
+                schedule_plot=self._write_schedule_plot(folder, progress),
+                history=make_markdown_table(summary.eval_lines),
+                versions=versions(),
+            ),
+            base_model=summary.finetuned_from,
+            dataset=dataset if isinstance(dataset, str | None) else ", ".join(dataset),
+            metadata=metadata,
         )
-        update_card(card, report, training=training, curve=CURVE_NAME)
-        write_text(folder / CARD_NAME, card.content)
-
-    def _mend_generated_text(self, card: ModelCard) -> None:
-        """The parent calls any model without a name on the Hub "trained from scratch", and states bare numbers."""
-        name = getattr(self.model.config, "_name_or_path", "")
-        origin = "was fine-tuned on" if name else "was trained on"
-        card.text = card.text.replace("was trained from scratch on", origin, 1)
-        link = f"is a fine-tuned version of [{name}](https://huggingface.co/{name}) on"
-        if link in card.text and not _is_repo_id(name):  # a folder, gone in the meantime, or nothing at all
-            card.text = card.text.replace(link, origin, 1)
-            card.data.pop("base_model", None)
-        attack, steps = attack_name(self.eval_tier.attacks[0].attack), self.args.eval_attack_steps
-        card.text = card.text.replace(
-            "results on the evaluation set:",
-            f"results on the evaluation set when it was last evaluated (robust accuracy at {self.args.norm} "
-            f"{self.args.epsilon}, {steps}-step {attack}; the results to quote are under Robustness):",
-            1,
-        )
+        write_text(path, card.content)
 
     def _described_arguments(self) -> dict[str, Any]:
         """What made the model robust, and the optimisation around it; JSON values."""
@@ -153,7 +150,7 @@ class SharingMixin(Trainer):
         """What was trained, and which weights the model now has."""
         state = self.state
         if state.global_step == 0:
-            return Progress(planned_steps=0, steps=0, epsilon=0.0, kept_step=0, kept_epsilon=0.0)
+            return Progress()
         has_best = self.args.load_best_model_at_end and state.best_model_checkpoint and not self.is_in_train
         kept_step = cast(int, state.best_global_step) if has_best else state.global_step
         steps = [*self._drawn_steps(), kept_step - 1, state.global_step - 1]
@@ -257,7 +254,7 @@ class SharingMixin(Trainer):
             `CommitInfo`, or a `Future` of it if not `blocking`; None on other processes than the first.
 
         Raises:
-            PushError: if the upload failed; it says what is missing on the Hub and how to try again.
+            PushError: if the upload failed; it says why, and how to try again.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         if self.hub_model_id is None:
@@ -266,18 +263,11 @@ class SharingMixin(Trainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        # Those that the model carries, as the parent does.
-        tags = kwargs.pop("tags", None) or []
-        tags = [tags] if isinstance(tags, str) else list(tags)
-        tags += [tag for tag in getattr(self.model, "model_tags", None) or [] if tag not in tags]
+        own_tags = kwargs.pop("tags", None) or []
+        tags = [own_tags] if isinstance(own_tags, str) else list(own_tags)
+        tags += getattr(self.model, "model_tags", None) or []  # as the parent does
         name = kwargs.pop("model_name", None) or self.hub_model_id.split("/")[-1]
-        try:
-            self.create_model_card(model_name=name, tags=tags or None, **kwargs)
-        except OSError as error:
-            raise PushError(
-                f"The model is saved in {self.args.output_dir}, but its card could not be written ({error}). Nothing "
-                "was pushed; call `push_to_hub` again."
-            ) from error
+        self.create_model_card(model_name=name, tags=list(dict.fromkeys(tags)), **kwargs)
         push = functools.partial(
             push_folder,
             self.args.output_dir,
@@ -311,23 +301,17 @@ class SharingMixin(Trainer):
         upload = self._in_background(functools.partial(self._push_snapshot, snapshot, message, path_in_repo))
         self.push_in_progress = PushInProgress([upload])  # one after the other: all are done when the last is
 
-    def _push_snapshot(self, snapshot: Path, message: str, path_in_repo: str | None) -> None:
+    def _push_snapshot(self, snapshot: TemporaryDirectory, message: str, path_in_repo: str | None) -> None:
         """The model to the top of the repository, and the whole checkpoint to `path_in_repo`, if that is asked for."""
-        options = {
-            "token": self.args.hub_token,
-            "revision": self.args.hub_revision,
-            "timeout": self.args.hub_timeout,
-            "progress_bar": False,
-        }
-        try:
-            patterns = [*NOT_PUSHED, *_FOR_RESUMING]
-            push_folder(snapshot, self.hub_model_id, commit_message=message, ignore_patterns=patterns, **options)
+        args = self.args
+        options = {"token": args.hub_token, "revision": args.hub_revision, "timeout": args.hub_timeout}
+        push = functools.partial(push_folder, repo_id=self.hub_model_id, progress_bar=False, **options)
+        with snapshot as folder:
+            push(folder, commit_message=message, ignore_patterns=[*NOT_PUSHED, *_FOR_RESUMING])
             if path_in_repo is not None:
-                options |= {"path_in_repo": path_in_repo, "commit_message": f"{message}, checkpoint"}
                 patterns = [pattern for pattern in NOT_PUSHED if pattern != TRAINER_STATE_NAME]
-                push_folder(snapshot, self.hub_model_id, ignore_patterns=patterns, **options)
-        finally:
-            shutil.rmtree(snapshot, ignore_errors=True)
+                message = f"{message}, checkpoint"
+                push(folder, path_in_repo=path_in_repo, commit_message=message, ignore_patterns=patterns)
 
     def _in_background(self, push) -> Future:
         if self._uploads is None:
@@ -335,27 +319,23 @@ class SharingMixin(Trainer):
         return self._uploads.submit(_logging_failure, push)
 
 
-def _is_repo_id(name: str) -> bool:
+def _is_repo_id(name: str | None) -> bool:
     try:
-        validate_repo_id(name)
+        validate_repo_id(name or "")
     except ValueError:
         return False
-    return bool(name)
+    return True
 
 
-def _snapshot(checkpoint: Path) -> Path:
+def _snapshot(checkpoint: Path) -> TemporaryDirectory:
     """A copy beside the checkpoint that rotation does not delete during the upload; of links, so it takes no space."""
-    snapshot = checkpoint.with_name(f"_push-{uuid.uuid4().hex}")
-    try:
-        shutil.copytree(checkpoint, snapshot, copy_function=_link_or_copy)
-        state_path = snapshot / TRAINER_STATE_NAME
-        state = json.loads(state_path.read_text(encoding="utf-8"))
-        if state.get("best_model_checkpoint"):  # a path on this machine
-            state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
-        write_text(state_path, json.dumps(state, indent=2) + "\n")
-    except BaseException:
-        shutil.rmtree(snapshot, ignore_errors=True)
-        raise
+    snapshot = TemporaryDirectory(prefix="_push-", dir=checkpoint.parent, ignore_cleanup_errors=True)
+    shutil.copytree(checkpoint, snapshot.name, copy_function=_link_or_copy, dirs_exist_ok=True)
+    state_path = Path(snapshot.name, TRAINER_STATE_NAME)
+    state = json.loads(state_path.read_text(encoding="utf-8"))
+    if state.get("best_model_checkpoint"):  # a path on this machine
+        state["best_model_checkpoint"] = Path(state["best_model_checkpoint"]).name
+    write_text(state_path, json.dumps(state, indent=2) + "\n")
     return snapshot
 
 

@@ -3,12 +3,10 @@
 from pathlib import Path
 
 from conftest import Images, make_model
-from huggingface_hub import ModelCard
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from hf_rft import evaluate_robustness
-from hf_rft.evidence import CARD_NAME, CURVE_NAME, write_evidence
-from hf_rft.model_card import update_card
+from hf_rft.evidence import attach_report
 
 
 def save_model(folder: Path, family: str = "vit", seed: int = 0, **options) -> None:
@@ -31,8 +29,4 @@ def evaluate(folder: Path, epsilons=("0", "2/255", "8/255")):
 
 def publish(folder: Path, report=None, name: str = "user/robust"):
     """Write the evidence into the folder of a saved model; the report as it is written."""
-    report = write_evidence(folder, report or evaluate(folder), name=name)
-    card = ModelCard("# A model\n", ignore_metadata_errors=True)
-    update_card(card, report, curve=CURVE_NAME)
-    card.save(folder / CARD_NAME)
-    return report
+    return attach_report(folder, report or evaluate(folder), name=name)

@@ -236,14 +236,12 @@ def fails_and_is_repeated(hub, folder, *expected):
     push_folder(folder, REPO, progress_bar=False)
     files = hub.repo("models", REPO).files()
     assert all(files[name] == content for name, content in before.items())
-    return message
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_lost_connection_at_each_stage(hub, folder, impatient, stage):
     hub.fail(stage, drop=True)
-    message = fails_and_is_repeated(hub, folder, f"{REPO} was not updated", "Check the connection")
-    assert "Not on the Hub: README.md, config.json, model.safetensors" in message
+    fails_and_is_repeated(hub, folder, f"The push to {REPO} failed", "Check the connection")
 
 
 @pytest.mark.parametrize(
@@ -261,11 +259,10 @@ def test_the_hub_is_full(hub, folder, impatient):
     fails_and_is_repeated(hub, folder, "the Hub answered 507", "no space left")
 
 
-def test_a_lost_answer_says_that_nothing_is_missing(hub, folder, impatient):
+def test_after_a_lost_answer_the_push_can_be_repeated(hub, folder, impatient):
     create_repo(REPO)
     hub.fail("commit", drop="answer", times=1)
-    message = fails_and_is_repeated(hub, folder, f"{REPO} was not updated")
-    assert "Not on the Hub: nothing." in message
+    fails_and_is_repeated(hub, folder, f"The push to {REPO} failed")
 
 
 def test_a_read_only_token(hub, folder, impatient):
@@ -280,9 +277,8 @@ def test_a_short_interruption_is_nothing_to_report(hub, folder, impatient):
 
 def test_a_stalled_transfer_is_given_up(hub, folder):
     hub.stall("lfs_put")
-    with pytest.raises(PushError, match="no end after 3 seconds. The connection is slow or stalled") as raised:
+    with pytest.raises(PushError, match="no end after 3 seconds. The connection is slow or stalled"):
         push_folder(folder, REPO, timeout=3, progress_bar=False)
-    assert "Not on the Hub: README.md" in str(raised.value)
 
 
 def test_no_request_waits_for_ever():

@@ -6,16 +6,7 @@ from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from hf_rft.evaluation.tiers import TIERS
-from hf_rft.model_card import (
-    TAGS,
-    Progress,
-    check_card,
-    describe_onset,
-    describe_robustness,
-    describe_training,
-    eval_results,
-    update_card,
-)
+from hf_rft.model_card import TAGS, Progress, Training, check_card, describe_onset, eval_results, make_card
 
 
 ARGUMENTS = {
@@ -72,6 +63,17 @@ def settings(**changes):
     }
 
 
+WHOLE = Progress(100, 100, 8 / 255, 100, 8 / 255)
+
+
+def describe_robustness(report, curve=None):
+    return make_card(name="m", report=report, curve=curve).text
+
+
+def describe_training(arguments=ARGUMENTS, progress=WHOLE, **facts):
+    return make_card(name="m", training=Training(arguments, progress, **facts)).text
+
+
 @pytest.fixture
 def report():
     return make_report(settings=settings())
@@ -117,8 +119,7 @@ def test_model_index_parses_back_into_equal_results(report):
 
 
 def test_the_card_as_text_parses_back_into_equal_results(report):
-    card = ModelCard("---\n{}\n---\n")
-    update_card(card, report)
+    card = make_card(name="m", report=report)
     assert loaded(card).data.eval_results == eval_results(report)
     # and YAML keeps what it was given: fractions are text, numbers are numbers
     front = yaml.safe_load(str(card).split("---")[1])
@@ -165,7 +166,7 @@ def test_trust_checks(flags, text):
 
 
 def test_training_section():
-    text = describe_training(ARGUMENTS, command="accelerate launch x.py", schedule_plot="schedule.png")
+    text = describe_training(command="accelerate launch x.py", schedule_plot="schedule.png")
     for stated in ("7-step `apgd`", "`hinge`", "accelerate launch x.py", "(schedule.png)"):
         assert stated in text
     assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == ARGUMENTS
@@ -177,7 +178,7 @@ def test_steps_that_follow_epsilon_are_stated():
     text = describe_training(arguments)
     assert "7-step (fewer while epsilon was smaller) `apgd`" in text
     assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == arguments
-    assert "fewer" not in describe_training({**ARGUMENTS, "attack_steps_schedule": "constant"})
+    assert "(fewer" not in describe_training({**ARGUMENTS, "attack_steps_schedule": "constant"})
 
 
 @pytest.mark.parametrize(
@@ -201,7 +202,7 @@ def test_steps_that_follow_epsilon_are_stated():
     ids=["whole", "stopped early", "kept before the ramp", "both", "none"],
 )
 def test_the_training_section_states_what_the_kept_weights_have_seen(progress, stated):
-    text = describe_training(ARGUMENTS, progress=progress, best_by="robust_accuracy")
+    text = " ".join(describe_training(progress=progress, best_by="robust_accuracy").split())
     for words in stated:
         assert words in text
     assert ("perturbations up to 8/255" in text) == (progress.kept_epsilon == 8 / 255)
@@ -218,13 +219,13 @@ def test_the_training_section_states_what_the_kept_weights_have_seen(progress, s
     ],
 )
 def test_onset_in_the_training_section(history, expected):
-    text = describe_training(ARGUMENTS, adaptation=describe_onset(history, num_classes=100))
+    text = describe_training(onset=describe_onset(history, num_classes=100))
     assert f"shows first learning): {expected}." in text
 
 
 def test_alarms_in_the_training_section():
-    assert "Alarms in training: none." in describe_training(ARGUMENTS, alarms={})
-    text = describe_training(ARGUMENTS, alarms={"transfer_failure": "Nothing was learnt."})
+    assert "Alarms in training: none." in describe_training(alarms={})
+    text = describe_training(alarms={"transfer_failure": "Nothing was learnt."})
     assert "Alarms in training:\n\n- **transfer_failure**: Nothing was learnt." in text
 
 
@@ -232,20 +233,17 @@ def test_alarms_in_the_training_section():
 
 
 def test_writing_twice_changes_nothing(report):
-    card = ModelCard(FOREIGN)
-    training = describe_training(ARGUMENTS)
-    update_card(card, report, training=training, curve="curve.png")
-    once = str(card)
-    again = loaded(card)
-    update_card(again, report, training=training, curve="curve.png")
-    assert str(again) == once
+    facts = {"name": "m", "report": report, "training": Training(ARGUMENTS, WHOLE), "curve": "curve.png"}
+    for existing in (None, ModelCard(FOREIGN)):
+        card = make_card(existing, **facts)
+        assert str(make_card(loaded(card), **facts)) == str(card)
 
 
 def test_a_card_from_elsewhere_keeps_its_text_tags_and_results(report):
-    card = ModelCard(FOREIGN)
-    update_card(card, report)
+    card = make_card(ModelCard(FOREIGN), name="ours", report=report)
     again = loaded(card)
     assert again.text.startswith(ModelCard(FOREIGN).text.rstrip())
+    assert "hf_rft: summary" not in again.text
     assert again.data.license == "mit"
     assert again.data.pipeline_tag == "image-classification"
     assert again.data.tags == ["vision", *TAGS]
@@ -254,11 +252,22 @@ def test_a_card_from_elsewhere_keeps_its_text_tags_and_results(report):
     assert again.data.to_dict()["model-index"][0]["name"] == "elsewhere"
 
 
-def test_another_report_takes_the_place_of_the_first_and_training_stays(report):
-    card = ModelCard(FOREIGN)
-    update_card(card, report, training=describe_training(ARGUMENTS))
+def test_what_the_author_wrote_between_our_parts_stays(report):
+    card = make_card(name="m", report=report, training=Training(ARGUMENTS, WHOLE))
+    card.text = card.text.replace("# m\n", "# My own title\n\nMy words.\n").replace(
+        "## Robust fine-tuning", "## Changed"
+    )
     better = make_report(broken_at=(3, 3, 4, 4, 4), settings=settings(seed=77))
-    update_card(card, better)
+    again = make_card(loaded(card), name="m", report=better, training=Training(ARGUMENTS, WHOLE))
+    assert again.text.lstrip().startswith("# My own title\n\nMy words.\n\n<!-- hf_rft: summary -->")
+    assert "## Changed" not in again.text
+    assert "seed 77" in again.text
+
+
+def test_another_report_takes_the_place_of_the_first_and_training_stays(report):
+    card = make_card(ModelCard(FOREIGN), name="m", report=report, training=Training(ARGUMENTS, WHOLE))
+    better = make_report(broken_at=(3, 3, 4, 4, 4), settings=settings(seed=77))
+    card = make_card(card, name="m", report=better)
     results = loaded(card).data.eval_results
     assert results[1:] == eval_results(better)
     assert card.text.count("## Robustness\n") == card.text.count("## Robust fine-tuning") == 1
@@ -266,19 +275,32 @@ def test_another_report_takes_the_place_of_the_first_and_training_stays(report):
     assert "seed 3." not in card.text
 
 
-def test_a_card_without_a_report_claims_nothing():
-    card = ModelCard("# Nothing\n", ignore_metadata_errors=True)
-    update_card(card, training=describe_training(ARGUMENTS))
+def test_a_card_without_a_report_claims_nothing_any_more(report):
+    card = make_card(name="m", report=report)
+    assert "right on **80.0 %**" in card.text
+    card = make_card(card, name="m", training=Training(ARGUMENTS, WHOLE))
     assert loaded(card).data.eval_results is None
     assert "## Robustness" not in card.text
+    assert "%" not in card.text.split("## Robust fine-tuning")[0]
+
+
+def test_the_summary_says_where_the_model_comes_from():
+    facts = {"name": "m", "base_model": "google/vit", "dataset": "cats", "training": Training(ARGUMENTS, WHOLE)}
+    card = make_card(**facts, metadata={"license": "mit", "tags": ["mine"], "language": None})
+    origin = "robustly fine-tuned with hf_rft from [google/vit](https://huggingface.co/google/vit) on cats."
+    assert f"An image classifier, {origin}" in card.text
+    assert (card.data.base_model, card.data.license, card.data.tags) == ("google/vit", "mit", ["mine", *TAGS])
+    assert "language" not in card.data.to_dict()
+    untrained = make_card(name="m", training=Training(ARGUMENTS, Progress(9, 9, 0.0, 9, 0.0)))
+    assert "An image classifier, fine-tuned with hf_rft." in untrained.text
+    assert "More information needed" not in card.text
 
 
 # --- Checks ---
 
 
 def changed_card(report, change):
-    card = ModelCard("# A model\n", ignore_metadata_errors=True)
-    update_card(card, report)
+    card = make_card(name="m", report=report)
     results = card.data.eval_results
     card.data.eval_results = change(results) or results
     return card

@@ -58,7 +58,9 @@ def test_a_folder_without_a_card_gets_one(folder, report):
 
 def test_a_failed_push_ends_with_a_message_and_keeps_what_was_written(hub, folder, report):
     hub.fail("commit", status=403)
-    with pytest.raises(SystemExit, match=r"(?s)user/mine was not updated.*no write access.*Or run this command again"):
+    with pytest.raises(
+        SystemExit, match=r"(?s)The push to user/mine failed.*no write access.*Or run this command again"
+    ):
         run(folder, "--report", report, "--repo_id", "user/mine")
     load_robust_model(folder)
 

@@ -116,7 +116,7 @@ def test_push_to_hub(hub, tmp_path, capsys):
     hub.fail("commit", status=403)
     metrics = run_rft.main([*flags, "--seed", "2"])
     assert metrics["eval_samples"] == 12
-    assert "user/robust was not updated: the Hub answered 403" in capsys.readouterr().err
+    assert "The push to user/robust failed: the Hub answered 403" in capsys.readouterr().err
 
 
 @pytest.fixture
