@@ -9,9 +9,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -20,13 +19,14 @@ from hf_rft.attacks.apgd import apgd, apgd_passes
 from hf_rft.attacks.objectives import log_odds, margin
 from hf_rft.evaluation.examples import Examples, num_image_channels
 from hf_rft.evaluation.subject import Subject
+from hf_rft.images import explain, to_mode
 
 
 # Of the attack's random start: who asks twice gets the same answer twice.
 SEED = 0
 
 MAX_FILE_BYTES = 10 * 2**20
-MAX_IMAGE_PIXELS = 40_000_000
+MAX_MEGAPIXELS = 40
 # Processors often resize to a fixed shortest side: what is one pixel wide would become hundreds of times larger.
 MAX_ASPECT_RATIO = 20
 # Pillow reads many more formats, some with decoders hardly anybody looks after, and one by starting Ghostscript.
@@ -38,93 +38,39 @@ Result = TypeVar("Result")
 # --- Images from strangers ---
 
 
-class ImageError(ValueError):
-    """An image that is refused; the message is for the person who sent it."""
-
-
-class Picture(NamedTuple):
-    """An image that was read, and what had to be changed for that."""
-
-    image: Image.Image  # RGB
-    notes: list[str]
-
-
-def read_image(path: str | Path) -> Picture:
+def read_image(path: str | Path) -> Image.Image:
     """An image file as RGB, upright. Nothing is decoded before the file's size and the image's are known.
 
     Raises:
-        ImageError: if it is no image, damaged, or too large.
+        ValueError: if it is no image, damaged, or too large; the message is for the person who sent it.
     """
     size = Path(path).stat().st_size
     if size > MAX_FILE_BYTES:
-        raise ImageError(f"The file has {size / 2**20:.1f} MB; at most {MAX_FILE_BYTES / 2**20:.0f} MB are accepted.")
+        raise ValueError(f"The file has {size / 2**20:.1f} MB; at most {MAX_FILE_BYTES / 2**20:.0f} MB are accepted.")
+    limit = f"{MAX_MEGAPIXELS} million"
     try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            _check_size(*image.size)
-            image.load()
-            return _as_rgb(image)
-    except ImageError:
-        raise
-    except UnidentifiedImageError as error:
-        formats = "JPEG, PNG, WebP, GIF, BMP or TIFF"
-        raise ImageError(f"The file is not an image that can be read here; give a {formats} file.") from error
+        image = Image.open(path, formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as error:  # Pillow's own limit, while it reads the header
-        raise ImageError(
-            f"The image has far more pixels than the {MAX_IMAGE_PIXELS / 1e6:.0f} million that are accepted. Scale it "
-            "down first."
-        ) from error
+        raise ValueError(f"The image has far more pixels than the {limit} accepted. Scale it down first.") from error
     except Exception as error:  # on damaged files, decoders raise whatever they come across
-        raise ImageError(f"The image is damaged and cannot be read ({error}).") from error
-
-
-def _check_size(width: int, height: int) -> None:
-    size = f"The image has {width} x {height} pixels"
-    if width * height > MAX_IMAGE_PIXELS:
-        limit = f"{MAX_IMAGE_PIXELS / 1e6:.0f} million"
-        raise ImageError(f"{size}; at most {limit} are accepted. Scale it down first.")
-    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
-        raise ImageError(
-            f"{size}; its long side may be at most {MAX_ASPECT_RATIO} times the short one. Crop it first."
-        )
-
-
-def _as_rgb(image: Image.Image) -> Picture:
-    notes = []
-    # The further pictures of an MPO, the format of many cameras, are previews and depth maps.
-    if image.format != "MPO" and getattr(image, "is_animated", False):
-        notes.append("Only the first frame is used.")
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = _as_bytes(image)
-        notes.append("Reduced to 8 bits a channel.")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        if np.asarray(image.getchannel("A")).min() < 255:
-            notes.append("Transparent parts are shown on white.")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return Picture(image.convert("RGB"), notes)
-
-
-def _as_bytes(image: Image.Image) -> Image.Image:
-    """Grey values of 16 bits, or floats in [0, 1], as 8 bits. Pillow's own conversion cuts off all above 255."""
-    values = np.asarray(image, dtype=np.float32)
-    lowest, highest, largest = values.min(), values.max(), 1.0 if image.mode == "F" else 65535.0
-    if not (0 <= lowest and highest <= largest):  # nor NaN
-        raise ImageError(f"The image holds values from {lowest:g} to {highest:g}; 0 to {largest:g} are expected.")
-    return Image.fromarray((values * (255 / largest)).round().astype(np.uint8))
+        raise ValueError(f"The file is not an image that can be read; give a {', '.join(IMAGE_FORMATS)}.") from error
+    with image:
+        width, height = image.size
+        shape = f"The image has {width} x {height} pixels"
+        if width * height > 1e6 * MAX_MEGAPIXELS:
+            raise ValueError(f"{shape}; at most {limit} are accepted. Scale it down first.")
+        if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+            raise ValueError(f"{shape}; its long side may be at most {MAX_ASPECT_RATIO} times the short one.")
+        try:
+            return to_mode(ImageOps.exif_transpose(image), "RGB")
+        except Exception as error:
+            raise ValueError(f"The image is damaged or cannot be shown: {explain(error)}.") from error
 
 
 def to_image(pixels: torch.Tensor) -> Image.Image:
     """Pixels in [0, 1] of shape `(channels, height, width)` as an 8-bit image."""
     levels = (255 * pixels.clamp(0, 1)).round().byte().movedim(0, -1).cpu().numpy()
     return Image.fromarray(levels[:, :, 0] if levels.shape[2] == 1 else levels)
-
-
-def magnified(change: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """A perturbation as pixels around grey, its largest entry at black or white, and how much it was magnified."""
-    largest = change.abs().max().item()
-    factor = 1 / (2 * largest) if largest > 0 else 1.0
-    return (0.5 + factor * change).clamp(0, 1), factor
 
 
 # --- Epsilon ---
@@ -156,21 +102,15 @@ def epsilon_scale(norm: str, report: RobustnessReport, num_values: int) -> Epsil
     if norm != report.norm:
         growth = num_values / (3 * 32 * 32)
         usual, divisions = {"linf": (8.0, 8), "l2": (0.5 * math.sqrt(growth), 10), "l1": (12 * growth, 10)}[norm]
-        digit = 10.0 ** math.floor(math.log10(usual))
-        largest = round(usual / digit) * Fraction(str(digit)) * unit
+        largest = Fraction(f"{usual:.0e}") * unit  # one digit
         return EpsilonScale(largest / divisions, 2 * divisions, unit)
-    step, largest = unit, report.epsilons[-1]
-    for epsilon in report.epsilons[1:]:
-        step = _greatest_common_divisor(step, epsilon)
+    denominator = math.lcm(unit.denominator, *(epsilon.denominator for epsilon in report.epsilons))
+    numerators = (int(epsilon * denominator) for epsilon in (unit, *report.epsilons))
+    step, largest = Fraction(math.gcd(*numerators), denominator), report.epsilons[-1]
     while 2 * largest / step < 8:
         step /= 2
     highest = min(2 * largest, Fraction(1)) if norm == "linf" else 2 * largest
     return EpsilonScale(step, int(highest / step), unit)
-
-
-def _greatest_common_divisor(a: Fraction, b: Fraction) -> Fraction:
-    denominator = math.lcm(a.denominator, b.denominator)
-    return Fraction(math.gcd(int(a * denominator), int(b * denominator)), denominator)
 
 
 # --- Models ---
@@ -260,19 +200,8 @@ def attack_image(
 ) -> AttackResult:
     """Attack one image with APGD, in the model's own pixels.
 
-    Args:
-        classifier ([`Classifier`]):
-            Under attack.
-        image (`PIL.Image.Image`):
-            Of any size.
-        label (`int`, *optional*):
-            The true class. None takes the model at its word: the class it predicts without perturbation.
-        threat_model ([`ThreatModel`]):
-            Norm and epsilon.
-        steps (`int`):
-            Of APGD.
-        tick (`Callable`, *optional*):
-            Called before each pass through the model; what it raises ends the attack.
+    Without a `label`, the model is taken at its word: the true class is the one it predicts without a perturbation.
+    `tick` is called before each pass through the model; what it raises ends the attack.
     """
 
     def forward(pixels: torch.Tensor) -> torch.Tensor:
@@ -286,15 +215,8 @@ def attack_image(
     adversarial = pixels
     if logits.argmax(dim=1) == labels:
         generator = torch.Generator(pixels.device).manual_seed(SEED)
-        adversarial = apgd(
-            forward,
-            pixels,
-            labels,
-            threat_model=threat_model,
-            steps=steps,
-            generator=generator,
-            objective=fooling_first,
-        )
+        options = {"threat_model": threat_model, "steps": steps, "generator": generator, "objective": fooling_first}
+        adversarial = apgd(forward, pixels, labels, **options)
     with torch.no_grad():
         adversarial_logits, rounded_logits = forward(adversarial), forward((255 * adversarial).round() / 255)
     tensors = (pixels, adversarial, logits, adversarial_logits, rounded_logits)
@@ -339,8 +261,6 @@ def run_in_background(
         while not wait([future], timeout=interval).done:
             yield ticks, None
         yield ticks, future.result()
-    except _Stopped:  # by the end of the program; nobody is there to be told
-        pass
     finally:
         stop.set()
         thread.join()

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import bootstrap
+from scipy.stats import t
 
 from hf_rft import RobustnessReport
 from hf_rft.cli import Parser, run_program
@@ -87,21 +87,25 @@ def contributions(report: RobustnessReport) -> np.ndarray:
 
 
 def paired_difference(report: RobustnessReport, other: RobustnessReport) -> tuple[float, tuple[float, float]]:
-    """Expected robustness minus that of `other` on the same examples, with its 95 % bootstrap interval.
+    """Expected robustness minus that of `other` on the same examples, with its 95 % interval.
 
     An example that is hard for one model is often hard for the other, so the interval is narrower than the two
     models' own intervals suggest.
     """
+    differences = contributions(report) - contributions(other)
+    return float(differences.mean()), difference_interval(differences)
 
-    def mean_difference(ours, theirs, axis=-1):
-        return (ours - theirs).mean(axis=axis)
 
-    pair = contributions(report), contributions(other)
-    mean = float(mean_difference(*pair))
-    if np.ptp(pair[0] - pair[1]) == 0:  # nothing to resample
-        return mean, (mean, mean)
-    found = bootstrap(pair, mean_difference, paired=True, method="percentile", n_resamples=2000, batch=100, rng=0)
-    return mean, (float(found.confidence_interval.low), float(found.confidence_interval.high))
+def difference_interval(differences: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the true mean, from differences in [-1, 1] that may be few, rare or all equal.
+
+    Student's t after adding two examples at either extreme, as Agresti and Coull do for a share. They stand for the
+    differences too rare to have been seen: without them, models that are right on the same examples would differ by
+    0 for certain.
+    """
+    padded = np.concatenate([differences, [-1, -1, 1, 1]])
+    half = t.ppf(0.975, len(padded) - 1) * padded.std(ddof=1) / np.sqrt(len(padded))
+    return float(max(padded.mean() - half, -1)), float(min(padded.mean() + half, 1))
 
 
 def rank(candidates: Sequence[Candidate], sort_by: str) -> list[Candidate]:
@@ -160,7 +164,7 @@ def _markdown_table(one: dict[str, Any], sort_by: str) -> str:
         lines.append([str(row["rank"]), row["name"], *accuracies, expected, lead, row["trust_checks"]])
     table = "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
     notes = f"In %, on {shared['number of examples']} examples, sorted by {sort_by.replace('_', ' ')}; in "
-    notes += "brackets 95 % bootstrap intervals over examples, of differences over the same examples of both models."
+    notes += "brackets 95 % intervals over examples, of differences over the same examples of both models."
     if unchecked := [cell(row["name"]) for row in rows if not row["weights_checked"]]:
         notes += f"\n\nOnly the report was read, the weights were not checked against it: {', '.join(unchecked)}. "
         notes += "`hf_rft.load_robust_model` does check them."
