@@ -21,10 +21,10 @@ import subject
 import torch
 
 from hf_rft import ThreatModel
-from hf_rft.evaluation.counting import CountedForward
 from hf_rft.evaluation.reference import run_autoattack
 from hf_rft.evaluation.search import find_breaking_points
 from hf_rft.evaluation.tiers import TIERS
+from hf_rft.models.classifier import CountedForward
 
 
 LARGEST_EPSILON = Fraction(8, 255)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
-from hf_rft.evaluation.counting import CountedForward
+from hf_rft.models.classifier import CountedForward
 
 
 Reading = dict[str, Any]

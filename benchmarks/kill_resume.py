@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from hf_rft.checkpoints import MARKER_NAME, last_complete_checkpoint
+from hf_rft.training.checkpoints import MARKER_NAME, last_complete_checkpoint
 
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "run_rft.py"

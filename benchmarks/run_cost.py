@@ -24,9 +24,8 @@ from instruments import median_and_range
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "recipes"))
 
-import compare  # noqa: E402  a recipe, beside which it runs others
-
 from hf_rft import get_epsilon_schedule  # noqa: E402
+from hf_rft.cli import compare  # noqa: E402  a recipe, beside which it runs others
 from hf_rft.schedules import scaled_steps  # noqa: E402
 
 

@@ -15,19 +15,22 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 from instruments import median_and_range
 from transformers import TrainerCallback
 
 from hf_rft import RobustTrainer
-from hf_rft.probe import LEAST_PROBES
+from hf_rft.training.alarm_callback import AlarmCallback
+from hf_rft.training.probe import LEAST_PROBES
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
-import run_rft  # noqa: E402  a recipe
 from run_cost import ARMS, RECIPE, attack_at, counted_passes  # noqa: E402
+
+from hf_rft.cli import train as run_rft  # noqa: E402  a recipe
 
 
 NAMES = list(ARMS)
@@ -48,12 +51,13 @@ class InTurns(RobustTrainer):
         return attack_at(arm_of(self.state.global_step), progress, self.args.attack_steps)
 
     @property
-    def _multiplier(self) -> float:
+    def share_of_epsilon(self) -> float:
         return self._attack_due[0]
 
-    @property
-    def _scheduled_steps(self) -> int:
-        return self._attack_due[1]
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        strength = self.adversary.strength
+        self.adversary.strength = lambda share: (strength(share)[0], self._attack_due[1] if share else 0)
 
 
 class Stopwatch(TrainerCallback):
@@ -95,12 +99,14 @@ def run(seed: int, args: argparse.Namespace, extra: list[str]) -> Stopwatch:
     class Timed(InTurns):
         def train(self, *train_args, **kwargs):
             self.add_callback(stopwatch)
+            callback = next(one for one in self.callback_handler.callbacks if isinstance(one, AlarmCallback))
+            callback._probe = partial(self._timed, callback._probe)
             super().train(*train_args, **kwargs)
             raise Stopped
 
-        def _probe(self):
+        def _timed(self, probe):
             stopwatch.add(arm_of(self.state.global_step))
-            found = super()._probe()
+            found = probe()
             stopwatch.probes.append(stopwatch.lap())
             return found
 

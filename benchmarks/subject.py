@@ -9,22 +9,23 @@ from datasets import Dataset, load_dataset
 from instruments import MEMORY_FORMATS
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from hf_rft import PixelNormalization, bundled
-from hf_rft.evaluation.examples import Examples
-from hf_rft.evaluation.subject import Subject
+from hf_rft import PixelNormalization
+from hf_rft.data import bundled
+from hf_rft.data.examples import Examples
+from hf_rft.models.classifier import PixelClassifier
 
 
 class Measured(NamedTuple):
     model: torch.nn.Module
     processor: object
     dataset: Dataset
-    subject: Subject
+    subject: PixelClassifier
 
     def pixels_and_labels(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.subject.load(Examples(self.dataset, self.processor), range(len(self.dataset)))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.subject.exact(pixels)
+        return self.subject.forward_in(None)(pixels)
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, max_samples: int) -> None:
@@ -47,5 +48,5 @@ def load(args: argparse.Namespace) -> Measured:
     dataset = load_dataset(bundled.resolve(bundled.DATASET), split="test")
     dataset = dataset.shuffle(seed=0).select(range(min(args.max_samples, len(dataset))))
     processor = AutoImageProcessor.from_pretrained(args.model)
-    subject = Subject(model, PixelNormalization.from_processor(processor), autocast_dtype=None)
+    subject = PixelClassifier(model, PixelNormalization.from_processor(processor))
     return Measured(model, processor, dataset, subject)

@@ -37,8 +37,8 @@ from transformers import (
 )
 
 from hf_rft import PixelNormalization, RobustTrainer, RobustTrainingArguments
-from hf_rft.alarms import AlarmCallback
 from hf_rft.threat_model import parse_epsilon
+from hf_rft.training.alarm_callback import AlarmCallback
 
 
 EPSILON = "4/255"

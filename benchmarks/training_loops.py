@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_rft import PixelNormalization
 from hf_rft.losses import trades_loss
-from hf_rft.model_state import batch_norm_frozen, parameters_frozen
+from hf_rft.models.classifier import batch_norm_frozen, parameters_frozen
 
 
 class Settings(NamedTuple):

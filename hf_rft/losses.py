@@ -6,12 +6,10 @@ with a log-softmax on both sides of a Kullback-Leibler divergence, so that no pr
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-
-from .attacks.objectives import at_least_float32
 
 
 # As published for training from scratch on CIFAR-10.
@@ -19,11 +17,15 @@ TRADES_WEIGHT = 6.0
 MART_WEIGHT = 6.0
 
 
-def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
     return F.log_softmax(at_least_float32(logits), dim=1)
 
 
-def _kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     """`KL(p || q)` per example."""
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
 
@@ -75,7 +77,7 @@ def trades_loss(
     """
     weight = TRADES_WEIGHT if weight is None else weight
     clean = standard_loss(clean_logits, None, labels, label_smoothing=label_smoothing)
-    return clean + weight * _kl_divergence(_log_softmax(clean_logits), _log_softmax(adversarial_logits))
+    return clean + weight * kl_divergence(log_softmax(clean_logits), log_softmax(adversarial_logits))
 
 
 def mart_loss(
@@ -104,12 +106,12 @@ def mart_loss(
             f"`robust_loss='mart'` does not define `label_smoothing_factor={label_smoothing}`; set it to 0."
         )
     weight = MART_WEIGHT if weight is None else weight
-    log_clean, log_adversarial = _log_softmax(clean_logits), _log_softmax(adversarial_logits)
+    log_clean, log_adversarial = log_softmax(clean_logits), log_softmax(adversarial_logits)
     others = log_adversarial.scatter(1, labels.unsqueeze(1), -torch.inf)
     strongest_wrong = others.amax(dim=1).exp()
     boosted = F.nll_loss(log_adversarial, labels, reduction="none") - torch.log(1.0001 - strongest_wrong)
     unsure = 1 - log_clean.gather(1, labels.unsqueeze(1)).squeeze(1).exp()
-    return boosted + weight * _kl_divergence(log_clean, log_adversarial) * unsure
+    return boosted + weight * kl_divergence(log_clean, log_adversarial) * unsure
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,41 @@ class RobustLoss:
     needs_adversarial: bool = True
     attack_objective: Literal["cross_entropy", "kl"] = "cross_entropy"
     weight: float | None = None
+
+    def __call__(
+        self,
+        clean_logits: torch.Tensor | None,
+        adversarial_logits: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        weight: float | None = None,
+        label_smoothing: float = 0.0,
+    ) -> torch.Tensor:
+        """The loss of each example; without a weight, with the published one."""
+        weight = self.weight if weight is None else weight
+        return self.function(clean_logits, adversarial_logits, labels, weight=weight, label_smoothing=label_smoothing)
+
+    def logits(
+        self, model: Callable, pixel_values: torch.Tensor, adversarial_values: torch.Tensor | None, **inputs
+    ) -> tuple[Any, torch.Tensor | None, torch.Tensor]:
+        """The outputs of `model`, and the clean and adversarial logits, from one forward pass: DDP expects one.
+
+        Args:
+            model (`Callable`):
+                A transformers image classifier, or what wraps it.
+            pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`):
+                The clean images.
+            adversarial_values (`torch.Tensor`, *optional*):
+                Likewise; None at epsilon 0, where the clean example is the adversarial one.
+        """
+        if adversarial_values is None:
+            outputs = model(pixel_values=pixel_values, **inputs)
+            return outputs, outputs.logits, outputs.logits
+        if self.needs_clean:
+            outputs = model(pixel_values=torch.cat([pixel_values, adversarial_values]), **inputs)
+            return outputs, *outputs.logits.chunk(2)
+        outputs = model(pixel_values=adversarial_values, **inputs)
+        return outputs, None, outputs.logits
 
 
 # The names the command line knows. In Python, pass a `RobustLoss`, or a plain function that takes the same arguments.

@@ -10,12 +10,19 @@ Suboptimal Transfer With Epsilon-Scheduling" (https://huggingface.co/papers/2509
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
 import numpy as np
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
 from transformers.utils.generic import ExplicitEnum
+
+
+logger = logging.get_logger(__name__)
 
 
 EpsilonSchedule = Callable[[float], float]
@@ -194,3 +201,95 @@ def get_epsilon_schedule(name: str, **kwargs) -> EpsilonSchedule:
             f"The {name!r} epsilon schedule takes {list(signature.parameters)}, got {sorted(kwargs)}: {error}."
         ) from error
     return functools.partial(factory, **bound.kwargs)()
+
+
+def is_stream(state: TrainerState) -> bool:
+    """Whether the training dataset has no length, so that nobody knows how many epochs there will be."""
+    return state.num_train_epochs >= sys.maxsize
+
+
+def _steps_per_epoch(state: TrainerState) -> int:
+    """Optimizer steps in an epoch: exactly once a step was taken, at most as many as there are before.
+
+    `state.epoch` counts micro-batches, of which the last step of an epoch may have fewer. So within an epoch it lies
+    on or above the share of completed steps, by less than one step.
+    """
+    if not state.epoch or not state.global_step:
+        return math.ceil(state.max_steps / max(state.num_train_epochs, 1))
+    return math.ceil(round(state.global_step / state.epoch, 6))
+
+
+class EpsilonScheduleCallback(TrainerCallback):
+    """Says which share of epsilon the next training step uses.
+
+    It has no state: everything follows from [`~transformers.TrainerState`], which the checkpoint restores. The trainer
+    asks the callback it holds before every step, so a subclass that overrides `multiplier` can do what a function of
+    progress cannot; without any such callback epsilon is constant.
+
+    Args:
+        schedule (`Callable[[float], float]`):
+            Maps progress in [0, 1] to a multiplier of epsilon.
+        interval (`str`, *optional*, defaults to `"step"`):
+            `"step"` measures progress in completed optimizer steps, `"epoch"` in completed epochs (the paper's
+            staircase).
+
+    Raises:
+        ValueError: for an unknown interval, or a schedule that cannot be called with progress alone.
+    """
+
+    def __init__(self, schedule: EpsilonSchedule, interval: str = "step"):
+        if interval not in ("step", "epoch"):
+            raise ValueError(f"`epsilon_schedule_interval={interval!r}` is unknown; choose 'step' or 'epoch'.")
+        check_schedule(schedule)
+        self.schedule = schedule
+        self.interval = interval
+
+    def progress(self, state: TrainerState) -> float:
+        """Share of training completed before the next step, in [0, 1]."""
+        if state.max_steps <= 0:
+            return 0.0
+        if self.interval == "step":
+            return min(state.global_step / state.max_steps, 1.0)
+        # `state.num_train_epochs` is rounded up.
+        epochs = min(state.num_train_epochs, state.max_steps / _steps_per_epoch(state))
+        return min(math.floor(state.epoch or 0.0) / epochs, 1.0)
+
+    def multiplier(self, state: TrainerState) -> float:
+        """The schedule's value for the next step.
+
+        Raises:
+            ValueError: if the schedule returns something that is no number from 0 to 1.
+        """
+        progress = self.progress(state)
+        return checked_multiplier(self.schedule(progress), progress)
+
+    def share(self, state: TrainerState) -> float:
+        """`multiplier`, which a subclass may override, checked."""
+        return checked_multiplier(self.multiplier(state), self.progress(state))
+
+    def multiplier_of_step(self, state: TrainerState, step: int) -> float:
+        """The schedule's value for a step of this run, counted from 0."""
+        return self.multiplier(replace(state, global_step=step, epoch=step / _steps_per_epoch(state)))
+
+    def grows(self, state: TrainerState) -> bool:
+        """Whether training begins with a smaller epsilon than it ends with."""
+        return self.multiplier_of_step(state, 0) < self.multiplier_of_step(state, state.max_steps - 1)
+
+    def is_final(self, state: TrainerState) -> bool:
+        """Whether the last step that was taken had the epsilon with which training ends."""
+        multipliers = (self.multiplier_of_step(state, step) for step in (state.global_step - 1, state.max_steps - 1))
+        return math.isclose(*multipliers, rel_tol=1e-6)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self.interval == "epoch" and is_stream(state):
+            raise ValueError(
+                "`epsilon_schedule_interval='epoch'` needs a training dataset with a length, to know how many epochs "
+                "there are; set it to 'step'."
+            )
+        at = {share: checked_multiplier(self.schedule(share), share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
+        if getattr(args, "best_model_at_any_epsilon", False) and args.metric_for_best_model and self.grows(state):
+            logger.warning(
+                "`best_model_at_any_epsilon=True`: the best model, or an early stop, may come from the ramp, where "
+                "models trained at different epsilons are compared, and a small epsilon favours clean accuracy."
+            )
+        logger.info("Epsilon by progress: " + ", ".join(f"{share:.0%} -> {value:.3g}x" for share, value in at.items()))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .noise import Generators, default_generator, rand, randn
+from .utils.noise import Generators, default_generator, rand, randn
 
 
 # A dense L1 step spends the whole budget on coordinates that hardly matter; PGD moves this share of them at a time.

@@ -20,8 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTImageProcessor
 
 from hf_rft import RobustTrainer, RobustTrainingArguments
-from hf_rft.alarms import AlarmCallback
-from hf_rft.distributed import leave_process_group
+from hf_rft.training.alarm_callback import AlarmCallback
+from hf_rft.training.distributed import leave_process_group
 
 
 DTYPE = torch.float64

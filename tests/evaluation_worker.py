@@ -11,8 +11,8 @@ from conftest import Images, make_model
 from transformers import ViTImageProcessor
 
 from hf_rft import evaluate_robustness
-from hf_rft.distributed import leave_process_group
 from hf_rft.evaluation import flags
+from hf_rft.training.distributed import leave_process_group
 
 
 EXAMPLES, BATCH_SIZE = 24, 2

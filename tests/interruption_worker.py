@@ -12,9 +12,8 @@ from conftest import SIZE, Images, make_model
 from transformers import TrainerCallback, ViTImageProcessor
 
 from hf_rft import RobustTrainer, RobustTrainingArguments
-from hf_rft.checks import NonFiniteError
-from hf_rft.distributed import leave_process_group
-from hf_rft.interruption import TrainingPreempted
+from hf_rft.training.distributed import NonFiniteError, leave_process_group
+from hf_rft.training.interruption import TrainingPreempted
 
 
 def make_trainer(output_dir: Path, **options) -> RobustTrainer:

@@ -6,7 +6,7 @@ from conftest import Images, make_model
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
 from hf_rft import evaluate_robustness
-from hf_rft.evidence import attach_report
+from hf_rft.hub.evidence import attach_report
 
 
 def save_model(folder: Path, family: str = "vit", seed: int = 0, **options) -> None:

@@ -86,10 +86,12 @@ def test_metrics(monkeypatch):
 
 def test_file_tree_is_complete():
     tree = README.split("## Where things are")[1].split("## ")[0]
-    for path in (Path(__file__).parents[1] / "hf_rft").glob("*.py"):
-        assert path.name == "__init__.py" or path.name in tree, path.name
-    for path in (Path(__file__).parents[1] / "recipes").glob("*.py"):
-        assert path.name in tree, path.name
+    package = Path(__file__).parents[1] / "hf_rft"
+    for path in package.iterdir():
+        name = f"{path.name}/" if path.is_dir() else path.name
+        assert name.startswith("__") or name in tree, name
+    for name in re.findall(r"(\w+)/ ", tree.split("recipes/")[0].split("hf_rft/")[1]):
+        assert (package / name).is_dir(), name
 
 
 def test_nothing_is_left_to_fill_in():

@@ -9,15 +9,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.stats import kstest
 
-from hf_rft.noise import example_generators
-from hf_rft.threat_model import (
-    NORMS,
-    ThreatModel,
-    format_approximately,
-    format_epsilon,
-    parse_epsilon,
-    parse_epsilons,
-)
+from hf_rft.threat_model import NORMS, ThreatModel, format_approximately, format_epsilon, parse_epsilon, parse_epsilons
+from hf_rft.utils.noise import example_generators
 
 
 ORDERS = {"linf": np.inf, "l2": 2, "l1": 1}

@@ -10,18 +10,10 @@ from .square import square
 
 
 # The names the command line knows. In Python, pass any callable with the signature of `Attack` instead.
-ATTACKS = {
-    "fgsm": fgsm,
-    "pgd": pgd,
-    "apgd": apgd,
-    "apgd_dlr": apgd_dlr,
-    "apgd_targeted": apgd_targeted,
-    "fmn": fmn,
-    "square": square,
-}
-
-# Those that go on increasing a loss; the others stop once an example is misclassified, which teaches a model little.
-TRAINING_ATTACKS = ("fgsm", "pgd", "apgd", "apgd_dlr")
+# Those to train with go on increasing a loss; the others stop once an example is misclassified, which teaches a model
+# little.
+TRAINING_ATTACKS: dict[str, Attack] = {"fgsm": fgsm, "pgd": pgd, "apgd": apgd, "apgd_dlr": apgd_dlr}
+ATTACKS: dict[str, Attack] = {**TRAINING_ATTACKS, "apgd_targeted": apgd_targeted, "fmn": fmn, "square": square}
 
 __all__ = [
     "ATTACKS",

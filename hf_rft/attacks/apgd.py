@@ -7,10 +7,9 @@ Croce and Hein 2020, "Reliable evaluation of adversarial robustness with an ense
 
 import torch
 
-from ..noise import Generators, randn
 from ..threat_model import ThreatModel
-from .base import Forward, Passes, check_inputs, evaluate, per_example, states_passes, where
-from .objectives import Objective, dlr, log_odds
+from ..utils.noise import Generators, randn
+from .base import Forward, Objective, Passes, check_inputs, dlr, evaluate, log_odds, per_example, states_passes, where
 
 
 MOMENTUM = 0.75

@@ -6,11 +6,10 @@ Croce and Hein 2020, "Reliable evaluation of adversarial robustness with an ense
 
 import torch
 
-from ..noise import Generators, check_generators
 from ..threat_model import ThreatModel
+from ..utils.noise import Generators, check_generators
 from .apgd import apgd, apgd_passes
-from .base import Forward, Passes, check_inputs, select_generators, states_passes
-from .objectives import TargetedDLR
+from .base import Forward, Passes, TargetedDLR, check_inputs, select_generators, states_passes
 
 
 def _passes(steps: int, norm: str = "linf", targets: int = 9) -> Passes:

@@ -2,10 +2,9 @@
 
 import torch
 
-from ..noise import Generators
 from ..threat_model import ThreatModel
-from .base import Forward, Passes, states_passes
-from .objectives import Objective, log_odds
+from ..utils.noise import Generators
+from .base import Forward, Objective, Passes, log_odds, states_passes
 from .pgd import pgd
 
 

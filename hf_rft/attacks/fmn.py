@@ -11,10 +11,9 @@ import math
 
 import torch
 
-from ..noise import Generators
 from ..threat_model import ThreatModel
-from .base import Forward, Passes, check_inputs, evaluate, per_example, states_passes, where
-from .objectives import Lead
+from ..utils.noise import Generators
+from .base import Forward, Lead, Passes, check_inputs, evaluate, per_example, states_passes, where
 
 
 # The radius changes by at least this share, inwards from the nearest image that fools the model, outwards while there

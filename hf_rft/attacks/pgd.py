@@ -2,10 +2,9 @@
 
 import torch
 
-from ..noise import Generators
 from ..threat_model import ThreatModel
-from .base import Forward, Passes, check_inputs, evaluate, states_passes, where
-from .objectives import Objective, log_odds
+from ..utils.noise import Generators
+from .base import Forward, Objective, Passes, check_inputs, evaluate, log_odds, states_passes, where
 
 
 # Default length of all steps together, relative to epsilon. 2.5 (Madry et al.) crosses the ball from any start. On the

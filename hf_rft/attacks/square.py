@@ -11,10 +11,9 @@ import math
 
 import torch
 
-from ..noise import Generators, rand
 from ..threat_model import ThreatModel
-from .base import Forward, Passes, check_inputs, evaluate, per_example, states_passes, where
-from .objectives import margin
+from ..utils.noise import Generators, rand
+from .base import Forward, Passes, check_inputs, evaluate, margin, per_example, states_passes, where
 
 
 # A square covers this share of the image at first, half as much after each of these numbers of queries.

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..files import replacing
+from ..utils.files import replacing
 
 
 logger = logging.getLogger(__name__)

@@ -1,7 +1,6 @@
 """`evaluate_robustness`: a classifier and a dataset in, the whole accuracy-versus-epsilon curve out."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,21 +13,19 @@ from tqdm.auto import tqdm
 
 from ..attacks import ATTACKS
 from ..attacks.base import Passes
-from ..checks import check_class_order, check_labels, class_numbers
-from ..files import check_writable
-from ..model_state import under_attack
-from ..pixel_space import PixelNormalization
-from ..ranges import COUNT, SEED
-from ..threat_model import format_epsilon, parse_epsilons
+from ..data.examples import Examples, num_image_channels
+from ..data.labels import check_class_order, class_numbers
+from ..models.classifier import CountedForward, PixelClassifier, check_labels
+from ..models.pixel_space import PixelNormalization
+from ..threat_model import parse_epsilons
+from ..utils.files import check_writable
+from ..utils.values import COUNT, SEED
 from .cache import Record, ResultCache, batch_key, hash_examples, hash_json
-from .counting import CountedForward
-from .examples import Examples, num_image_channels
+from .evaluator import Evaluator
 from .flags import drawn_examples, trust_flags
-from .provenance import describe_dataset, describe_model, describe_normalization, versions
+from .provenance import describe_model
 from .report import AdversarialExamples, RobustnessReport
-from .search import find_breaking_points
-from .subject import Subject
-from .tiers import Tier, make_tier
+from .tiers import make_tier
 
 
 # Adversarial examples that the report shows; as many are kept of each batch.
@@ -94,7 +91,7 @@ def evaluate_robustness(
     Raises:
         ValueError: naming the argument, what was found and the remedy, before any attack.
     """
-    protocol = _Protocol(norm, parse_epsilons(norm, epsilons), make_tier(tier, norm), seed, autocast_dtype)
+    evaluator = Evaluator(norm, parse_epsilons(norm, epsilons), make_tier(tier, norm), seed, autocast_dtype)
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"`model` must be a torch module, got {type(model).__name__}.")
     for name, value, allowed in (("batch_size", batch_size, COUNT), ("seed", seed, SEED)):
@@ -104,7 +101,7 @@ def evaluate_robustness(
         raise ValueError(f"`autocast_dtype={autocast_dtype!r}` must be torch.bfloat16, torch.float16 or None.")
     if cache_dir is not None:
         check_writable("cache_dir", cache_dir)
-    if cache_dir is not None and any(run.attack not in ATTACKS.values() for run in protocol.tier.attacks):
+    if cache_dir is not None and any(run.attack not in ATTACKS.values() for run in evaluator.tier.attacks):
         raise ValueError(
             "`cache_dir` cannot tell one attack of your own from another by its code; leave it out, or use the "
             f"attacks {list(ATTACKS)}."
@@ -122,52 +119,49 @@ def evaluate_robustness(
         if class_names is not None:
             check_class_order("`dataset`", class_names, getattr(model, "config", None))
             class_numbers("`dataset`", class_names, getattr(model, "config", None))
-    subject = Subject(model, normalization, autocast_dtype)
+    classifier = PixelClassifier(model, normalization)
     described_model = describe_model(model)
     evaluated = {
         "model": described_model["sha256"],
         "normalization": [normalization.mean, normalization.std],
-        **protocol.describe(),
+        **evaluator.describe(),
     }
     # Without `cpu`, accelerate ignores the processes of a launcher on a machine that has no accelerator.
     state = PartialState(cpu=not torch.accelerator.is_available())
     was_training = any(module.training for module in model.modules())
 
-    with under_attack(model, training=False), subject.in_fast_format(subject.load(examples, [0])[0]):
+    with classifier.under_attack(), classifier.in_fast_format(classifier.load(examples, [0])[0]):
         batches = [
             range(first, min(first + batch_size, len(examples))) for first in range(0, len(examples), batch_size)
         ]
         mine = batches[state.process_index :: state.num_processes]
         # All images and labels are looked at before the first attack: hours later is too late for an error.
-        clean = [_look_at(subject, examples, positions) for positions in mine]
+        clean = [_look_at(classifier, examples, positions) for positions in mine]
         cache, results = ResultCache(cache_dir), []
         total = sum(len(positions) for positions in mine)
         with tqdm(total=total, unit=" examples", disable=not (progress_bar and state.is_main_process)) as bar:
             for batch in clean:
-                record = _evaluate_batch(subject, examples, batch, protocol, evaluated, cache, bar)
+                record = _evaluate_batch(classifier, examples, batch, evaluator, evaluated, cache, bar)
                 results.append((batch.positions[0], record, batch.hashes))
         results = sorted(gather_object(results), key=lambda result: result[0])
         records = [record for _, record, _ in results]
         merged = {name: torch.cat([record[name] for record in records]) for name in records[0] if name != "passes"}
         checked: list[Any] = [None, None]
         if state.is_main_process:
-            checked = [*_check_trust(subject, examples, merged, protocol, was_training)]
+            checked = [*_check_trust(classifier, examples, merged, evaluator, was_training)]
         flags, for_checks = broadcast_object_list(checked)
-        shown = _shown_examples(subject, examples, merged)
+        shown = _shown_examples(classifier, examples, merged)
     forward, backward = torch.stack([record["passes"] for record in records]).sum(dim=0).tolist()
-    settings = {
-        "model": described_model,
-        "dataset": {
-            **describe_dataset(dataset),
-            "sha256": hash_json([hashes for *_, of_batch in results for hashes in of_batch]),
-        },
-        "processor": describe_normalization(normalization),
-        **protocol.describe(),
-        "batch_size": batch_size,
-    }
+    settings = evaluator.settings(
+        model=described_model,
+        dataset=dataset,
+        normalization=normalization,
+        batch_size=batch_size,
+        sha256=hash_json([hashes for *_, of_batch in results for hashes in of_batch]),
+    )
     return RobustnessReport(
         norm=norm,
-        epsilons=protocol.epsilons,
+        epsilons=evaluator.epsilons,
         labels=merged["labels"].numpy(),
         clean_predictions=merged["clean_predictions"].numpy(),
         adversarial_predictions=merged["adversarial_predictions"].numpy(),
@@ -180,28 +174,6 @@ def evaluate_robustness(
     )
 
 
-@dataclass(frozen=True)
-class _Protocol:
-    """What is asked of a model."""
-
-    norm: str
-    epsilons: list[Fraction]
-    tier: Tier
-    seed: int
-    autocast_dtype: torch.dtype | None
-
-    def describe(self) -> dict[str, Any]:
-        """JSON values only."""
-        return {
-            "norm": self.norm,
-            "epsilons": [format_epsilon(epsilon) for epsilon in self.epsilons],
-            **self.tier.describe(),
-            "seed": self.seed,
-            "autocast_dtype": None if self.autocast_dtype is None else str(self.autocast_dtype).removeprefix("torch."),
-            "versions": versions(),
-        }
-
-
 class _CleanBatch(NamedTuple):
     """What is known of a batch before it is attacked."""
 
@@ -211,18 +183,18 @@ class _CleanBatch(NamedTuple):
 
 
 @torch.no_grad()
-def _look_at(subject: Subject, examples: Examples, positions: range) -> _CleanBatch:
-    pixels, labels = subject.load(examples, positions)
-    logits = subject.exact(pixels)
+def _look_at(classifier: PixelClassifier, examples: Examples, positions: range) -> _CleanBatch:
+    pixels, labels = classifier.load(examples, positions)
+    logits = classifier.forward_in(None)(pixels)
     check_labels(f"`dataset` (examples {positions[0]} to {positions[-1]})", labels, logits.shape[1])
     return _CleanBatch(positions, hash_examples(pixels, labels), logits.cpu())
 
 
 def _evaluate_batch(
-    subject: Subject,
+    classifier: PixelClassifier,
     examples: Examples,
     batch: _CleanBatch,
-    protocol: _Protocol,
+    evaluator: Evaluator,
     evaluated: dict[str, Any],
     cache: ResultCache,
     bar: tqdm,
@@ -237,25 +209,18 @@ def _evaluate_batch(
 
     record = cache.load(key, batch.logits)
     if record is None:
-        pixels, labels = subject.load(examples, positions)
-        exact = CountedForward(subject.exact)
-        crafting = exact if subject.autocast_dtype is None else CountedForward(subject.crafting)
-        found = find_breaking_points(
-            crafting,
+        pixels, labels = classifier.load(examples, positions)
+        found, passes = evaluator.attack(
+            classifier.forward_in(None),
             pixels,
             labels,
-            norm=protocol.norm,
-            epsilons=protocol.epsilons,
-            tier=protocol.tier,
-            seed=protocol.seed,
-            positions=positions,
-            verify=exact,
-            clean_predictions=batch.logits.argmax(dim=1).to(labels.device),
+            positions,
+            batch.logits.argmax(dim=1).to(labels.device),
+            crafting=classifier.forward_in(evaluator.autocast_dtype) if evaluator.autocast_dtype else None,
             on_progress=show,
         )
-        is_shown = (found.broken_at > 0) & (found.broken_at < len(protocol.epsilons))
+        is_shown = (found.broken_at > 0) & (found.broken_at < len(evaluator.epsilons))
         shown = is_shown.nonzero().flatten()[:SHOWN_EXAMPLES]
-        passes = [counter.passes for counter in {exact, crafting}]
         record = {
             "labels": labels,
             "clean_predictions": found.clean_predictions,
@@ -264,7 +229,7 @@ def _evaluate_batch(
             "adversarial_predictions": found.adversarial_predictions,
             "shown_positions": shown + positions[0],
             "shown_adversarial": found.adversarial[shown],
-            "passes": torch.tensor(passes).sum(dim=0) + torch.tensor([len(positions), 0]),  # and the clean one
+            "passes": torch.tensor(passes),
         }
         record = {name: tensor.cpu() for name, tensor in record.items()}
         cache.save(key, record, batch.logits)
@@ -273,34 +238,35 @@ def _evaluate_batch(
 
 
 def _check_trust(
-    subject: Subject, examples: Examples, merged: Record, protocol: _Protocol, was_training: bool
+    classifier: PixelClassifier, examples: Examples, merged: Record, evaluator: Evaluator, was_training: bool
 ) -> tuple[dict[str, str], Passes]:
     """The trust checks, on examples that the model gets right; and what they cost."""
-    positions = drawn_examples(merged["broken_at"] > 0, protocol.seed)
-    pixels, labels = subject.load(examples, positions or [0])
-    counted = CountedForward(subject.exact)
+    positions = drawn_examples(merged["broken_at"] > 0, evaluator.seed)
+    pixels, labels = classifier.load(examples, positions or [0])
+    counted = CountedForward(classifier.forward_in(None))
     flags = trust_flags(
         counted,
         pixels[: len(positions)],
         labels[: len(positions)],
-        norm=protocol.norm,
-        epsilons=protocol.epsilons,
-        tier=protocol.tier.name,
-        broken_at=merged["broken_at"][positions].to(subject.device),
-        seed=protocol.seed,
+        norm=evaluator.norm,
+        epsilons=evaluator.epsilons,
+        tier=evaluator.tier.name,
+        broken_at=merged["broken_at"][positions].to(classifier.device),
+        seed=evaluator.seed,
         was_training=was_training,
     )
     return flags, counted.passes
 
 
 @torch.no_grad()
-def _shown_examples(subject: Subject, examples: Examples, merged: Record) -> AdversarialExamples | None:
+def _shown_examples(classifier: PixelClassifier, examples: Examples, merged: Record) -> AdversarialExamples | None:
     positions = merged["shown_positions"][:SHOWN_EXAMPLES].tolist()
     if not positions:
         return None
-    pixels, _ = subject.load(examples, positions)
-    adversarial = merged["shown_adversarial"][:SHOWN_EXAMPLES].to(subject.device)
-    logits, adversarial_logits = subject.exact(pixels), subject.exact(adversarial)
+    pixels, _ = classifier.load(examples, positions)
+    adversarial = merged["shown_adversarial"][:SHOWN_EXAMPLES].to(classifier.device)
+    exact = classifier.forward_in(None)
+    logits, adversarial_logits = exact(pixels), exact(adversarial)
     return AdversarialExamples(
         positions, pixels.cpu(), adversarial.cpu(), logits.float().cpu(), adversarial_logits.float().cpu()
     )

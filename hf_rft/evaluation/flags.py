@@ -13,17 +13,24 @@ import torch
 import torch.nn.functional as F
 
 from ..attacks import apgd, fgsm, square
-from ..attacks.base import Forward, evaluate, select_generators
-from ..attacks.objectives import log_odds, margin
-from ..noise import EVALUATION_ATTACK, example_generators
+from ..attacks.base import (
+    ZERO_GRADIENT_SHARE,
+    Forward,
+    evaluate,
+    has_zero_gradient,
+    log_odds,
+    margin,
+    select_generators,
+)
 from ..threat_model import ThreatModel, format_epsilon
+from ..utils.noise import EVALUATION_ATTACK, example_generators
 
 
 CHECKED_EXAMPLES = 32
 SQUARE_STEPS = 200
 # Shares of the examples above which a sign is taken seriously. A weaker attack also succeeds here and there by luck:
 # its share must exceed the bound beyond chance, by a one-sided binomial test at this level.
-ZERO_GRADIENT_SHARE, STANDING_SHARE, WEAKER_SHARE = 0.05, 0.1, 0.05
+STANDING_SHARE, WEAKER_SHARE = 0.1, 0.05
 SIGNIFICANCE = 0.05
 # The mean margin must rise at least this many times as fast as would break the mean image at the huge epsilon.
 LEAST_RISE = 0.1
@@ -120,11 +127,6 @@ def _output_flags(forward: Forward, pixels: torch.Tensor) -> dict[str, str]:
             "results of attacks that do."
         )
     return flags
-
-
-def has_zero_gradient(gradient: torch.Tensor) -> torch.Tensor:
-    """Which examples have an input gradient of exactly zero, shape `(batch,)`."""
-    return (gradient.flatten(1) == 0).all(dim=1)
 
 
 def _gradient_flags(forward: Forward, pixels: torch.Tensor, labels: torch.Tensor) -> dict[str, str]:

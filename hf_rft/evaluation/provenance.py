@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..pixel_space import PixelNormalization
+from ..models.pixel_space import PixelNormalization
 from .cache import hash_model
 
 

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 
 from ..attacks.base import Forward, Passes
+from ..models.classifier import CountedForward
 from ..threat_model import ThreatModel
-from .counting import CountedForward
 
 
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from ..attacks.base import Passes
-from ..files import write_text
 from ..threat_model import format_epsilon, parse_epsilon
+from ..utils.files import write_text
 
 
 SCHEMA_VERSION = 1
@@ -279,7 +279,7 @@ class RobustnessReport:
 
     def plot(self, path: str | Path, title: str = "") -> None:
         """Write the accuracy-versus-epsilon curve, with its intervals, to `path`; the ending says the format."""
-        from ..plots import plot_robustness_curve
+        from .plots import plot_robustness_curve
 
         name = self.settings.get("model", {}).get("name") or "model"
         title = title or f"expected robustness {100 * self.expected_robustness:.1f} %"

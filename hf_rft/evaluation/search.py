@@ -20,15 +20,18 @@ on larger ones in the grid.
 import inspect
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ..attacks import fmn
 from ..attacks.base import Forward, per_example, where
-from ..noise import EVALUATION_ATTACK, example_generators
 from ..threat_model import ThreatModel
-from .tiers import Tier, attack_name
+from ..utils.noise import EVALUATION_ATTACK, example_generators
+
+
+if TYPE_CHECKING:
+    from .tiers import Tier
 
 
 # Halvings of the segment between the clean image and an adversarial example.
@@ -60,7 +63,7 @@ def find_breaking_points(
     *,
     norm: str,
     epsilons: Sequence[Fraction],
-    tier: Tier,
+    tier: "Tier",
     seed: int,
     positions: Sequence[int],
     verify: Forward | None = None,
@@ -98,7 +101,7 @@ def find_breaking_points(
         # The first attack goes first wherever it is due: what it breaks comes back to it at a smaller epsilon, and the
         # long ones meet as many examples at once as there are.
         stage = int(search.withstood[undecided].min())
-        on_progress(attack_name(search.runs[stage].attack), len(labels) - len(undecided))
+        on_progress(search.runs[stage].name, len(labels) - len(undecided))
         search.attack(undecided[search.withstood[undecided] == stage], stage)
     on_progress("", len(labels))
     return search.result()
@@ -115,7 +118,7 @@ class _Search:
         labels: torch.Tensor,
         norm: str,
         epsilons: Sequence[Fraction],
-        tier: Tier,
+        tier: "Tier",
         seed: int,
         positions: Sequence[int],
     ):

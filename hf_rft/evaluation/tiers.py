@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from ..attacks import ATTACKS, Attack
-from ..attacks.base import checked
+from ..attacks.base import attack_name, checked
 from ..threat_model import NORMS
 
 
@@ -17,6 +17,10 @@ class AttackRun(NamedTuple):
     attack: Attack
     steps: int
     restarts: int = 1
+
+    @property
+    def name(self) -> str:
+        return attack_name(self.attack)
 
 
 @dataclass(frozen=True)
@@ -77,14 +81,6 @@ TIERS = {
     "standard": _tier("standard", ("apgd", 100), ("apgd_targeted", 100)),
     "full": _tier("full", ("apgd", 100), ("apgd_targeted", 100), ("fmn", 100), ("square", 5000)),
 }
-
-
-def attack_name(attack: Any) -> str:
-    """The function's name, without the arguments bound to it."""
-    attack = inspect.unwrap(attack)
-    while isinstance(attack, partial):
-        attack = inspect.unwrap(attack.func)
-    return getattr(attack, "__name__", repr(attack))
 
 
 def _targets(attack: Attack) -> dict[str, int]:

@@ -3,9 +3,9 @@ import torch
 from torch import nn
 
 from hf_rft.attacks import apgd, pgd
-from hf_rft.attacks.objectives import dlr, log_odds, margin
-from hf_rft.noise import example_generators
+from hf_rft.attacks.base import dlr, log_odds, margin
 from hf_rft.threat_model import NORMS, ThreatModel
+from hf_rft.utils.noise import example_generators
 
 from . import fools, linear_problem
 

@@ -3,9 +3,9 @@ import torch
 from torch import nn
 
 from hf_rft.attacks import apgd, apgd_targeted
-from hf_rft.attacks.objectives import TargetedDLR
-from hf_rft.noise import example_generators
+from hf_rft.attacks.base import TargetedDLR
 from hf_rft.threat_model import ThreatModel
+from hf_rft.utils.noise import example_generators
 
 from . import fools, linear_classifier, linear_problem
 from .test_attacks import EPSILONS, Recorded, every_norm, make_batch, make_model

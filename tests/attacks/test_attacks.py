@@ -11,8 +11,8 @@ from torch import nn
 
 from hf_rft.attacks import ATTACKS
 from hf_rft.attacks.base import takes
-from hf_rft.noise import example_generators
 from hf_rft.threat_model import NORMS, ThreatModel
+from hf_rft.utils.noise import example_generators
 
 from . import fools, linear_problem
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from hf_rft.attacks import fmn
-from hf_rft.noise import example_generators
 from hf_rft.threat_model import ThreatModel
+from hf_rft.utils.noise import example_generators
 
 from . import LinearProblem, linear_classifier, linear_problem
 from .test_attacks import EPSILONS, Recorded, every_norm, make_batch, make_model

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_rft.attacks import ATTACKS, TRAINING_ATTACKS, pgd
-from hf_rft.attacks.objectives import KLDivergence, log_odds
+from hf_rft.attacks.base import KLDivergence, log_odds
 from hf_rft.losses import LOSSES
 from hf_rft.threat_model import ThreatModel
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from hf_rft.attacks import pgd
-from hf_rft.noise import example_generators
 from hf_rft.threat_model import NORMS, ThreatModel
+from hf_rft.utils.noise import example_generators
 
 from . import fools, linear_problem
 

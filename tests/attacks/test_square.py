@@ -2,9 +2,9 @@ import pytest
 import torch
 
 from hf_rft.attacks import square
-from hf_rft.attacks.objectives import margin
-from hf_rft.noise import example_generators
+from hf_rft.attacks.base import margin
 from hf_rft.threat_model import ThreatModel
+from hf_rft.utils.noise import example_generators
 
 from . import fools, linear_problem
 from .test_attacks import EPSILONS, Recorded, every_norm, make_problem

@@ -16,8 +16,8 @@ def test_steps_belong_to_the_schedules_in_turn(run_time, make_trainer):
     trainer.state.max_steps = 24
     steps = []
     for trainer.state.global_step in range(24):
-        multiplier = trainer._multiplier
-        steps.append((multiplier, trainer._scheduled_steps if multiplier else 0))
+        share = trainer.share_of_epsilon
+        steps.append((share, trainer.adversary.strength(share)[1]))
     ramp = [0, 0, 0, 0.25, 0.5, 0.75, 1, 1]  # from a quarter of the run to three quarters
     assert steps[0::3] == [(1, 4)] * 8
     assert steps[1::3] == [(share, 4 if share else 0) for share in ramp]

@@ -13,8 +13,7 @@ from transformers import AutoModelForImageClassification, ResNetConfig, ViTConfi
 
 from hf_rft import PixelNormalization, ThreatModel, evaluate_robustness
 from hf_rft.attacks import apgd
-from hf_rft.evaluation import evaluate as module
-from hf_rft.evaluation import flags
+from hf_rft.evaluation import evaluator, flags
 from hf_rft.threat_model import NORMS
 
 
@@ -499,7 +498,7 @@ def test_model_and_random_state_are_left_alone(interrupted, processor, monkeypat
     before, generators = state_of(model), generator_states()
     assert {True, False} == set(before[0])
     if interrupted:
-        monkeypatch.setattr(module, "find_breaking_points", interrupt)
+        monkeypatch.setattr(evaluator, "find_breaking_points", interrupt)
         with pytest.raises(KeyboardInterrupt):
             evaluate(model, Images(6), processor)
     else:
@@ -530,13 +529,13 @@ def test_model_in_training_mode_gives_the_same_numbers_and_a_flag(family, proces
 @pytest.fixture
 def attacked(monkeypatch):
     """The positions of every batch that is attacked."""
-    batches, find = [], module.find_breaking_points
+    batches, find = [], evaluator.find_breaking_points
 
     def recorded(*args, positions, **kwargs):
         batches.append(list(positions))
         return find(*args, positions=positions, **kwargs)
 
-    monkeypatch.setattr(module, "find_breaking_points", recorded)
+    monkeypatch.setattr(evaluator, "find_breaking_points", recorded)
     return batches
 
 
@@ -548,7 +547,7 @@ def test_second_run_attacks_nothing_and_returns_the_same(linear, tmp_path, monke
     options = {"cache_dir": tmp_path / "new" / "cache", "batch_size": 5, "tier": "fast"}
     first = evaluate(linear, **options)
     without_cache = evaluate(linear, batch_size=5, tier="fast")
-    monkeypatch.setattr(module, "find_breaking_points", refuse)
+    monkeypatch.setattr(evaluator, "find_breaking_points", refuse)
     second = evaluate(linear, **options)
     assert second.to_dict() == first.to_dict() == without_cache.to_dict()
     for ours, theirs in zip(second.examples, first.examples, strict=True):
@@ -564,17 +563,17 @@ def test_cache_holds_tensors_only(linear, tmp_path):
 def test_interrupted_run_goes_on_where_it_was(linear, tmp_path, attacked, monkeypatch):
     undisturbed = evaluate(linear, batch_size=3)
     attacked.clear()
-    recorded = module.find_breaking_points
+    recorded = evaluator.find_breaking_points
 
     def until_second_batch(*args, **kwargs):
         return interrupt() if len(attacked) == 1 else recorded(*args, **kwargs)
 
-    monkeypatch.setattr(module, "find_breaking_points", until_second_batch)
+    monkeypatch.setattr(evaluator, "find_breaking_points", until_second_batch)
     with pytest.raises(KeyboardInterrupt):
         evaluate(linear, batch_size=3, cache_dir=tmp_path)
     assert attacked == [[0, 1, 2]] and len(list(tmp_path.iterdir())) == 1
 
-    monkeypatch.setattr(module, "find_breaking_points", recorded)
+    monkeypatch.setattr(evaluator, "find_breaking_points", recorded)
     resumed = evaluate(linear, batch_size=3, cache_dir=tmp_path)
     assert attacked == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
     assert resumed.to_dict() == undisturbed.to_dict()
@@ -745,7 +744,7 @@ def pictures_with(**columns):
     ],
 )
 def test_bad_arguments_are_refused_before_any_attack(linear, options, message, monkeypatch):
-    monkeypatch.setattr(module, "find_breaking_points", refuse)
+    monkeypatch.setattr(evaluator, "find_breaking_points", refuse)
     options = {"model": linear, "dataset": linear.images(), **options}
     if isinstance(options["dataset"], datasets.Dataset):
         options["model"] = LinearClassifier(shape=(3, SIZE, SIZE)).float()
@@ -754,7 +753,7 @@ def test_bad_arguments_are_refused_before_any_attack(linear, options, message, m
 
 
 def test_unrelated_classes_are_refused_before_any_attack(processor, monkeypatch):
-    monkeypatch.setattr(module, "find_breaking_points", refuse)
+    monkeypatch.setattr(evaluator, "find_breaking_points", refuse)
     model = make_model("vit").eval()
     model.config.id2label = dict(enumerate(["T-shirt", "trouser", "pullover", "dress"]))
     pets = picture_dataset(classes=3).cast_column("label", datasets.ClassLabel(names=["cat", "dog", "owl"]))
@@ -766,7 +765,7 @@ def test_unrelated_classes_are_refused_before_any_attack(processor, monkeypatch)
 
 
 def test_bad_label_in_the_last_batch_is_refused_before_any_attack(linear, monkeypatch):
-    monkeypatch.setattr(module, "find_breaking_points", refuse)
+    monkeypatch.setattr(evaluator, "find_breaking_points", refuse)
     linear.labels[-1] = 4
     with pytest.raises(ValueError, match="examples 9 to 11. holds labels from 1 to 4, but the model has 4 classes"):
         evaluate(linear, batch_size=3)

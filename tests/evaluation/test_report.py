@@ -298,7 +298,7 @@ def test_plot_is_written(tmp_path, settings):
 
 
 def test_plot_shows_curve_and_intervals(tmp_path, monkeypatch):
-    from hf_rft import plots
+    from hf_rft.evaluation import plots
 
     calls = []
     monkeypatch.setattr(plots, "plot_robustness_curve", lambda *args, **kwargs: calls.append((args, kwargs)))

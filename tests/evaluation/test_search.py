@@ -9,9 +9,9 @@ from torch import nn
 
 from hf_rft.attacks import apgd, apgd_dlr, apgd_targeted, fmn, pgd, square
 from hf_rft.evaluation import search as module
-from hf_rft.evaluation.counting import CountedForward
 from hf_rft.evaluation.search import ROUNDING, find_breaking_points
 from hf_rft.evaluation.tiers import AttackRun, Tier, make_tier
+from hf_rft.models.classifier import CountedForward
 from hf_rft.threat_model import NORMS, ThreatModel
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from hf_rft.attacks import ATTACKS, apgd, apgd_targeted, fmn, pgd, square
-from hf_rft.evaluation.tiers import TIERS, AttackRun, Tier, attack_name, make_tier
+from hf_rft.attacks.base import attack_name
+from hf_rft.evaluation.tiers import TIERS, AttackRun, Tier, make_tier
 from hf_rft.threat_model import NORMS, ThreatModel
 
 

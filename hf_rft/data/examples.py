@@ -1,0 +1,158 @@
+"""From a dataset of any usual form to batches of `pixel_values` and labels."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, SupportsInt
+
+import torch
+from PIL import Image
+
+from .images import explain, num_frames, read_example, to_mode
+from .labels import LABEL_COLUMNS
+
+
+logger = logging.getLogger(__name__)
+
+IMAGE_COLUMNS = ("image", "img")
+
+
+class Examples:
+    """Examples of a dataset with `__len__` and `__getitem__`, as the model takes them.
+
+    An example is a dictionary with `pixel_values`, as the processor returned them, or an image that is yet to be
+    processed; and with its label.
+
+    Args:
+        dataset:
+            For example a `datasets.Dataset`, with or without a transform, or a `torch.utils.data.Dataset`.
+        processor:
+            The model's image processor.
+        num_channels (`int`):
+            1 turns images to grey values, any other number to RGB; see images.py for transparency and 16 bits.
+        image_column, label_column (`str`, *optional*):
+            Default to the usual names: `image` or `img`, `labels` or `label`.
+
+    Raises:
+        ValueError: if the dataset is empty or cannot be indexed, or its examples lack image or label.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        processor: Any,
+        *,
+        num_channels: int = 3,
+        image_column: str | None = None,
+        label_column: str | None = None,
+    ):
+        if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+            raise ValueError(
+                f"`dataset` is {type(dataset).__name__}, which cannot be indexed; results are kept by position. Give "
+                "a `datasets.Dataset` (not streaming) or any dataset with `__len__` and `__getitem__`."
+            )
+        if len(dataset) == 0:
+            raise ValueError("`dataset` is empty; robustness needs at least one example.")
+        self.dataset, self.processor = dataset, processor
+        self.mode = "L" if num_channels == 1 else "RGB"
+        self._warned_of_frames = False
+        example = self._example(0)
+        if not isinstance(example, Mapping):
+            raise ValueError(
+                f"`dataset` returns {type(example).__name__} objects; an example must be a dictionary with an image, "
+                "or `pixel_values`, and a label."
+            )
+        self.label_column = _column("label_column", label_column, LABEL_COLUMNS, example)
+        self.image_column = "pixel_values"
+        if image_column is not None or "pixel_values" not in example:
+            self.image_column = _column("image_column", image_column, IMAGE_COLUMNS, example)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batch(self, positions: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """`pixel_values` of shape `(batch, channels, height, width)` and labels of shape `(batch,)`.
+
+        Raises:
+            ValueError: naming column and example, if one has no usable image or label.
+        """
+        positions = list(positions)
+        examples = [self._example(position) for position in positions]
+        labels = [example[self.label_column] for example in examples]
+        requirement = f"The column {self.label_column!r} must hold one class index per image"
+        try:
+            labels = torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError) as error:
+            wrong = next((place for place, label in enumerate(labels) if not isinstance(label, SupportsInt)), 0)
+            raise ValueError(f"{requirement}; example {positions[wrong]} has {labels[wrong]!r}.") from error
+        if labels.is_floating_point() or labels.dim() != 1:
+            raise ValueError(f"{requirement}, got {labels.dtype} of shape {tuple(labels.shape)}.")
+        images = [example[self.image_column] for example in examples]
+        if self.image_column == "pixel_values":
+            return self._stacked(images, positions), labels
+        images = [self._converted(image, position) for image, position in zip(images, positions, strict=True)]
+        try:
+            return self.processor(images, return_tensors="pt")["pixel_values"], labels
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"The processor {type(self.processor).__name__} cannot take the column {self.image_column!r} of the "
+                f"examples {positions[0]} to {positions[-1]}: {error}"
+            ) from error
+
+    def _example(self, position: int) -> Any:
+        try:
+            return read_example(self.dataset, position)
+        except (OSError, SyntaxError) as error:  # what decoding a damaged image raises
+            raise ValueError(
+                f"Example {position} of `dataset` cannot be read: {explain(error)}. Repair it, or leave it out."
+            ) from error
+
+    def _converted(self, image: Any, position: int) -> Any:
+        where = f"Example {position} of `dataset`, column {self.image_column!r}"
+        if image is None:
+            raise ValueError(f"{where}: there is no image. Leave the example out.")
+        if not isinstance(image, Image.Image):
+            return image
+        if not self._warned_of_frames and num_frames(image) > 1:
+            self._warned_of_frames = True
+            logger.warning("%s has %d frames; of such images the first frame counts.", where, num_frames(image))
+        try:
+            return to_mode(image, self.mode)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}.") from error
+
+    def _stacked(self, images: Sequence[Any], positions: Sequence[int]) -> torch.Tensor:
+        tensors = []
+        for image, position in zip(images, positions, strict=True):
+            where = f"Example {position} of `dataset`, column 'pixel_values',"
+            try:
+                tensor = torch.as_tensor(image)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"{where} is no array of numbers ({error}); give what the processor returns.") from (
+                    error
+                )
+            if tensor.dim() != 3 or (tensors and tensor.shape != tensors[0].shape):
+                expected = "(channels, height, width)" if not tensors else f"{tuple(tensors[0].shape)} as before it"
+                raise ValueError(f"{where} has the shape {tuple(tensor.shape)}, not {expected}.")
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(f"{where} holds NaN or infinite values; repair it, or leave it out.")
+            tensors.append(tensor)
+        return torch.stack(tensors)
+
+
+def num_image_channels(config: Any) -> int:
+    """How many channels a model takes, from its configuration (timm's wrapper keeps it elsewhere); 3 if unsaid."""
+    pretrained_cfg = getattr(config, "pretrained_cfg", None) or {}
+    return getattr(config, "num_channels", None) or pretrained_cfg.get("input_size", [3])[0]
+
+
+def _column(argument: str, given: str | None, usual: Sequence[str], example: Mapping) -> str:
+    if given is not None:
+        if given not in example:
+            raise ValueError(f"`{argument}={given!r}` is not in the dataset's examples; they hold {sorted(example)}.")
+        return given
+    for name in usual:
+        if name in example:
+            return name
+    raise ValueError(
+        f"The dataset's examples hold {sorted(example)}, none of {list(usual)}; name the column with `{argument}`."
+    )

@@ -1,0 +1,286 @@
+"""Which pretrained model and which images: arguments of the recipes, and what they stand for."""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from datasets.data_files import SPLIT_KEYWORDS
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+from ..utils.values import COUNT, SHARE, Range, check_ranges, naming
+from . import bundled
+
+
+logger = logging.getLogger(__name__)
+
+
+# Larger ones fill the memory before anything is known about the model.
+
+
+@dataclass
+class DataTrainingArguments:
+    """Which images to train and evaluate on."""
+
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, local dataset folder, or bundled: name. Default: the bundled data."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    train_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of images, one sub-folder a class; or of splits (train, val, test) that hold these."
+        },
+    )
+    validation_dir: str | None = field(default=None, metadata={"help": "Likewise, for choosing checkpoints."})
+    test_dir: str | None = field(default=None, metadata={"help": "Likewise, for the final numbers."})
+    image_column_name: str = field(default="image", metadata={"help": "Column that holds the images."})
+    label_column_name: str = field(default="label", metadata={"help": "Column that holds the labels."})
+    test_split: str | None = field(
+        default=None, metadata={"help": "Split for the final numbers. Default: test if there is one, else validation."}
+    )
+    train_val_split: float = field(
+        default=0.1, metadata={"help": "Share of the training data kept for validation if the data has none."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random subset of this size."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise for validation during training."})
+    max_test_samples: int | None = field(default=None, metadata={"help": "Likewise for the final evaluation."})
+    check_images: bool = field(
+        default=True,
+        metadata={"help": "Decode every image once before training, so that a damaged one does not end it later."},
+    )
+    horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
+    color_jitter: float = field(
+        default=0.25, metadata={"help": "Strength of brightness, contrast, saturation jitter."}
+    )
+    rotation: float = field(default=2.0, metadata={"help": "Largest random rotation, in degrees."})
+
+    def __post_init__(self):
+        if self.dataset_name is not None and self.train_dir is not None:
+            raise ValueError("Give either --dataset_name or --train_dir, not both.")
+        if self.dataset_name is None and self.train_dir is None:
+            if self.validation_dir is not None or self.test_dir is not None:
+                raise ValueError("--validation_dir and --test_dir need --train_dir.")
+            self.dataset_name = bundled.DATASET
+        check_ranges(self, RANGES, is_flag=True)
+        for flag in ("train_dir", "validation_dir", "test_dir"):
+            check_folder(f"--{flag}", getattr(self, flag))
+
+
+# What `ColorJitter` and `RandomRotation` take, in their units.
+RANGES = {
+    "train_val_split": Range(0, 0.99, is_open=True),
+    "max_train_samples": COUNT,
+    "max_eval_samples": COUNT,
+    "max_test_samples": COUNT,
+    "horizontal_flip": SHARE,
+    "color_jitter": Range(0, 10),
+    "rotation": Range(0, 180),
+}
+
+
+def check_folder(flag: str, folder: str | None) -> None:
+    """
+    Raises:
+        ValueError: if a folder of images is none.
+    """
+    if folder is None:
+        return
+    if not os.path.isdir(folder):
+        raise ValueError(f"{flag} {folder!r} is not a folder; it should hold one folder of images a class.")
+
+
+def load_splits(
+    data_args: DataTrainingArguments, seed: int, *, cache_dir: str | None = None, token: str | None = None
+) -> DatasetDict:
+    """Splits `train`, `validation` (for choosing checkpoints) and `test` (for the final numbers), in fixed subsets.
+
+    Sets `data_args.test_split` to the split that the final numbers are from.
+
+    Raises:
+        ValueError: naming flag, split or column that does not fit, and the remedy.
+    """
+    if data_args.train_dir is not None:
+        given = {flag: getattr(data_args, flag) for flag in ("train_dir", "validation_dir", "test_dir")}
+        folders = {flag: folder for flag, folder in given.items() if folder is not None}
+        if "train" in (inside := split_folders("train_dir", data_args.train_dir)):
+            folders["train_dir"] = inside.pop("train")
+            folders = {**{f"{split}_dir": folder for split, folder in inside.items()}, **folders}
+            used = ", ".join(sorted(folders.values()))
+            logger.warning("--train_dir %r holds splits; used are %s.", data_args.train_dir, used)
+        splits = load_image_folders(folders, cache_dir)
+    else:
+        path = bundled.resolve(data_args.dataset_name)
+        with naming("--dataset_name", data_args.dataset_name, "give a Hub id, or a folder with a dataset"):
+            splits = load_dataset(path, data_args.dataset_config_name, cache_dir=cache_dir, token=token)
+    if "train" not in splits:
+        raise ValueError(f"The dataset has no split 'train', it has {sorted(splits)}.")
+    if data_args.test_split is None:
+        data_args.test_split = "test" if "test" in splits else "validation"
+    if data_args.test_split not in (*splits, "validation"):
+        raise ValueError(
+            f"--test_split {data_args.test_split!r} is not a split of the dataset, it has {sorted(splits)}."
+        )
+    used = [split for split in ("train", "validation", data_args.test_split) if split in splits]
+    columns = [data_args.image_column_name, data_args.label_column_name]
+    splits = DatasetDict({split: checked_columns(split, splits[split], *columns) for split in used})
+    splits = encode_labels(splits, data_args.label_column_name)
+    names = splits["train"].features[data_args.label_column_name].names
+    if len(names) < 2:
+        raise ValueError(
+            f"--label_column_name {data_args.label_column_name!r} has the classes {names}; a classifier needs at "
+            "least 2. A folder of images should hold one folder a class."
+        )
+
+    if "validation" not in splits:
+        try:
+            parts = splits["train"].train_test_split(
+                test_size=data_args.train_val_split, seed=seed, stratify_by_column=data_args.label_column_name
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"--train_val_split {data_args.train_val_split} cannot divide {len(splits['train'])} training images "
+                f"({error}); choose another share, or give validation data."
+            ) from error
+        splits["train"], splits["validation"] = parts["train"], parts["test"]
+    splits["test"] = splits[data_args.test_split]
+    limits = {
+        "train": data_args.max_train_samples,
+        "validation": data_args.max_eval_samples,
+        "test": data_args.max_test_samples,
+    }
+    return DatasetDict({split: subset(splits[split], limit, seed) for split, limit in limits.items()})
+
+
+def split_folders(flag: str, folder: str) -> dict[str, str]:
+    """The folders inside that hold splits, by split; empty if the folders inside are classes.
+
+    A class may have the name of a split (`train`, beside `bus` and `car`): then there is but one such folder.
+
+    Raises:
+        ValueError: if some folders inside seem to be splits and others classes, or two are the same split.
+    """
+    split_of = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
+    names = sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = [name for name in names if name.lower() in split_of]
+    if not found or (len(found) == 1 and len(names) > 1):
+        return {}
+    splits = {split_of[name.lower()]: f"{folder.rstrip('/')}/{name}" for name in found}
+    if len(splits) < len(names):
+        raise ValueError(
+            f"--{flag} {folder!r} holds the folders {names}: {found} look like splits, which must not be mixed. Give "
+            "each split by its own flag (--train_dir, --validation_dir, --test_dir), or rename the class."
+        )
+    return splits
+
+
+def load_image_folders(folders: Mapping[str, str], cache_dir: str | None = None) -> DatasetDict:
+    """A split for each folder of images, one sub-folder a class.
+
+    Args:
+        folders (`Mapping[str, str]`):
+            By the flag that names each, such as `train_dir`; the flag's first word is the split.
+
+    Raises:
+        ValueError: naming the folder that holds no images, or cannot be read.
+    """
+    for flag, folder in folders.items():
+        if len(splits := split_folders(flag, folder)) > 1:
+            raise ValueError(
+                f"--{flag} {folder!r} holds splits ({', '.join(splits)}), which would be mixed; give one of them, "
+                f"such as {next(iter(splits.values()))}."
+            )
+        paths = sorted(path for path in Path(folder).rglob("*") if path.is_file() and not path.name.startswith("."))
+        others = [path for path in paths if path.suffix.lower() not in _IMAGE_FOLDER_FILES]
+        if len(others) == len(paths):
+            first = f" ({others[0].name} first)" if others else ""
+            raise ValueError(
+                f"--{flag} {folder!r} holds {len(others)} files{first} but no image; it should hold one folder of "
+                "images a class."
+            )
+        if others:
+            logger.warning(
+                "--%s %r: left out %d files, %s first: not images.", flag, folder, len(others), others[0].name
+            )
+    data_files = {flag.split("_")[0]: f"{folder}/**" for flag, folder in folders.items()}
+    with naming(f"--{next(iter(folders))}", str(data_files), "give folders that hold one folder of images a class"):
+        return load_dataset("imagefolder", data_files=data_files, cache_dir=cache_dir)
+
+
+# Besides images, what `datasets` reads in a folder of images: archives of images, and columns for them.
+_IMAGE_FOLDER_FILES = {*ImageFolder.EXTENSIONS, ".zip", ".tar", ".gz", ".tgz", ".csv", ".jsonl", ".parquet"}
+
+
+def checked_columns(split: str, dataset: Dataset, image_column: str, label_column: str) -> Dataset:
+    """The two columns of a split alone.
+
+    Raises:
+        ValueError: if one is missing, or does not hold what it should, or the split is empty.
+    """
+    for flag, column in (("image_column_name", image_column), ("label_column_name", label_column)):
+        columns = dataset.column_names
+        if column not in columns:
+            raise ValueError(
+                f"--{flag} {column!r} is not a column of the dataset; its columns are {columns} (split {split!r}). "
+                "A folder of images (--train_dir, --validation_dir, --test_dir, --image_dir) needs one folder a class."
+            )
+    if len(dataset) == 0:
+        raise ValueError(f"The split {split!r} is empty; robust fine-tuning needs at least one example.")
+    image_type = dataset.features[image_column]
+    if not isinstance(image_type, Image):
+        raise ValueError(
+            f"--image_column_name {image_column!r} holds {image_type}, not images; cast it with "
+            "`cast_column(..., datasets.Image())` if it holds paths or bytes."
+        )
+    return dataset.select_columns([image_column, label_column])
+
+
+def encode_labels(splits: DatasetDict, column: str) -> DatasetDict:
+    """Labels as indices of the training split's classes, the same in all splits.
+
+    Raises:
+        ValueError: if a label is missing or of another type, or a split has other classes.
+    """
+    for split, dataset in splits.items():
+        feature = dataset.features[column]
+        if not isinstance(feature, ClassLabel) and not str(getattr(feature, "dtype", "")).startswith(_LABEL_TYPES):
+            raise ValueError(
+                f"--label_column_name {column!r} holds {feature} in split {split!r}; a class is text or a whole "
+                "number, one per image."
+            )
+        labels = dataset.select_columns([column]).with_format("arrow")[:][column]
+        if labels.null_count:
+            first = labels.is_null().to_pylist().index(True)
+            raise ValueError(
+                f"Split {split!r} has no label in {labels.null_count} of {len(labels)} examples, number {first} "
+                "first; leave them out."
+            )
+    feature = splits["train"].features[column]
+    if not isinstance(feature, ClassLabel):
+        classes = sorted(splits["train"].unique(column))
+        feature = ClassLabel(names=[str(name) for name in classes])
+        for split, dataset in splits.items():
+            unknown = sorted(set(dataset.unique(column)) - set(classes), key=str)
+            if unknown:
+                raise ValueError(f"Split {split!r} has labels {unknown} that the training split has not: {classes}.")
+        features = Features({**splits["train"].features, column: feature})
+        splits = splits.map(lambda example: {column: feature.str2int(str(example[column]))}, features=features)
+    for split, dataset in splits.items():
+        names = getattr(dataset.features[column], "names", None)
+        if names != feature.names:
+            raise ValueError(
+                f"Split {split!r} has the classes {names or dataset.features[column]}, the training split "
+                f"{feature.names}; give all splits the same classes in the same order."
+            )
+    return splits
+
+
+_LABEL_TYPES = ("string", "large_string", "int", "uint", "bool")
+
+
+def subset(dataset: Dataset, limit: int | None, seed: int) -> Dataset:
+    if limit is None or limit >= len(dataset):
+        return dataset
+    return dataset.shuffle(seed=seed).select(range(limit))

@@ -1,0 +1,176 @@
+"""The protocol of an evaluation, which `evaluate_robustness` and the trainer share."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from ..attacks.base import Forward, Passes
+from ..models.classifier import CountedForward, PixelClassifier
+from ..models.pixel_space import PixelNormalization
+from ..threat_model import format_epsilon
+from .provenance import describe_dataset, describe_normalization, versions
+from .search import BreakingPoints, find_breaking_points
+
+
+if TYPE_CHECKING:
+    from .tiers import Tier
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """The protocol of an evaluation, and how it is applied to one batch.
+
+    Args:
+        norm (`str`):
+            `"linf"`, `"l2"` or `"l1"`.
+        epsilons (`list[Fraction]`):
+            The grid: increasing, the first is 0.
+        tier ([`Tier`]):
+            The attacks.
+        seed (`int`):
+            Of the attacks' random starts, together with an example's position in the dataset.
+        autocast_dtype (`torch.dtype`, *optional*):
+            Precision in which adversarial examples are crafted; None for the model's own.
+    """
+
+    norm: str
+    epsilons: list[Fraction]
+    tier: "Tier"
+    seed: int
+    autocast_dtype: torch.dtype | None = None
+
+    def attack(
+        self,
+        forward: Forward,
+        pixels: torch.Tensor,
+        labels: torch.Tensor,
+        positions: Sequence[int],
+        clean_predictions: torch.Tensor,
+        *,
+        crafting: Forward | None = None,
+        on_progress: Callable[[str, int], None] = lambda stage, decided: None,
+    ) -> tuple[BreakingPoints, Passes]:
+        """Where each example of a batch breaks, and the passes spent on it, that of the clean images included.
+
+        Args:
+            forward (`Callable`):
+                Maps pixels to logits; only what fools this one counts.
+            pixels, labels, positions:
+                See [`find_breaking_points`].
+            clean_predictions (`torch.Tensor` of shape `(batch,)`):
+                Predicted classes of the clean images.
+            crafting (`Callable`, *optional*):
+                Like `forward`, in another precision: what the attacks look at. None: `forward` itself.
+            on_progress (`Callable`, *optional*):
+                Called with the name of an attack that begins and the number of examples decided so far.
+        """
+        exact = CountedForward(forward)
+        crafted = exact if crafting is None else CountedForward(crafting)
+        found = find_breaking_points(
+            crafted,
+            pixels,
+            labels,
+            norm=self.norm,
+            epsilons=self.epsilons,
+            tier=self.tier,
+            seed=self.seed,
+            positions=positions,
+            verify=exact,
+            clean_predictions=clean_predictions,
+            on_progress=on_progress,
+        )
+        spent = [counter.passes for counter in {exact, crafted}]
+        forward_passes, backward_passes = map(sum, zip(*spent, strict=True))
+        return found, Passes(forward_passes + len(pixels), backward_passes)
+
+    def attack_inputs(
+        self, classifier: PixelClassifier, inputs: dict[str, Any], logits: torch.Tensor, positions: range
+    ) -> tuple[BreakingPoints, Passes]:
+        """[`attack`] for the first examples of a batch as a trainer has it, as many as `positions`.
+
+        Args:
+            inputs (`dict`):
+                `pixel_values`, `labels`, and further inputs of the model, as they are.
+            logits (`torch.Tensor` of shape `(len(positions), classes)`):
+                Of the clean images.
+        """
+        count, inputs = len(positions), dict(inputs)
+        pixels = classifier.normalization.to_pixels(inputs.pop("pixel_values"))[:count]
+        labels = inputs.pop("labels")[:count]
+        with classifier.under_attack():
+            return self.attack(partial(classifier, **inputs), pixels, labels, positions, logits.argmax(dim=1))
+
+    def settings(
+        self,
+        *,
+        model: dict[str, Any],
+        dataset: Any,
+        normalization: PixelNormalization,
+        batch_size: int,
+        sha256: str | None = None,
+    ) -> dict[str, Any]:
+        """Everything the numbers depend on; JSON values only.
+
+        Args:
+            model (`dict`):
+                What [`describe_model`] returned.
+            dataset, normalization:
+                What was measured.
+            batch_size (`int`):
+                Of all processes together.
+            sha256 (`str`, *optional*):
+                Hash of the examples, if it is known.
+        """
+        return {
+            "model": model,
+            "dataset": {**describe_dataset(dataset), "sha256": sha256},
+            "processor": describe_normalization(normalization),
+            **self.describe(),
+            "batch_size": batch_size,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """What the numbers depend on, besides model and data; JSON values only."""
+        return {
+            "norm": self.norm,
+            "epsilons": [format_epsilon(epsilon) for epsilon in self.epsilons],
+            **self.tier.describe(),
+            "seed": self.seed,
+            "autocast_dtype": None if self.autocast_dtype is None else str(self.autocast_dtype).removeprefix("torch."),
+            "versions": versions(),
+        }
+
+
+def robust_metrics(
+    predictions: np.ndarray, labels: np.ndarray, epsilons: Sequence[Fraction], epsilon: Fraction
+) -> dict[str, float]:
+    """Accuracy, robust accuracy, expected robustness and the accuracy at each epsilon.
+
+    Args:
+        predictions (`np.ndarray` of shape `(examples, len(epsilons))`):
+            Predicted label of each example at each epsilon.
+        labels (`np.ndarray` of shape `(examples,)`):
+            True labels.
+        epsilons (`Sequence[Fraction]`):
+            Increasing, the first is 0. With 0 alone only the accuracy is returned: nothing was attacked.
+        epsilon (`Fraction`):
+            Where robust accuracy is measured, one of the grid.
+    """
+    # The evaluate module holds the one definition; `evaluate` itself is slow to import and needed here only.
+    from ..metrics.expected_robustness.expected_robustness import expected_robustness, still_correct
+
+    accuracies = still_correct(predictions, labels).mean(axis=0).tolist()
+    if len(epsilons) == 1:
+        return {"accuracy": accuracies[0]}
+    at_epsilon = dict(zip(epsilons, accuracies, strict=True))
+    return {
+        "accuracy": accuracies[0],
+        "robust_accuracy": at_epsilon[epsilon],
+        "expected_robustness": float(expected_robustness([float(epsilon) for epsilon in epsilons], accuracies)),
+        **{f"accuracy_at_{format_epsilon(epsilon)}": accuracy for epsilon, accuracy in at_epsilon.items()},
+    }

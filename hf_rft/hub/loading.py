@@ -1,0 +1,145 @@
+"""Robust models with the evidence of their robustness, from the Hub or a folder."""
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoImageProcessor, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..evaluation.report import RobustnessReport
+from ..threat_model import ThreatModel, format_epsilon
+from ..utils.values import SHARE
+from .evidence import read_evidence
+from .safe_loading import load_classifier, load_config
+
+
+class RobustModel(NamedTuple):
+    """A model with the evidence of its robustness."""
+
+    model: PreTrainedModel
+    processor: BaseImageProcessor
+    report: RobustnessReport
+
+
+def load_robust_model(
+    repo_or_path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    threat_model: ThreatModel | None = None,
+    min_expected_robustness: float | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    trust_remote_code: bool = False,
+) -> RobustModel:
+    """Load a robust model together with the evidence for its robustness, or refuse it.
+
+    Args:
+        repo_or_path (`str`):
+            Repository on the Hub, or a local folder.
+        revision (`str`, *optional*):
+            Branch, tag or commit.
+        threat_model ([`ThreatModel`], *optional*):
+            What the model must have been evaluated against: this norm, and this epsilon on its grid.
+        min_expected_robustness (`float`, *optional*):
+            In [0, 1]. The least expected robustness, up to the epsilon of `threat_model` if one is given, else up to
+            the report's largest.
+        token, cache_dir:
+            As in `huggingface_hub`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Run code that comes with the model. Models saved by [`RobustTrainer`] bring none.
+
+    Returns:
+        [`RobustModel`]: `(model, processor, report)`; the model in evaluation mode.
+
+    Raises:
+        ValueError: if there is no evidence, or it does not belong to these weights, or it states no threat model, or
+            the model does not meet what is asked for.
+    """
+    if not isinstance(repo_or_path, str | os.PathLike):
+        raise ValueError(f"`repo_or_path={repo_or_path!r}` must be a folder or the name of a repository.")
+    if threat_model is not None and not isinstance(threat_model, ThreatModel):
+        raise ValueError(
+            f"`threat_model={threat_model!r}` must be a ThreatModel, such as ThreatModel('linf', '8/255')."
+        )
+    if min_expected_robustness is not None and min_expected_robustness not in SHARE:
+        raise ValueError(
+            f"`min_expected_robustness={min_expected_robustness!r}` must lie in [0, 1]: it is a mean accuracy."
+        )
+    folder = download(repo_or_path, revision=revision, token=token, cache_dir=cache_dir, with_code=trust_remote_code)
+    report = read_evidence(folder, name=str(repo_or_path), trust_remote_code=trust_remote_code)
+    check_requirements(report, str(repo_or_path), threat_model, min_expected_robustness)
+    config = load_config(folder, trust_remote_code=trust_remote_code)
+    model = load_classifier(folder, config, trust_remote_code=trust_remote_code)
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    return RobustModel(model.eval(), processor, report)
+
+
+def download(
+    repo_or_path: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    with_weights: bool = True,
+    with_code: bool = False,
+) -> Path:
+    """A folder with the repository's top-level files of one commit; a local folder is returned as it is.
+
+    Raises:
+        ValueError: if there is neither such a folder nor such a repository.
+    """
+    if os.path.isdir(repo_or_path):
+        if revision is not None:
+            raise ValueError(f"`revision={revision!r}` is of a repository, but {repo_or_path} is a local folder.")
+        return Path(repo_or_path)
+    try:
+        validate_repo_id(str(repo_or_path))
+    except ValueError as error:
+        raise ValueError(f"{repo_or_path} is neither a folder nor the name of a repository ({error}).") from error
+    wanted = ["*.json", "*.md", *(["*.safetensors"] if with_weights else []), *(["*.py"] if with_code else [])]
+    try:
+        folder = snapshot_download(
+            str(repo_or_path),
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            allow_patterns=wanted,
+            ignore_patterns=["*/*"],  # checkpoints
+            library_name="hf_rft",
+        )
+    except GatedRepoError:  # it is there
+        raise
+    except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:  # a mistyped path, more often than not
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"{repo_or_path} is no folder (looked for in {Path.cwd()}), nor a repository that can be reached: correct "
+            f"the path, or the repository's name. ({type(error).__name__}: {reason})"
+        ) from error
+    return Path(folder)
+
+
+def check_requirements(
+    report: RobustnessReport, name: str, threat_model: ThreatModel | None, min_expected_robustness: float | None
+) -> None:
+    """
+    Raises:
+        ValueError: naming what is required and what was measured.
+    """
+    if threat_model is not None:
+        grid = [format_epsilon(epsilon) for epsilon in report.epsilons]
+        required = format_epsilon(threat_model.epsilon)
+        if report.norm != threat_model.norm or threat_model.epsilon not in report.epsilons[1:]:
+            raise ValueError(
+                f"{name} does not meet the required threat model {threat_model.norm} {required}: it was evaluated "
+                f"against {report.norm} at {', '.join(grid)}. Evaluate it with `hf-rft evaluate`."
+            )
+        report = report.up_to(threat_model.epsilon)
+    if min_expected_robustness is not None and report.expected_robustness < min_expected_robustness:
+        raise ValueError(
+            f"{name} has an expected robustness of {report.expected_robustness:.4f} ({report.norm} up to "
+            f"{format_epsilon(report.epsilons[-1])}), below `min_expected_robustness={min_expected_robustness}`."
+        )

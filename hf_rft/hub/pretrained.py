@@ -1,0 +1,171 @@
+"""Pretrained classifiers by name: as they are, or with a new head for the classes of a dataset."""
+
+from dataclasses import dataclass, field
+
+import torch
+from datasets import ClassLabel, DatasetDict, Value
+from transformers import AutoImageProcessor, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from ..data import bundled
+from ..utils.files import check_writable
+from ..utils.values import Range, check_ranges, naming
+from .safe_loading import load_classifier, load_config
+
+
+IMAGE_SIZE = Range(1, 4096, is_whole=True)
+
+
+@dataclass
+class ModelArguments:
+    """Which pretrained model to fine-tune."""
+
+    model_name_or_path: str = field(
+        default=bundled.MODEL, metadata={"help": "Hub id (transformers or timm), local folder, or bundled: name."}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads are kept."})
+    token: str | None = field(default=None, metadata={"help": "Hub token, for private or gated repositories."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    ignore_mismatched_sizes: bool = field(
+        default=True, metadata={"help": "Replace the classification head if the number of classes differs."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the square images, in pixels. Default: the processor's own."}
+    )
+    channels_last: bool = field(
+        default=False, metadata={"help": "Memory format of the weights; convolutional networks often run faster."}
+    )
+
+    def __post_init__(self):
+        check_ranges(self, {"image_size": IMAGE_SIZE}, is_flag=True)
+        if not self.model_name_or_path:
+            raise ValueError("--model_name_or_path is empty; give a Hub id, a local folder, or a bundled: name.")
+        if self.cache_dir is not None:
+            check_writable("--cache_dir", self.cache_dir)
+
+
+def load_model(model_args: ModelArguments, class_names: list[str]):
+    """The pretrained model with a head for these classes, and its image processor."""
+    name_or_path = bundled.resolve(model_args.model_name_or_path)
+    hub_options = {
+        "cache_dir": model_args.cache_dir,
+        "revision": model_args.model_revision,
+        "token": model_args.token,
+        "trust_remote_code": model_args.trust_remote_code,
+    }
+    with naming("--model_name_or_path", model_args.model_name_or_path, "give a Hub id or a folder of a classifier"):
+        config = load_config(
+            name_or_path,
+            num_labels=len(class_names),
+            id2label=dict(enumerate(class_names)),
+            label2id={name: index for index, name in enumerate(class_names)},
+            **hub_options,
+        )
+        processor = AutoImageProcessor.from_pretrained(name_or_path, **hub_options)
+    size = model_args.image_size
+    if hasattr(config, "pretrained_cfg"):  # timm: the configuration holds class names and processor values as well
+        config.label_names = class_names
+        if size is not None:
+            config.pretrained_cfg["input_size"] = [3, size, size]
+            processor = type(processor)(pretrained_cfg=config.pretrained_cfg, architecture=config.architecture)
+    elif size is not None:
+        if "shortest_edge" in processor.to_dict()["size"]:
+            processor.size = {"shortest_edge": size}
+        else:
+            processor.size = {"height": size, "width": size}
+        if getattr(processor, "crop_size", None) is not None:
+            processor.crop_size = {"height": size, "width": size}
+        if hasattr(config, "image_size"):
+            config.image_size = size
+    with naming("--model_name_or_path", model_args.model_name_or_path, "give a folder or repository with its weights"):
+        model, report = load_classifier(
+            name_or_path,
+            config,
+            ignore_mismatched_sizes=model_args.ignore_mismatched_sizes,
+            output_loading_info=True,
+            **hub_options,
+        )
+    head_tensors = head_parameters(model)
+    head = {name for name, parameter in model.named_parameters() if parameter in head_tensors}
+    parameters = {name for name, _ in model.named_parameters()}
+    lost = sorted({str(key[0]) for key in report["mismatched_keys"]} - head)
+    if lost:
+        raise ValueError(
+            f"The pretrained weights {lost} do not fit {name_or_path} with --image_size {size}, and fine-tuning must "
+            "not start from random ones; leave --image_size out, or use a model that takes any size."
+        )
+    missing = sorted(({str(key) for key in report["missing_keys"]} & parameters) - head)
+    if missing:
+        raise ValueError(
+            f"--model_name_or_path {model_args.model_name_or_path!r} holds no weights {missing[:5]}, and fine-tuning "
+            "must not start from random ones; give a pretrained model."
+        )
+    if model_args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return processor, model
+
+
+def in_order_of_model(model_args: ModelArguments, splits: DatasetDict, column: str) -> DatasetDict:
+    """The splits with their classes in the model's order, if it has the very same ones (it was fine-tuned on them).
+
+    Its head would otherwise begin with each class standing for another one.
+    """
+    with naming("--model_name_or_path", model_args.model_name_or_path, "give a Hub id or a folder of a classifier"):
+        config = load_config(
+            bundled.resolve(model_args.model_name_or_path),
+            cache_dir=model_args.cache_dir,
+            revision=model_args.model_revision,
+            token=model_args.token,
+            trust_remote_code=model_args.trust_remote_code,
+        )
+    names = [str(name) for _, name in sorted((config.id2label or {}).items())]
+    ours = splits["train"].features[column].names
+    if names == ours or sorted(names) != sorted(ours):
+        return splits
+    number_of = [names.index(name) for name in ours]
+    feature = ClassLabel(names=names)
+    relabelled = {
+        split: dataset.cast_column(column, Value("int64"))
+        .map(lambda example: {column: number_of[example[column]]})
+        .cast_column(column, feature)
+        for split, dataset in splits.items()
+    }
+    return DatasetDict(relabelled)
+
+
+def head_parameters(model) -> set[torch.nn.Parameter]:
+    """The parameters of the classification head."""
+    if hasattr(model, "timm_model"):
+        return set(model.timm_model.get_classifier().parameters())
+    return set(model.parameters()) - set(model.base_model.parameters())
+
+
+def load_model_and_processor(
+    argument: str, name_or_path: str, **hub_options
+) -> tuple[PreTrainedModel, BaseImageProcessor]:
+    """A classifier as it is, and its image processor.
+
+    Args:
+        argument (`str`):
+            Who names the model, for the messages.
+        name_or_path (`str`):
+            Repository on the Hub or local folder.
+        hub_options:
+            Of `from_pretrained`.
+
+    Raises:
+        ValueError: if it cannot be loaded, or some of its weights would be random.
+    """
+    with naming(argument, name_or_path, "give a Hub id or a folder with an image classifier and its processor"):
+        config = load_config(name_or_path, **hub_options)
+        processor = AutoImageProcessor.from_pretrained(name_or_path, **{"trust_remote_code": False, **hub_options})
+        model, found = load_classifier(name_or_path, config, output_loading_info=True, **hub_options)
+    parameters = {name for name, _ in model.named_parameters()}
+    random = sorted({str(key) for key in found["missing_keys"]} & parameters)
+    if random:
+        raise ValueError(
+            f"{argument} {name_or_path!r} holds no weights {random[:5]}, which would be random numbers; give a model "
+            "that was trained as an image classifier."
+        )
+    return model, processor

@@ -1,0 +1,182 @@
+"""Convolutions that take the BatchNorm behind them into their own weights, while a model is attacked.
+
+In evaluation mode BatchNorm multiplies and shifts each channel by fixed numbers, which a convolution in front of it
+can do for nothing. Training attacks pass through the model many times with the same weights: folding once saves them
+every BatchNorm.
+"""
+
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.fx import Graph, Tracer
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from transformers import PreTrainedModel
+
+from .classifier import blank_image, in_mode
+
+
+class FoldablePair(NamedTuple):
+    """A convolution whose output goes nowhere but into a BatchNorm."""
+
+    convolution: nn.Conv2d
+    batch_norm: nn.BatchNorm2d
+
+
+def find_foldable_pairs(model: nn.Module) -> list[FoldablePair]:
+    """The pairs in a model whose folding, in evaluation mode, changes its outputs by rounding only.
+
+    `torch.fx` traces the model, or, where it cannot, those parts that it can.
+
+    Returns:
+        `list[FoldablePair]`: empty where nothing could be traced, or parameters are narrower than float32: there,
+        folded weights would be rounded once more.
+    """
+    names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    with in_mode(model, training=False):
+        pairs = _pairs_within(model)
+    return [pair for pair in pairs if all(names[id(one)] == 1 for one in pair)]
+
+
+@contextlib.contextmanager
+def folded(pairs: Sequence[FoldablePair]) -> Iterator[None]:
+    """Let convolutions do the work of their BatchNorms, which must be in evaluation mode.
+
+    Folded weights are computed from the present ones, and carry no gradient to them. A pair is left alone if somebody
+    has replaced a `forward` of it since it was found. Afterwards all modules are as they were before.
+    """
+    pairs = [pair for pair in pairs if not any(_has_own_forward(one) for one in pair)]
+    own = [(convolution, convolution.weight, convolution.bias) for convolution, _ in pairs]
+    try:
+        for convolution, batch_norm in pairs:
+            rest = _after_batch_norm(batch_norm)
+            assert rest is not None and not batch_norm.training, "see `find_foldable_pairs`"
+            _set_weights(convolution, *_folded_weights(convolution, batch_norm))
+            vars(batch_norm)["forward"] = rest  # hides the method of the class
+        yield
+    finally:
+        for (convolution, weight, bias), (_, batch_norm) in zip(own, pairs, strict=True):
+            _set_weights(convolution, weight, bias)
+            vars(batch_norm).pop("forward", None)
+
+
+def exactly_foldable_pairs(model: PreTrainedModel) -> list[FoldablePair]:
+    """[`find_foldable_pairs`] in an image classifier, if [`folding_is_exact`] for an image of noise; or none."""
+    pairs = find_foldable_pairs(model)
+    if not pairs:
+        return []
+    blank = blank_image(model)
+    noise = torch.rand(blank.shape, generator=torch.Generator().manual_seed(0)).to(blank)
+    try:
+        return pairs if folding_is_exact(model, pairs, noise) else []
+    except (RuntimeError, ValueError):  # an image of this size does not suit the model
+        return []
+
+
+@torch.no_grad()
+def folding_is_exact(model: nn.Module, pairs: Sequence[FoldablePair], images: torch.Tensor) -> bool:
+    """Whether a model gives the same logits for `images`, in evaluation mode and up to rounding, when folded.
+
+    What is traced in parts could use the output of a convolution in a way that the part does not show.
+    """
+    with in_mode(model, training=False):
+        expected = model(pixel_values=images).logits
+        with folded(pairs):
+            found = model(pixel_values=images).logits
+    return bool((found - expected).abs().max() <= 1e-3 * expected.abs().max())
+
+
+class _Tracer(Tracer):
+    """Looks into modules down to those that have no parts: some of those compute a padding from the image's size."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, nn.BatchNorm2d) or not any(True for _ in m.children())
+
+
+def _pairs_within(module: nn.Module) -> list[FoldablePair]:
+    if not any(isinstance(one, nn.BatchNorm2d) for one in module.modules()):
+        return []
+    try:
+        graph = _Tracer().trace(module)
+    except Exception:  # any: the module's own code runs, with placeholders instead of tensors
+        return [pair for child in module.children() for pair in _pairs_within(child)]
+    return _pairs_of_graph(graph, dict(module.named_modules()))
+
+
+def _pairs_of_graph(graph: Graph, modules: dict[str, nn.Module]) -> list[FoldablePair]:
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    pairs = []
+    for node in graph.nodes:
+        users = list(node.users)
+        if node.op != "call_module" or [user.op for user in users] != ["call_module"]:
+            continue
+        names = (str(node.target), str(users[0].target))
+        if any(calls[name] != 1 or name in read for name in names):
+            continue
+        convolution, batch_norm = (modules[name] for name in names)
+        if _can_fold(convolution, batch_norm):
+            pairs.append(FoldablePair(convolution, batch_norm))
+    return pairs
+
+
+def _can_fold(convolution: Any, batch_norm: Any) -> bool:
+    return (
+        _is_plain_convolution(convolution)
+        and _after_batch_norm(batch_norm) is not None
+        and batch_norm.running_mean is not None
+        and torch.promote_types(convolution.weight.dtype, torch.float32) == convolution.weight.dtype
+        # What listens to them would see other values.
+        and not any(one._forward_hooks or one._forward_pre_hooks for one in (convolution, batch_norm))
+        and not any(_has_own_forward(one) for one in (convolution, batch_norm))
+    )
+
+
+def _has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody replaced the `forward` of this one module, as accelerate's hooks do."""
+    return "forward" in vars(module)
+
+
+def _timm_layer(name: str) -> type | None:
+    """A layer of timm, which is not imported for it: a model that has the layer brought it along."""
+    return getattr(sys.modules.get("timm.layers"), name, None)
+
+
+def _is_plain_convolution(module: nn.Module) -> bool:
+    """Exactly these: other subclasses may normalise their weights, and undo the folding."""
+    return type(module) in (nn.Conv2d, _timm_layer("Conv2dSame"))
+
+
+def _after_batch_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """What a module does after its BatchNorm; None if that is unknown."""
+    if type(module) is nn.BatchNorm2d:
+        return _unchanged
+    if type(module) is _timm_layer("BatchNormAct2d"):
+        return lambda images: module.act(module.drop(images))
+    return None
+
+
+def _unchanged(images: torch.Tensor) -> torch.Tensor:
+    return images
+
+
+@torch.no_grad()
+def _folded_weights(convolution: nn.Conv2d, batch_norm: nn.BatchNorm2d) -> tuple[nn.Parameter, nn.Parameter]:
+    weight, bias = fuse_conv_bn_weights(
+        convolution.weight,
+        convolution.bias,
+        batch_norm.running_mean,
+        batch_norm.running_var,
+        batch_norm.eps,
+        batch_norm.weight,
+        batch_norm.bias,
+    )
+    return nn.Parameter(weight, False), nn.Parameter(bias, False)
+
+
+def _set_weights(convolution: nn.Conv2d, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    convolution.weight, convolution.bias = weight, bias

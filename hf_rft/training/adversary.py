@@ -1,0 +1,177 @@
+"""The adversary of training: it makes the adversarial examples that a step learns from."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+
+from ..attacks import ATTACKS
+from ..attacks.base import Attack, KLDivergence, checked
+from ..models.classifier import PixelClassifier
+from ..models.folding import FoldablePair, folded
+from ..schedules import scaled_steps
+from ..threat_model import ThreatModel
+from ..utils.noise import TRAINING_ATTACK, example_generators
+
+
+class Adversary:
+    """Attacks a classifier during training. It knows neither trainer nor schedule, only the share of epsilon to use.
+
+    Args:
+        classifier ([`PixelClassifier`]):
+            What is attacked.
+        attack ([`Attack`]):
+            How.
+        threat_model ([`ThreatModel`]):
+            The target: norm, and the epsilon that a share of 1 stands for.
+        steps (`int`):
+            Gradient evaluations per example.
+        scale_steps (`bool`, *optional*, defaults to `False`):
+            Take fewer steps while epsilon is below its target; see [`scaled_steps`].
+        objective (`"cross_entropy"` or `"kl"`, *optional*):
+            What the examples increase: the loss of the true class, or the divergence from the clean prediction.
+        seed (`int`, *optional*, defaults to 0):
+            Of the noise, together with the optimizer step and the example's position in the global batch.
+        training_mode (`bool`, *optional*, defaults to `False`):
+            Attack the model in training mode (dropout) instead of evaluation mode.
+        dtype (`torch.dtype`, *optional*):
+            Pass through the model under autocast. Gradients are rounded; the examples stay inside the ball.
+        foldable_pairs (`Sequence[FoldablePair]`, *optional*):
+            Convolutions that do the work of their BatchNorms meanwhile; see [`hf_rft.models.folding`].
+        compiler_options (`Mapping`, *optional*):
+            Of `torch.compile`, for the pass that the attack repeats. None: not compiled.
+    """
+
+    def __init__(
+        self,
+        classifier: PixelClassifier,
+        attack: Attack,
+        *,
+        threat_model: ThreatModel,
+        steps: int,
+        scale_steps: bool = False,
+        objective: str = "cross_entropy",
+        seed: int = 0,
+        training_mode: bool = False,
+        dtype: torch.dtype | None = None,
+        foldable_pairs: Sequence[FoldablePair] = (),
+        compiler_options: Mapping[str, Any] | None = None,
+    ):
+        self.classifier, self.attack, self.objective, self.seed = classifier, attack, objective, seed
+        self.target, self.steps, self.scale_steps = threat_model, steps, scale_steps
+        self.training_mode, self.dtype, self.foldable_pairs = training_mode, dtype, foldable_pairs
+        self.attacks = 0  # that have run
+        self._compiled_logits = None
+        if compiler_options is not None:
+            # torch keeps a limited number of graphs of a function: those of earlier trainers make room.
+            torch._dynamo.reset_code(PixelClassifier.logits.__code__)  # pyright: ignore[reportPrivateImportUsage]
+            # Nothing in this pass depends on epsilon. It is not folded: inductor fuses BatchNorm, and CUDA graphs
+            # want weights that stay where they are.
+            self._compiled_logits = torch.compile(classifier.logits, **compiler_options)
+
+    @classmethod
+    def from_arguments(cls, args: Any, classifier: PixelClassifier, attack: Attack | None, **options) -> "Adversary":
+        """The adversary that [`RobustTrainingArguments`] describe, with an attack of the user's if there is one."""
+        built_in = {"random_start": args.attack_random_start, "step_size": args.attack_step_size}
+        attack = checked(attack) if attack else partial(ATTACKS[args.attack], **built_in)
+        return cls(
+            classifier,
+            attack,
+            threat_model=ThreatModel(args.norm, args.epsilon),
+            steps=args.attack_steps,
+            scale_steps=args.attack_steps_schedule == "epsilon",
+            seed=args.seed,
+            training_mode=args.attack_model_mode == "train",
+            dtype=getattr(torch, args.attack_dtype) if args.attack_dtype else None,
+            **options,
+        )
+
+    def strength(self, share: float) -> tuple[ThreatModel, int]:
+        """Threat model and steps at a share of the target epsilon; no steps at epsilon 0."""
+        threat_model = ThreatModel(self.target.norm, share * float(self.target.epsilon))
+        if threat_model.is_trivial:
+            return threat_model, 0
+        return threat_model, scaled_steps(self.steps, share) if self.scale_steps else self.steps
+
+    def __call__(
+        self,
+        pixels: torch.Tensor,
+        labels: torch.Tensor,
+        share: float = 1.0,
+        *,
+        optimizer_step: int = 0,
+        first: int = 0,
+        **inputs,
+    ) -> torch.Tensor:
+        """Adversarial examples of one micro-batch.
+
+        Args:
+            pixels (`torch.Tensor` of shape `(batch, channels, height, width)`):
+                Clean images, pixels in [0, 1].
+            labels (`torch.Tensor` of shape `(batch,)`):
+                True classes.
+            share (`float`, *optional*, defaults to 1.0):
+                Of the target epsilon, larger than 0.
+            optimizer_step, first (`int`, *optional*, defaults to 0):
+                The number of the step, and the position of the first example in its global batch: neither
+                accumulation nor processes change the noise.
+            inputs:
+                Further inputs of the model, as they are.
+
+        Returns:
+            `torch.Tensor`: pixels, inside the ball and inside [0, 1].
+        """
+        positions = range(first, first + len(pixels))
+        generator = example_generators(pixels.device, positions, TRAINING_ATTACK, self.seed, optimizer_step)
+        forward = partial(self.forward, **inputs)
+        threat_model, steps = self.strength(share)
+        self.attacks += 1
+        options = {}
+        with self.under_attack(training=self.training_mode):
+            if self.objective == "kl":
+                with torch.no_grad():
+                    options["objective"] = KLDivergence(forward(pixels))
+            return self.attack(
+                forward, pixels, labels, threat_model=threat_model, steps=steps, generator=generator, **options
+            )
+
+    @contextlib.contextmanager
+    def under_attack(self, *, training: bool = False) -> Iterator[None]:
+        """The classifier's state while it is attacked in training: evaluation does not fold."""
+        with self.classifier.under_attack(training=training), folded(self.foldable_pairs):
+            yield
+
+    def forward(self, pixels: torch.Tensor, **inputs) -> torch.Tensor:
+        """The pass that the attack repeats: pixels to logits, in its precision, and compiled if that was asked for."""
+        with torch.autocast(pixels.device.type, self.dtype) if self.dtype else contextlib.nullcontext():
+            if self._compiled_logits is None:
+                return self.classifier(pixels, **inputs)
+            # What a CUDA graph returns is overwritten by its next run: logits, and the gradient, which normalisation
+            # outside of the graph computes anew.
+            return self._compiled_logits(self.classifier.pixel_values(pixels), **inputs).clone()
+
+
+class AdversarialAccuracy:
+    """Share of the adversarial training examples that were classified right since it was last asked for."""
+
+    def __init__(self):
+        self._right: torch.Tensor | None = None  # on the device, looked at only when something is logged
+        self._seen = 0
+
+    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Count a micro-batch, without waiting for the device."""
+        right = (logits.detach().argmax(dim=1) == labels).sum()
+        self._right = right if self._right is None else self._right + right
+        self._seen += len(labels)
+
+    def pop(self, accelerator: Accelerator) -> dict[str, float]:
+        """The share over all processes, as an entry of the log; empty if there was no training step."""
+        if self._right is None:
+            return {}
+        counts = torch.stack([self._right, torch.full_like(self._right, self._seen)])
+        self._right, self._seen = None, 0
+        right, seen = cast(torch.Tensor, accelerator.reduce(counts, "sum")).tolist()
+        return {"adversarial_accuracy": right / seen}

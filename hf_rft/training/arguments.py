@@ -1,0 +1,350 @@
+"""`RobustTrainingArguments`: everything about robust fine-tuning that is an argument."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, cast
+
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+from ..attacks import ATTACKS, TRAINING_ATTACKS
+from ..losses import LOSSES
+from ..schedules import SCHEDULES, EpsilonSchedule, EpsilonScheduleCallback, get_epsilon_schedule
+from ..threat_model import NORMS, ThreatModel, parse_epsilon, parse_epsilons
+from ..utils.values import COUNT, NOT_NEGATIVE, POSITIVE, SECONDS, check_ranges
+
+
+# Learning rate schedules that follow `metric_for_best_model`, and expect it to fall.
+METRIC_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
+ROBUST_METRICS = ("robust_accuracy", "expected_robustness")
+
+RANGES = {
+    "attack_steps": COUNT._replace(hint="; for training without an attack set `robust_loss='standard'`"),
+    "attack_step_size": POSITIVE._replace(hint="; it is relative to epsilon"),
+    "robust_loss_weight": NOT_NEGATIVE,
+    "eval_attack_steps": COUNT,
+    "hub_timeout": SECONDS,
+}
+
+
+@dataclass
+class RobustTrainingArguments(TrainingArguments):
+    r"""
+    Arguments of [`RobustTrainer`]: those of [`~transformers.TrainingArguments`], plus the following.
+
+    Parameters:
+        > Parameters that control the threat model
+
+        norm (`str`, *optional*, defaults to `"linf"`):
+            A name in `hf_rft.threat_model.NORMS`.
+        epsilon (`str`, *optional*, defaults to `"4/255"`):
+            Target perturbation strength, in pixels scaled to [0, 1]: a fraction or a decimal.
+
+        > Parameters that control the training attack
+
+        attack (`str`, *optional*, defaults to `"apgd"`):
+            A name in `hf_rft.attacks.TRAINING_ATTACKS`.
+        attack_steps (`int`, *optional*, defaults to 7):
+            Gradient evaluations per example; 1 for `"fgsm"`.
+        attack_steps_schedule (`str`, *optional*, defaults to `"constant"`):
+            `"constant"`, or `"epsilon"`: `attack_steps` times the present share of epsilon, rounded up (18 % cheaper,
+            for 0.7 points of expected robustness, in benchmarks/README.md). Evaluation always takes its full steps.
+        attack_step_size (`float`, *optional*):
+            Step size relative to the current epsilon. None: the attack's own rule.
+        attack_random_start (`bool`, *optional*, defaults to `True`):
+            Start the attack from a random point of the ball.
+        attack_model_mode (`str`, *optional*, defaults to `"eval"`):
+            Mode of the model while it is attacked: `"eval"` (no dropout) or `"train"`.
+        attack_dtype (`str`, *optional*):
+            `"bfloat16"`: the training attack passes through the model under autocast. Gradients are rounded, so it
+            finds slightly weaker examples; these stay inside the ball. Robust accuracy was the same up to the spread
+            of seeds (benchmarks/README.md). Update and evaluation are as they were. None: as the update.
+        freeze_batch_norm (`bool`, *optional*, defaults to `True`):
+            Keep BatchNorm in evaluation mode while training. If False, the clean and adversarial examples of TRADES
+            and MART share their batch statistics.
+
+        > Parameters that control the loss
+
+        robust_loss (`str`, *optional*, defaults to `"at"`):
+            A name in `hf_rft.losses.LOSSES`; `"standard"` is plain fine-tuning.
+        robust_loss_weight (`float`, *optional*):
+            Weight of the loss's regulariser, if it has one. None: the published one.
+
+        > Parameters that control the epsilon schedule
+
+        epsilon_schedule_type (`str`, *optional*, defaults to `"hinge"`):
+            A name in `hf_rft.schedules.SCHEDULES`.
+        epsilon_schedule_kwargs (`dict`, *optional*):
+            Arguments of the schedule. None: its defaults, for `"hinge"` `{"start": 0.25, "end": 0.75}`.
+        epsilon_schedule_interval (`str`, *optional*, defaults to `"step"`):
+            `"step"`, or `"epoch"` for the paper's staircase.
+
+        > Parameters that control the evaluation
+
+        eval_attack (`str`, *optional*, defaults to `"apgd"`):
+            A name in `hf_rft.attacks.ATTACKS`. Evaluation is at fixed epsilons, whatever the training schedule.
+        eval_attack_steps (`int`, *optional*, defaults to 10):
+            Its gradient evaluations.
+        eval_epsilons (`list[str]`, *optional*):
+            Increasing, from 0, with `epsilon` among them. None: 0, 1/4, 1/2, 3/4 and 1 times `epsilon`. Expected
+            robustness depends on this grid.
+        eval_attack_during_training (`bool`, *optional*, defaults to `True`):
+            Attack in the evaluations that happen while training runs. If False those report clean accuracy only,
+            which is cheap; calling `evaluate` always attacks.
+        best_model_at_any_epsilon (`bool`, *optional*, defaults to `False`):
+            Let every evaluation decide which model is the best. If False, only those do that follow a step at the
+            final epsilon: on the ramp, models trained at different epsilons would be compared.
+            `load_best_model_at_end`, `save_strategy="best"` and [`~transformers.EarlyStoppingCallback`] begin there.
+
+        > Parameters that control the alarms
+
+        abort_on_alarm (`bool`, *optional*, defaults to `False`):
+            Stop when an alarm goes off (transfer failure, catastrophic or robust overfitting, gradient masking): a
+            checkpoint is written, and `train` raises [`hf_rft.AlarmRaised`]. If False an alarm is a warning, and an
+            entry of the log history. It goes off once a run: resuming carries on in spite of it.
+
+        > Parameters that control pushing to the Hub
+
+        hub_timeout (`float`, *optional*):
+            Seconds after which an upload is given up. None: five minutes plus the time it takes at 250 kB/s.
+
+    Activation checkpointing applies to the update, not to the attack before it, which runs in evaluation mode on the
+    bare model. `torch_compile` applies to both: the pass that an attack repeats is a graph of its own. (CUDA graphs,
+    `torch_compile_mode="reduce-overhead"`, allow no `gradient_accumulation_steps`, a limit of torch.)
+
+    > [!NOTE]
+    > Other defaults than in [`~transformers.TrainingArguments`]: `remove_unused_columns` is `False`: images are
+    > transformed on the fly, from a column that the model does not know. With `load_best_model_at_end`,
+    > `metric_for_best_model` is `"robust_accuracy"` instead of the clean `"loss"`: a model that overfits loses its
+    > robustness first. (It stays `"loss"` with `eval_attack_during_training=False`, and for learning rate schedules
+    > that follow the metric.) The trainer decides on `ddp_find_unused_parameters` and `ddp_broadcast_buffers`, left at
+    > None: parameters are looked for in models that have unused ones, buffers sent if BatchNorm is not frozen.
+
+    Raises:
+        ValueError: naming the argument, its value and the remedy.
+    """
+
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Remove columns not used by the model's forward from `datasets.Dataset`s."}
+    )
+
+    # --- Threat model ---
+    norm: str = field(default="linf", metadata={"help": "Norm of the perturbation.", "choices": NORMS})
+    epsilon: str = field(
+        default="4/255",
+        metadata={"help": "Target perturbation strength in pixels scaled to [0, 1], such as 8/255 or 0.03."},
+    )
+
+    # --- Training attack ---
+    attack: str = field(default="apgd", metadata={"help": "Training attack.", "choices": TRAINING_ATTACKS})
+    attack_steps: int = field(default=7, metadata={"help": "Gradient evaluations of the training attack."})
+    attack_steps_schedule: str = field(
+        default="constant",
+        metadata={
+            "help": "Take attack_steps always, or fewer while epsilon is below its target.",
+            "choices": ["constant", "epsilon"],
+        },
+    )
+    attack_step_size: float | None = field(
+        default=None, metadata={"help": "Step size relative to the current epsilon. Default: the attack's own rule."}
+    )
+    attack_random_start: bool = field(
+        default=True, metadata={"help": "Start the training attack from a random point of the ball."}
+    )
+    attack_model_mode: str = field(
+        default="eval",
+        metadata={"help": "Mode of the model while it is attacked in training.", "choices": ["eval", "train"]},
+    )
+    attack_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Precision of the training attack's passes: bfloat16. Default: as the update.",
+            "choices": ["bfloat16"],
+        },
+    )
+    freeze_batch_norm: bool = field(
+        default=True, metadata={"help": "Keep modules with running statistics in evaluation mode while training."}
+    )
+
+    # --- Loss ---
+    robust_loss: str = field(default="at", metadata={"help": "Training loss.", "choices": LOSSES})
+    robust_loss_weight: float | None = field(
+        default=None, metadata={"help": "Weight of the loss's regulariser, if any. Default: the published one."}
+    )
+
+    # --- Epsilon schedule ---
+    epsilon_schedule_type: str = field(
+        default="hinge", metadata={"help": "How epsilon grows while training.", "choices": SCHEDULES}
+    )
+    epsilon_schedule_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Arguments of the schedule, as JSON on the command line: \'{"start": 0.25, "end": 0.75}\'.'},
+    )
+    epsilon_schedule_interval: str = field(
+        default="step",
+        metadata={"help": "Let epsilon grow with every step, or once an epoch.", "choices": ["step", "epoch"]},
+    )
+
+    # --- Robust evaluation ---
+    eval_attack: str = field(default="apgd", metadata={"help": "Evaluation attack.", "choices": ATTACKS})
+    eval_attack_steps: int = field(default=10, metadata={"help": "Gradient evaluations of the evaluation attack."})
+    eval_epsilons: list[str] | None = field(
+        default=None,
+        metadata={"help": "Epsilons of the evaluation, from 0. Default: 0, 1/4, 1/2, 3/4 and 1 times epsilon."},
+    )
+    eval_attack_during_training: bool = field(
+        default=True,
+        metadata={"help": "Attack in evaluations while training runs; if not, those report clean accuracy only."},
+    )
+    best_model_at_any_epsilon: bool = field(
+        default=False,
+        metadata={"help": "Choose the best model on the ramp of epsilon too, not only at its final value."},
+    )
+
+    # --- Alarms ---
+    abort_on_alarm: bool = field(
+        default=False,
+        metadata={"help": "Save and stop when an alarm says that the run is failing; if not, warn only."},
+    )
+
+    # --- Hub ---
+    hub_timeout: float | None = field(
+        default=None,
+        metadata={"help": "Seconds an upload may take. Default: five minutes plus the time it takes at 250 kB/s."},
+    )
+
+    def __post_init__(self):
+        check_ranges(self, RANGES)
+        self._check_choices()
+        self.epsilon_schedule_kwargs = _read_json("epsilon_schedule_kwargs", self.epsilon_schedule_kwargs)
+        follows_metric = SchedulerType(self.lr_scheduler_type) in METRIC_SCHEDULERS
+        if self.metric_for_best_model is None and self.load_best_model_at_end and not follows_metric:
+            self.metric_for_best_model = "robust_accuracy" if self.eval_attack_during_training else None
+        super().__post_init__()
+        self.epsilon = str(self.epsilon)
+        self._check_attacks()
+        self._check_loss()
+        # Build once: a bad epsilon or schedule is an error now, not after the model was loaded.
+        ThreatModel(self.norm, self.epsilon)
+        EpsilonScheduleCallback(self.make_epsilon_schedule(), self.epsilon_schedule_interval)
+        self._check_eval_epsilons()
+        self._check_supported()
+
+    def make_epsilon_schedule(self) -> EpsilonSchedule:
+        """The schedule that `epsilon_schedule_type` and `epsilon_schedule_kwargs` name."""
+        kwargs = cast(dict[str, Any], self.epsilon_schedule_kwargs or {})
+        return get_epsilon_schedule(self.epsilon_schedule_type, **kwargs)
+
+    @property
+    def epsilon_grid(self) -> list[Fraction]:
+        """The epsilons of the evaluation, exactly, in increasing order; the first is 0."""
+        if self.eval_epsilons is None:
+            return [parse_epsilon(self.epsilon) * share / 4 for share in range(5)]
+        return parse_epsilons(self.norm, self.eval_epsilons, argument="eval_epsilons")
+
+    def _check_choices(self) -> None:
+        for one in dataclasses.fields(self):
+            choices = one.metadata.get("choices", ())
+            if choices and one.name not in TrainingArguments.__dataclass_fields__:
+                valid = [None, *choices] if one.default is None else [*choices]
+                if getattr(self, one.name) not in valid:
+                    raise ValueError(f"`{one.name}={getattr(self, one.name)!r}` is unknown; choose one of {valid}.")
+
+    def _check_attacks(self) -> None:
+        for attack, steps in (("attack", "attack_steps"), ("eval_attack", "eval_attack_steps")):
+            if getattr(self, attack) == "fgsm" and getattr(self, steps) != 1:
+                raise ValueError(
+                    f"`{attack}='fgsm'` takes exactly one step, got `{steps}={getattr(self, steps)}`; set `{steps}=1` "
+                    f"or `{attack}='pgd'`."
+                )
+        if self.attack_steps_schedule != "constant" and self.attack == "fgsm":
+            raise ValueError(
+                f"`attack_steps_schedule={self.attack_steps_schedule!r}` has nothing to vary: `attack='fgsm'` takes "
+                "exactly one step. Leave it 'constant', or set `attack='pgd'`."
+            )
+        if self.attack_dtype is not None and self.fp16:
+            raise ValueError(
+                f"`attack_dtype={self.attack_dtype!r}` is lost with `fp16=True`, which has the whole model compute in "
+                "float16; leave it out, or set `bf16=True` instead of `fp16`."
+            )
+
+    def _check_loss(self) -> None:
+        if self.robust_loss == "mart" and self.label_smoothing_factor:
+            raise ValueError(
+                f"`robust_loss='mart'` does not define `label_smoothing_factor={self.label_smoothing_factor}`; set it "
+                "to 0."
+            )
+        has_own_objective = LOSSES[self.robust_loss].attack_objective == "kl"
+        if has_own_objective and self.attack == "apgd_dlr":
+            raise ValueError(
+                f"`attack='apgd_dlr'` brings its own objective, but `robust_loss={self.robust_loss!r}` attacks a "
+                "divergence of its own; set `attack='apgd'`."
+            )
+        if has_own_objective and not self.attack_random_start:
+            raise ValueError(
+                f"`robust_loss={self.robust_loss!r}` needs `attack_random_start=True`: the divergence it increases "
+                "has a zero gradient at the clean image."
+            )
+
+    def _check_eval_epsilons(self) -> None:
+        target = parse_epsilon(self.epsilon)
+        if target == 0:
+            raise ValueError(
+                f"`epsilon={self.epsilon!r}` leaves nothing to attack; for plain fine-tuning set "
+                "`robust_loss='standard'`, and `epsilon` to the strength at which robustness is measured."
+            )
+        grid = self.epsilon_grid
+        if self.eval_epsilons is not None:
+            self.eval_epsilons = [str(epsilon) for epsilon in self.eval_epsilons]
+        if target not in grid:
+            raise ValueError(
+                f"`eval_epsilons={self.eval_epsilons}` does not hold `epsilon={self.epsilon!r}`, at which "
+                "`robust_accuracy` is measured; add it."
+            )
+        metric = self.metric_for_best_model or ""
+        if not self.eval_attack_during_training and metric.endswith(ROBUST_METRICS):
+            raise ValueError(
+                f"`metric_for_best_model={metric!r}` is not measured with `eval_attack_during_training=False`; set it "
+                "to True."
+            )
+
+    def _check_supported(self) -> None:
+        """Refuse what would silently train or measure something else."""
+        # The older names: transformers before 5.23 has no others, and later versions keep them equal to the new ones.
+        checkpointing = self.gradient_checkpointing_kwargs
+        if self.gradient_checkpointing and isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
+            raise ValueError(
+                "Activation checkpointing with `use_reentrant=True` does not support `torch.autograd.grad`, which "
+                "attacks use. Set `use_reentrant` to False."
+            )
+        started = int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1  # by torchrun
+        if started != self.world_size:
+            raise ValueError(
+                f"{started} processes were started, but each would train by itself into the same `output_dir`: they "
+                "find each other without an accelerator only with `use_cpu=True`. Set it, or start one process."
+            )
+        if self.enable_jit_checkpoint:
+            raise ValueError(
+                "`enable_jit_checkpoint=True` saves before the optimizer step that it then takes, so that resuming "
+                "takes it twice. Leave it out: `RobustTrainer` saves and stops on SIGTERM by itself."
+            )
+        for name, needed in (("eval_do_concat_batches", True), ("batch_eval_metrics", False)):
+            if getattr(self, name) != needed:
+                raise ValueError(
+                    f"`{name}={not needed}` is not supported: robust metrics need all predictions at once."
+                )
+
+
+def _read_json(name: str, value: Any) -> Any:
+    """A dictionary, which the command line gives as JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return dict(json.loads(value))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`{name}={value!r}` is not a JSON object ({error}); write '{{\"name\": value}}', with double quotes."
+        ) from error

@@ -1,0 +1,116 @@
+"""Callbacks of every run: the schedule of epsilon, and what `Trainer` leaves undone."""
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+from ..schedules import is_stream
+from .checkpoints import why_incomplete
+
+
+logger = logging.get_logger(__name__)
+
+
+class DatasetEpochCallback(TrainerCallback):
+    """Tells the training dataset which epoch begins, if it has a `set_epoch`, and counts the passes over a stream.
+
+    Accelerate tells it too, but not a dataset behind a sharded batch sampler (several processes), where random
+    augmentation would then repeat itself every epoch.
+    """
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, train_dataloader=None, **kwargs
+    ):
+        set_epoch = getattr(getattr(train_dataloader, "dataset", None), "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(math.floor(state.epoch or 0.0))
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        # `Trainer` counts a step as 1 / max_steps of an epoch, and so never learns that the pass is complete: a run
+        # resumed here would begin by ending it once more.
+        if is_stream(state) and not control.should_training_stop:
+            state.epoch = math.floor(state.epoch or 0.0) + 1.0
+
+
+class DataWaitCallback(TrainerCallback):
+    """Warns, once, when the model waits for its data instead of learning.
+
+    Args:
+        waited (`Callable[[], float]`):
+            Seconds spent waiting for batches so far.
+    """
+
+    def __init__(self, waited: Callable[[], float]):
+        self._waited = waited
+        self._begin: float | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._begin, self._waited_before = time.perf_counter(), self._waited()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self._begin is None or not state.is_local_process_zero:
+            return
+        waited, elapsed = self._waited() - self._waited_before, time.perf_counter() - self._begin
+        if message := data_wait_message(waited, elapsed, args.dataloader_num_workers):
+            logger.warning(message)
+            self._begin = None
+
+
+def data_wait_message(waited: float, elapsed: float, num_workers: int) -> str | None:
+    """What to do if more than a tenth of the time went into waiting; None if less, or in the first minute."""
+    if elapsed < 60 or waited <= 0.1 * elapsed:
+        return None
+    return (
+        f"{waited / elapsed:.0%} of the training time so far went into waiting for batches. Raise "
+        f"`dataloader_num_workers` (now {num_workers}), or prepare smaller images beforehand."
+    )
+
+
+class AttackCheckCallback(TrainerCallback):
+    """Ends training, before the weights change, if a step in which an attack was due ran none.
+
+    An override of `compute_loss` that forgets `super()` would otherwise train without any attack, and nobody would
+    notice.
+
+    Args:
+        trainer ([`RobustTrainer`]):
+            Whose attacks are counted.
+    """
+
+    def __init__(self, trainer: Any):
+        self._trainer, self._before = trainer, 0
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        before, self._before = self._before, self._trainer.adversary.attacks
+        if self._before == before and self._trainer.is_attack_due:
+            raise RuntimeError(
+                f"{type(self._trainer).__name__} ran no attack in optimizer step {state.global_step + 1}, where the "
+                "schedule asks for one: this would be training without robustness. If it overrides `compute_loss` or "
+                "`training_step`, call `super()` there; `super().compute_loss(..., return_outputs=True)` also returns "
+                "the outputs for the attacked images. Another loss, such as one with class weights, is better passed "
+                "as `RobustTrainer(robust_loss=...)`; to train without attacks set `robust_loss='standard'`."
+            )
+
+
+class BestCheckpointCallback(TrainerCallback):
+    """Forgets a best checkpoint that a resumed run can no longer load, so that another one becomes the best, and says
+    if none was found.
+    """
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        best = state.best_model_checkpoint
+        if best is not None and (reason := why_incomplete(best)) is not None:
+            logger.warning("The best checkpoint so far, %s, is ignored, it is not complete: %s.", best, reason)
+            state.best_model_checkpoint = state.best_metric = state.best_global_step = None
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if args.load_best_model_at_end and state.best_metric is None and state.is_world_process_zero:
+            logger.warning(
+                "There is no best model to load: no evaluation was made once epsilon had its final value. The model "
+                "is that of the last step. Evaluate more often, let the schedule end earlier, or set "
+                "`best_model_at_any_epsilon=True`."
+            )

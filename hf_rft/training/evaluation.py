@@ -1,0 +1,84 @@
+"""What `RobustTrainer` adds to the evaluation of its parent: metrics and a report of the attacked examples."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.distributed.fsdp import FSDPModule
+from transformers import EvalPrediction
+
+from ..attacks.base import Passes
+from ..evaluation.evaluator import robust_metrics
+from ..evaluation.provenance import describe_model
+from ..evaluation.report import RobustnessReport
+from .distributed import over_processes
+
+
+def check_can_evaluate(trainer: Any) -> None:
+    """
+    Raises:
+        ValueError: with FSDP2, before training.
+    """
+    if trainer.is_fsdp_enabled and not isinstance(trainer.model, FSDPModule):
+        raise ValueError(
+            "FSDP2 can evaluate only a model that it has trained: accelerate divides a model together with its "
+            "optimizer. Call `evaluate` after `train`, or start the processes without FSDP."
+        )
+
+
+def on_clean_logits(preprocess: Callable | None) -> Callable | None:
+    """A user's `preprocess_logits_for_metrics`, applied to the clean logits only: those a plain `Trainer` has."""
+    if preprocess is None:
+        return None
+
+    def preprocess_clean(logits: Any, labels: torch.Tensor | None) -> Any:
+        if labels is None:  # nothing was attacked
+            return preprocess(logits, labels)
+        return preprocess(logits[0], labels), *logits[1:]
+
+    return preprocess_clean
+
+
+def with_robust_metrics(
+    trainer: Any, compute_metrics: Callable | None
+) -> Callable[[EvalPrediction], dict[str, float]]:
+    """A `compute_metrics` that adds the robust metrics to those of the user's function, which sees clean logits."""
+
+    def compute_all(evaluation: EvalPrediction) -> dict[str, float]:
+        logits, predictions, _ = cast(tuple[np.ndarray, np.ndarray, np.ndarray], evaluation.predictions)
+        metrics = {}
+        if compute_metrics is not None:
+            clean = EvalPrediction(logits, evaluation.label_ids, evaluation.inputs, evaluation.losses)
+            metrics.update(compute_metrics(clean))
+        epsilons, target = trainer.current_evaluator.epsilons, trainer.threat_model.epsilon
+        return metrics | robust_metrics(predictions, evaluation.label_ids, epsilons, target)
+
+    return compute_all
+
+
+def make_report(trainer: Any, output: Any, dataset: Any, passes: list[Passes]) -> RobustnessReport | None:
+    """The report of an evaluation, from what the parent's loop returned; the one before if nothing was attacked."""
+    if not isinstance(output.predictions, tuple) or len(trainer.current_evaluator.epsilons) == 1:
+        return trainer.robustness_report
+    if output.num_samples == 0:
+        return trainer.robustness_report
+    _, predictions, distances = output.predictions
+    spent = trainer.accelerator.reduce(torch.tensor(passes, device=trainer.args.device).sum(dim=0), "sum")
+    with trainer.classifier.whole_weights() as model:
+        described_model = describe_model(model)
+    evaluator = trainer.evaluator
+    return RobustnessReport.from_predictions(
+        predictions,
+        output.label_ids,
+        distances,
+        norm=evaluator.norm,
+        epsilons=evaluator.epsilons,
+        passes=Passes(*spent.tolist()),
+        settings=evaluator.settings(
+            model=described_model,
+            dataset=dataset,
+            normalization=trainer.classifier.normalization,
+            batch_size=over_processes(trainer.args, trainer.args.eval_batch_size),
+        ),
+    )

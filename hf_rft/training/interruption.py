@@ -1,0 +1,140 @@
+"""Stopping a training run before its end, with nothing lost.
+
+Whoever wants to stop it, a signal or an alarm, makes a request. The optimizer step in progress ends, an ordinary
+checkpoint is written, and once that is complete `train` raises. (transformers' `enable_jit_checkpoint` saves before
+the step that it then takes, and returns as if training had ended.)
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class TrainingInterrupted(RuntimeError):
+    """Training stopped before its end, after a checkpoint was written.
+
+    Attributes:
+        checkpoint (`str`, *optional*):
+            Folder of that checkpoint; training goes on from there with `resume_from_checkpoint`.
+    """
+
+    checkpoint: str | None = None
+
+    def __str__(self) -> str:
+        saved = f" Everything up to here is in {self.checkpoint}." if self.checkpoint else ""
+        return super().__str__() + saved
+
+
+class TrainingPreempted(TrainingInterrupted):
+    """The process was asked to end (SIGTERM), as clusters do before they take a machine away."""
+
+
+class AlarmRaised(TrainingInterrupted):
+    """An alarm went off and `abort_on_alarm` is set."""
+
+
+_KINDS = (TrainingPreempted, AlarmRaised)
+
+
+class InterruptionCallback(TrainerCallback):
+    """Ends training in an orderly way once somebody has asked for it."""
+
+    def __init__(self):
+        self.requested: TrainingInterrupted | None = None
+        self._is_agreed = False  # by all processes, so that all of them save and leave at the same step
+        self._is_training = False
+
+    def request(self, reason: TrainingInterrupted) -> None:
+        """Stop after the optimizer step in progress, save, and raise `reason`. The first request counts."""
+        if self.requested is None:
+            self.requested = reason
+
+    def reset(self) -> None:
+        """Forget the request of an earlier training."""
+        self.requested, self._is_agreed = None, False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._is_training = True
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        return self._stop_if_requested(args, control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        return self._stop_if_requested(args, control) if self._is_training else control
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        return self._stop_if_requested(args, control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        if self._is_agreed and self.requested is not None:
+            raise self.requested
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        self._is_training = False
+
+    def _stop_if_requested(self, args: TrainingArguments, control: TrainerControl) -> TrainerControl:
+        self._agree(args)
+        if self._is_agreed:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def _agree(self, args: TrainingArguments) -> None:
+        """Signals reach processes at different moments: one that has heard nothing learns of it here."""
+        kind = 0
+        if self.requested is not None:
+            kind = 1 + next(i for i, kind in enumerate(_KINDS) if isinstance(self.requested, kind))
+        if args.world_size > 1:
+            kinds = torch.tensor(kind, device=args.device)
+            torch.distributed.all_reduce(kinds, torch.distributed.ReduceOp.MAX)
+            kind = int(kinds)
+        if kind > 0:
+            self.request(_KINDS[kind - 1]("Another process of this run was asked to stop."))
+            self._is_agreed = True
+
+
+def start_worker_in_own_group(initialize: Callable[[int], None] | None, worker_id: int) -> None:
+    """The start of a data loader's worker process, which signals to the process group of training shall not reach.
+
+    Launchers and users send SIGTERM to that group: it would end the workers, and training with an error, instead of
+    letting the step in progress end.
+    """
+    if hasattr(os, "setpgrp"):  # there are no groups on Windows
+        os.setpgrp()
+    if initialize is not None:
+        initialize(worker_id)
+
+
+def with_workers_in_own_group(dataloader: Any) -> Any:
+    """A prepared data loader whose workers signals to the process group of training do not reach."""
+    # Behind accelerate's adapter, which reads attributes of the loader it holds, but does not set them.
+    loader = getattr(dataloader, "base_dataloader", dataloader)
+    if loader.num_workers > 0:
+        loader.worker_init_fn = partial(start_worker_in_own_group, loader.worker_init_fn)
+    return dataloader
+
+
+@contextlib.contextmanager
+def preemption_requests(interruption: InterruptionCallback) -> Iterator[None]:
+    """While the block runs, SIGTERM is a request to stop; the handler that was there before comes back afterwards.
+
+    Only the main thread of a process can receive signals; in another one nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_sigterm(signal_number, frame):
+        interruption.request(TrainingPreempted("Training was asked to end (SIGTERM) and stopped after this step."))
+
+    previous = signal.signal(signal.SIGTERM, on_sigterm)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)

@@ -1,0 +1,349 @@
+"""`RobustTrainer`: `Trainer` that learns from adversarial examples and measures robustness.
+
+What must override `Trainer` is here; the parts that do the work are the adversary, the schedule of epsilon, the
+evaluator, the alarms (alarm_callback.py), checkpoints (resuming.py), the card and publishing (sharing.py).
+"""
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from accelerate.utils import find_batch_size, recursively_apply
+from torch import nn
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import TrainOutput
+
+from ..attacks import Attack
+from ..attacks.base import Passes
+from ..evaluation.evaluator import Evaluator
+from ..evaluation.report import RobustnessReport
+from ..evaluation.tiers import make_tier
+from ..losses import LOSSES, RobustLoss
+from ..models.classifier import PixelClassifier, batch_norm_frozen, check_batch
+from ..models.pixel_space import PixelNormalization
+from ..schedules import EpsilonSchedule, EpsilonScheduleCallback
+from ..threat_model import ThreatModel
+from .adversary import AdversarialAccuracy, Adversary
+from .alarm_callback import make_alarm_callback
+from .arguments import RobustTrainingArguments
+from .callbacks import AttackCheckCallback, BestCheckpointCallback, DatasetEpochCallback, DataWaitCallback
+from .card import write_card
+from .checkpoints import restore_weights
+from .checks import check_loss, check_setup
+from .distributed import (
+    OptimizerStep,
+    check_finite,
+    completed,
+    filled_up,
+    first_examples,
+    is_sharded,
+    over_processes,
+    own_real_examples,
+    prepare_processes,
+    with_real_examples,
+)
+from .evaluation import check_can_evaluate, make_report, on_clean_logits, with_robust_metrics
+from .interruption import InterruptionCallback, preemption_requests, with_workers_in_own_group
+from .resuming import checkpoint_to_resume, saved_whole, stream_position
+from .sharing import Publisher, logged_push_errors, save_arguments_without_tokens
+
+
+class RobustTrainer(Trainer):
+    """Robust fine-tuning of an image classifier.
+
+    The data pipeline is that of any image classification with [`~transformers.Trainer`]: batches hold `pixel_values`,
+    as the image processor returns them, and `labels`. Saved models are ordinary transformers checkpoints.
+
+    Args:
+        model, args, data_collator, train_dataset, eval_dataset, processing_class, ... :
+            As in [`~transformers.Trainer`]. `args` must be [`RobustTrainingArguments`], and `processing_class` the
+            model's image processor, from which the pixel range follows.
+        attack (`Callable`, *optional*):
+            Training attack with the signature of [`hf_rft.attacks.Attack`], instead of `args.attack`.
+        eval_attack (`Callable`, *optional*):
+            Evaluation attack, instead of `args.eval_attack`.
+        robust_loss (`Callable` or [`hf_rft.losses.RobustLoss`], *optional*):
+            `(clean_logits, adversarial_logits, labels, *, weight, label_smoothing) -> (batch,)`, instead of
+            `args.robust_loss`.
+        epsilon_schedule (`Callable[[float], float]`, *optional*):
+            Maps progress in [0, 1] to a multiplier of epsilon, instead of `args.epsilon_schedule_type`.
+
+    `evaluate` returns, besides the loss, `eval_accuracy`, `eval_robust_accuracy` (at `args.epsilon`),
+    `eval_expected_robustness` and `eval_accuracy_at_<epsilon>` for each epsilon of the grid; `predict` returns
+    (clean logits, predicted label at each epsilon, size of the smallest perturbation found that fools the model), or
+    the logits alone if the dataset has no labels. A `compute_metrics` gets the clean logits, as usual.
+
+    `robustness_report` holds the last such evaluation, the evidence that the model card and `push_to_hub` publish; you
+    may put a report of your own there, from [`evaluate_robustness`].
+    """
+
+    args: RobustTrainingArguments
+    model: PreTrainedModel
+    # The loss is divided by the number of examples of the whole optimizer step, not of the micro-batch.
+    loss_is_scaled_for_ga = True
+    robustness_report: RobustnessReport | None = None
+    # The command that started the training, for the card; set by `hf-rft train`.
+    command: str | None = None
+
+    def __init__(
+        self,
+        model: PreTrainedModel | nn.Module | None = None,
+        args: RobustTrainingArguments | None = None,
+        *trainer_args,
+        attack: Attack | None = None,
+        eval_attack: Attack | None = None,
+        robust_loss: RobustLoss | Callable[..., torch.Tensor] | None = None,
+        epsilon_schedule: EpsilonSchedule | None = None,
+        **trainer_kwargs,
+    ):
+        args = RobustTrainingArguments(output_dir="tmp_trainer") if args is None else args
+        if not isinstance(args, RobustTrainingArguments):
+            raise ValueError(f"`args` must be RobustTrainingArguments, got {type(args).__name__}.")
+        self.publisher = Publisher(self)  # before `Trainer.__init__`, which makes the repository
+        super().__init__(model, args, *trainer_args, **trainer_kwargs)
+        check_setup(self)
+        robust_loss = robust_loss or LOSSES[args.robust_loss]
+        self.robust_loss = robust_loss if isinstance(robust_loss, RobustLoss) else RobustLoss(robust_loss)
+        check_loss(self.robust_loss, args, attack)
+        self.threat_model = ThreatModel(args.norm, args.epsilon)
+        self.classifier = PixelClassifier(
+            self.model,
+            PixelNormalization.from_processor(self.processing_class),
+            divided=self.is_fsdp_enabled,
+            autocast=self.accelerator.autocast,
+        )
+        objective, prepared = self.robust_loss.attack_objective, prepare_processes(self)
+        self.adversary = Adversary.from_arguments(args, self.classifier, attack, objective=objective, **prepared)
+        tier = make_tier([(eval_attack or args.eval_attack, args.eval_attack_steps)])
+        self.evaluator = Evaluator(args.norm, args.epsilon_grid, tier, args.seed)
+        self.compute_metrics = with_robust_metrics(self, self.compute_metrics)
+        self.preprocess_logits_for_metrics = on_clean_logits(self.preprocess_logits_for_metrics)
+
+        self._step: OptimizerStep | None = None
+        self._until_backward_ends: contextlib.ExitStack | None = None
+        self._train_accuracy = AdversarialAccuracy()
+        self._seconds_for_data = 0.0
+        self._eval_passes: list[Passes] = []  # of each batch
+        self.has_own_schedule = epsilon_schedule is not None or self.epsilon_callback is not None
+        if self.epsilon_callback is None:
+            schedule = epsilon_schedule or args.make_epsilon_schedule()
+            self.add_callback(EpsilonScheduleCallback(schedule, args.epsilon_schedule_interval))
+        elif epsilon_schedule is not None:
+            raise ValueError("Give either `epsilon_schedule` or an `EpsilonScheduleCallback`, not both.")
+        self.interruption = InterruptionCallback()
+        for callback in (
+            DatasetEpochCallback(),
+            BestCheckpointCallback(),
+            DataWaitCallback(lambda: self._seconds_for_data),
+            AttackCheckCallback(self),
+            make_alarm_callback(self),
+            self.interruption,  # the last one: others may have requests
+        ):
+            self.add_callback(callback)
+
+    # --- Training ---
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs) -> TrainOutput:
+        """As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the last complete checkpoint.
+
+        Raises:
+            TrainingPreempted: after SIGTERM; the optimizer step in progress was taken and a checkpoint written.
+            AlarmRaised: with `abort_on_alarm`, likewise.
+            NonFiniteError: if a loss or gradient is not finite; the step was not taken.
+            ValueError: if there is no such checkpoint, or it is not complete.
+        """
+        checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
+        self._train_accuracy = AdversarialAccuracy()  # an earlier training may have ended between two logs
+        self.interruption.reset()
+        with preemption_requests(self.interruption):
+            output = super().train(checkpoint, *args, **kwargs)
+        if self.interruption.requested is not None:  # too late to stop: this was the end
+            raise self.interruption.requested
+        return output
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        start, counts = time.perf_counter(), []
+        counted = with_real_examples(epoch_iterator, self.accelerator, counts)
+        batches, num_items_in_batch = super().get_batch_samples(counted, num_batches, device)
+        self._seconds_for_data += time.perf_counter() - start
+        batches, counts = completed(batches, counts, num_batches)
+        self._step = OptimizerStep.of(counts, self.accelerator)
+        return batches, num_items_in_batch
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        # `compute_loss` freezes BatchNorm; activation checkpointing runs the forward pass again during backward.
+        try:
+            with contextlib.ExitStack() as self._until_backward_ends:
+                return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._until_backward_ends = None
+            if self._step is not None:
+                self._step.micro_batch += 1
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        check_batch(inputs, self.model.config.num_labels)
+        if not self.model.training:  # the mean over this process's examples: the parent weights it with their number
+            return super().compute_loss(model, inputs, return_outputs)
+        inputs = dict(inputs)
+        labels, pixel_values = inputs.pop("labels"), inputs.pop("pixel_values")
+        step, is_in_loop = self._step, self._until_backward_ends is not None
+        if step is None or not is_in_loop or step.micro_batch >= len(step.real):  # called by hand: a step by itself
+            step = OptimizerStep(len(labels) * self.args.world_size, [len(labels)])
+        with contextlib.ExitStack() as until_loss_is_computed:
+            if self.args.freeze_batch_norm:
+                until = self._until_backward_ends or until_loss_is_computed
+                until.enter_context(batch_norm_frozen(self.model))
+            adversarial_values = self.adversarial_values(pixel_values, labels, step, inputs)
+            outputs, clean, adversarial = self.robust_loss.logits(model, pixel_values, adversarial_values, **inputs)
+            options = {"weight": self.args.robust_loss_weight, "label_smoothing": self.args.label_smoothing_factor}
+            real = step.real[step.micro_batch]
+            loss = self.robust_loss(clean, adversarial, labels, **options)[:real]
+        if is_in_loop:
+            when = f"in micro-batch {step.micro_batch + 1} of optimizer step {self.state.global_step + 1}"
+            check_finite("loss", loss, when, self.args.world_size)
+        self._train_accuracy.add(adversarial[:real], labels[:real])
+        # Without a real example the gradient is zero, but there is one: the other processes wait for it. DDP averages
+        # gradients over processes.
+        loss = loss.sum() * self.args.world_size / step.examples
+        return (loss, outputs) if return_outputs else loss
+
+    def adversarial_values(self, pixel_values, labels, step: OptimizerStep, inputs: dict[str, Any]):
+        """Adversarial examples, normalised as the processor does; None where no attack is due."""
+        pixels, share = self.classifier.normalization.to_pixels(pixel_values), self.share_of_epsilon
+        threat_model, step.attack_steps = self.adversary.strength(share)
+        step.epsilon = float(threat_model.epsilon)
+        if threat_model.is_trivial:
+            return None
+        before = step.micro_batch * over_processes(self.args, self._train_batch_size)
+        position = {"optimizer_step": self.state.global_step, "first": before + self.args.process_index * len(pixels)}
+        adversarial = self.adversary(pixels, labels, share, **position, **inputs)
+        values = self.classifier.normalization.from_pixels(adversarial)
+        # Bytes (a processor that does nothing) cannot hold a perturbation: those stay float.
+        return values.to(pixel_values.dtype) if pixel_values.is_floating_point() else values
+
+    @property
+    def share_of_epsilon(self) -> float:
+        """What the next training step attacks with; 0 for a loss that needs no adversarial examples."""
+        if not self.robust_loss.needs_adversarial:
+            return 0.0
+        callback = self.epsilon_callback
+        return 1.0 if callback is None else callback.share(self.state)
+
+    @property
+    def is_attack_due(self) -> bool:
+        return not self.adversary.strength(self.share_of_epsilon)[0].is_trivial
+
+    @property
+    def epsilon_callback(self) -> EpsilonScheduleCallback | None:
+        # Looked up each time: resuming may replace callback objects.
+        found = (one for one in self.callback_handler.callbacks if isinstance(one, EpsilonScheduleCallback))
+        return next(found, None)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # With a loss scale (fp16) infinite gradients are normal now and then: the scaler skips the step.
+        if self.accelerator.scaler is None and not self.is_deepspeed_enabled:
+            when = f"before optimizer step {self.state.global_step + 1}, though the loss is"
+            check_finite("gradient", torch.as_tensor(grad_norm), when)  # the same on all processes
+        return grad_norm
+
+    def _determine_best_metric(self, metrics, trial):
+        # Models trained at different epsilons are not compared. Until there is a best one, early stopping waits.
+        callback, any_epsilon = self.epsilon_callback, self.args.best_model_at_any_epsilon
+        is_comparable = callback is None or not self.robust_loss.needs_adversarial or callback.is_final(self.state)
+        return (any_epsilon or is_comparable) and super()._determine_best_metric(metrics, trial)
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs and self._step is not None and self._step.epsilon is not None:
+            logs = {**logs, "epsilon": self._step.epsilon}
+            if self.args.attack_steps_schedule != "constant":
+                logs["attack_steps"] = self._step.attack_steps
+            logs |= self._train_accuracy.pop(self.accelerator)
+        super().log(logs, start_time)
+
+    # --- Evaluation: every example is attacked over the whole grid of epsilons ---
+
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        check_can_evaluate(self)
+        self._eval_passes = []
+        output = super().evaluation_loop(dataloader, *args, **kwargs)
+        self.robustness_report = make_report(self, output, dataloader.dataset, self._eval_passes)
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Adds to the parent's logits the predicted label at each epsilon, and the distance at which each breaks.
+
+        Examples that only complete the last batch are left out. Zeros stand in their place: the processes exchange
+        results of one shape, and the parent then cuts them off.
+        """
+        size, state, process = find_batch_size(inputs), self.accelerator.gradient_state, self.args.process_index
+        real = own_real_examples(state.remainder, size, process) if state.end_of_dataloader else size
+        before = len(self._eval_passes) * over_processes(self.args, self.args.eval_batch_size) + process * size
+        if real < size:  # at least one is kept: the model cannot be asked about nothing
+            inputs = first_examples(inputs, max(real, 1))
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        passes = Passes(0, 0)
+        if not prediction_loss_only and logits is not None and labels is not None:
+            logits = logits[0] if isinstance(logits, tuple) else logits
+            evaluator, positions = self.current_evaluator, range(before, before + real)
+            inputs = self._prepare_inputs(dict(inputs))
+            broken, passes = evaluator.attack_inputs(self.classifier, inputs, logits[:real], positions)
+            logits = (logits, broken.predictions(len(evaluator.epsilons)), broken.distances)
+        self._eval_passes.append(passes)
+        return loss, *recursively_apply(partial(filled_up, batch_size=size), (logits, labels))
+
+    @property
+    def current_evaluator(self) -> Evaluator:
+        is_attacked = self.args.eval_attack_during_training or not self.is_in_train
+        return self.evaluator if is_attacked else replace(self.evaluator, epsilons=[Fraction(0)])
+
+    # --- Checkpoints ---
+
+    def _get_dataloader(self, *args, **kwargs):
+        return with_workers_in_own_group(super()._get_dataloader(*args, **kwargs))
+
+    def _init_training_state(self, max_steps, steps_per_epoch, num_train_epochs, checkpoint, trial):
+        position = super()._init_training_state(max_steps, steps_per_epoch, num_train_epochs, checkpoint, trial)
+        return stream_position(self, checkpoint, max_steps, num_train_epochs) or position
+
+    def _save_checkpoint(self, model, trial):
+        with saved_whole(self, trial, self.interruption):
+            super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not restore_weights(model or self.model, resume_from_checkpoint, sharded=is_sharded(self)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        if not restore_weights(self.model, self.state.best_model_checkpoint, sharded=is_sharded(self)):
+            super()._load_best_model()
+
+    # --- Sharing ---
+
+    @wraps(Trainer.create_model_card)
+    def create_model_card(self, *args, **kwargs):
+        if self.is_world_process_zero():
+            write_card(self, *args, **kwargs)
+
+    def init_hf_repo(self, token=None, private=None):
+        self.publisher.create_repo(token, private)
+
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        save_arguments_without_tokens(self.args, output_dir)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        with logged_push_errors("The model is saved."):  # with `args.push_to_hub` the parent pushes what it saved
+            super().save_model(output_dir, _internal_call)
+
+    @wraps(Publisher.push)
+    def push_to_hub(self, *args, **kwargs):
+        return self.publisher.push(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        self.publisher.push_checkpoint(checkpoint_folder)

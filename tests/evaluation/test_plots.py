@@ -1,0 +1,188 @@
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from hf_rft import ThreatModel
+from hf_rft.evaluation import plots
+from hf_rft.evaluation.report import AdversarialExamples
+
+
+PNG = b"\x89PNG\r\n\x1a\n"
+CURVES = {
+    "fixed": ([Fraction(0), Fraction(2, 255), Fraction(4, 255)], [0.5, 0.4, 0.3]),
+    "scheduled": ([Fraction(0), Fraction(1, 255), Fraction(4, 255)], [0.9, 0.7, 0.2]),
+}
+
+
+def make_run(onset=2, epsilon=((1, 0.0), (2, 0.01), (3, 0.02))):
+    return {
+        "accuracies": {"0": 0.8, "2/255": 0.6, "4/255": 0.4},
+        "validation": [(1, 0.1), (2, 0.5), (3, 0.8)],
+        "epsilon": list(epsilon),
+        "onset": onset,
+    }
+
+
+def test_draw_curves():
+    axes = Figure().subplots()
+    plots.draw_curves(axes, CURVES, "linf")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1/255", "2/255", "4/255"]
+    assert axes.get_xticks().tolist() == pytest.approx([0, 1 / 255, 2 / 255, 4 / 255])
+    assert axes.get_ylim() == (0, 100) and "linf" in axes.get_xlabel()
+    for line, (name, (epsilons, accuracies)) in zip(axes.lines, CURVES.items(), strict=True):
+        assert line.get_label() == name
+        assert list(line.get_xdata()) == pytest.approx([float(epsilon) for epsilon in epsilons])
+        assert list(line.get_ydata()) == pytest.approx([100 * accuracy for accuracy in accuracies])
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(CURVES)
+
+
+def test_one_curve_needs_no_legend():
+    axes = Figure().subplots()
+    plots.draw_curves(axes, {"only": CURVES["fixed"]}, "l2")
+    assert axes.get_legend() is None
+
+
+def test_robustness_curve_is_written(tmp_path):
+    path = tmp_path / "curve.png"
+    plots.plot_robustness_curve(CURVES, "linf", path, title="a title")
+    assert path.read_bytes().startswith(PNG)
+    vector = tmp_path / "curve.svg"
+    plots.plot_robustness_curve(CURVES, "linf", str(vector))
+    assert "<svg" in vector.read_text()
+
+
+def test_figures_make_the_folder_they_go_to(tmp_path):
+    draw = {
+        "curve": lambda path: plots.plot_robustness_curve(CURVES, "linf", path),
+        "schedule": lambda path: plots.plot_epsilon_schedule([0, 1], [0, 0.1], ThreatModel("linf", "8/255"), path),
+        "examples": lambda path: plots.plot_adversarial_examples(adversarial_examples(), 5 * [0], {}, path),
+        "comparison": lambda path: plots.plot_comparison({"fixed": [make_run()]}, path, "linf"),
+    }
+    for name, plot in draw.items():
+        path = tmp_path / name / "new" / "figure.png"
+        plot(str(path))
+        assert path.read_bytes().startswith(PNG), name
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved."""
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs))
+    )
+    return figures
+
+
+def test_comparison_is_written(tmp_path, drawn):
+    path = tmp_path / "comparison.png"
+    second = make_run(onset=None) | {"accuracies": {"0": 0.6, "2/255": 0.4, "4/255": 0.2}}
+    plots.plot_comparison({"fixed": [make_run(epsilon=())], "hinge": [make_run(), second]}, path, "linf")
+    assert path.read_bytes().startswith(PNG)
+    curves, validation, epsilons = drawn[0].axes
+    assert [line.get_label() for line in curves.lines] == ["fixed", "hinge"]
+    assert list(curves.lines[1].get_ydata()) == pytest.approx([70, 50, 30])
+    stars = [line for line in validation.lines if line.get_marker() == "*"]
+    assert len(validation.lines) - len(stars) == 3
+    assert [(star.get_xdata()[0], star.get_ydata()[0]) for star in stars] == [(2, 50.0), (2, 50.0)]
+    assert list(epsilons.lines[0].get_ydata()) == pytest.approx([0, 0.01, 0.02])
+
+
+def test_comparison_shows_every_recipe(tmp_path, drawn):
+    plots.plot_comparison({f"recipe {number}": [make_run()] for number in range(12)}, tmp_path / "many.png", "linf")
+    assert len(drawn[0].axes[0].lines) == 12
+
+
+def test_nothing_is_left_in_the_global_state_of_pyplot(tmp_path):
+    from matplotlib import pyplot
+
+    plots.plot_robustness_curve(CURVES, "linf", tmp_path / "curve.png")
+    assert pyplot.get_fignums() == []
+
+
+def test_intervals_are_shaded(tmp_path, drawn):
+    bounds = [(0.85, 0.95), (0.6, 0.8), (0.1, 0.3)]
+    plots.plot_robustness_curve(CURVES, "linf", tmp_path / "curve.png", intervals={"scheduled": bounds})
+    axes = drawn[0].axes[0]
+    (shade,) = axes.collections
+    corners = shade.get_paths()[0].vertices
+    for epsilon, (low, high) in zip(CURVES["scheduled"][0], bounds, strict=True):
+        there = np.isclose(corners[:, 0], float(epsilon))
+        assert (corners[there, 1].min(), corners[there, 1].max()) == pytest.approx((100 * low, 100 * high))
+    assert tuple(shade.get_facecolor()[0][:3]) == to_rgb(axes.lines[1].get_color())
+    assert (tmp_path / "curve.png").read_bytes().startswith(PNG)
+
+
+@pytest.mark.parametrize("intervals", [None, {}, {"another": [(0, 1)]}])
+def test_without_intervals_nothing_is_shaded(tmp_path, drawn, intervals):
+    plots.plot_robustness_curve(CURVES, "linf", tmp_path / "curve.png", intervals=intervals)
+    assert len(drawn[0].axes[0].collections) == 0
+
+
+def adversarial_examples(channels=3, size=(6, 5), epsilon=2 / 255):
+    """Two examples, numbers 4 and 1 of a dataset: class 0 taken for 2, class 1 taken for 0."""
+    pixels = torch.rand((2, channels, *size), generator=torch.Generator().manual_seed(0)) * 0.8 + 0.1
+    sign = torch.where(torch.arange(size[1]) % 2 == 0, 1.0, -1.0)
+    logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]])
+    return AdversarialExamples([4, 1], pixels, pixels + epsilon * sign, logits, torch.tensor([[0.0, 0, 9], [9, 0, 0]]))
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_adversarial_examples_are_shown(tmp_path, drawn, channels):
+    path = tmp_path / "examples.png"
+    examples = adversarial_examples(channels)
+    plots.plot_adversarial_examples(examples, [0, 1, 2, 0, 0], {0: "cat", 1: "dog"}, path)
+    assert path.read_bytes().startswith(PNG)
+
+    axes = drawn[0].axes
+    assert len(axes) == 6
+    titles = [one.get_title() for one in axes]
+    assert (
+        titles[0] == "number 4, a cat\ntaken for cat (100%)" and titles[3] == "number 1, a dog\ntaken for dog (100%)"
+    )
+    assert titles[1] == titles[4] == "perturbation x 64\nlargest 2/255"
+    assert titles[2] == "adversarial\ntaken for 2 (100%)" and titles[5] == "adversarial\ntaken for cat (100%)"
+    for row in range(2):
+        shown = [np.asarray(one.images[0].get_array()).reshape(6, 5, channels) for one in axes[3 * row : 3 * row + 3]]
+        np.testing.assert_allclose(shown[0], examples.pixels[row].movedim(0, -1), atol=1e-6)
+        np.testing.assert_allclose(shown[2], examples.adversarial[row].movedim(0, -1), atol=1e-6)
+        # The largest change is white or black, no change is grey.
+        np.testing.assert_allclose(np.unique(shown[1].round(3)), [0, 1])
+    assert axes[0].images[0].get_clim() == (0, 1)
+
+
+def test_one_adversarial_example_in_half_precision(tmp_path):
+    one = AdversarialExamples([0], *(part[:1].bfloat16() for part in adversarial_examples()[1:]))
+    plots.plot_adversarial_examples(one, np.array([0]), {}, tmp_path / "one.png")
+    assert (tmp_path / "one.png").read_bytes().startswith(PNG)
+
+
+def test_perturbation_of_zero_is_shown_grey(tmp_path, drawn):
+    plots.plot_adversarial_examples(adversarial_examples(epsilon=0.0), [0, 1, 2, 0, 0], {}, tmp_path / "examples.png")
+    shown = np.asarray(drawn[0].axes[1].images[0].get_array())
+    np.testing.assert_allclose(shown, 0.5)
+
+
+def test_epsilon_schedule(tmp_path):
+    plots.plot_epsilon_schedule([0, 5, 10], [0.0, 2 / 255, 8 / 255], ThreatModel("linf", "8/255"), tmp_path / "s.png")
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_epsilon_schedule_marks_where_training_stopped_and_which_weights_were_kept(tmp_path, drawn):
+    arguments = [0, 2, 4, 6, 8], [0.0, 0.0, 0.01, 0.02, 0.02], ThreatModel("l2", "0.02"), tmp_path / "s.png"
+    plots.plot_epsilon_schedule(*arguments, done=(6, 0.02), kept=(2, 0.00333333))
+    lines = {line.get_label(): list(line.get_xdata()) for line in drawn[0].axes[0].lines}
+    stated = {label: at for label, at in lines.items() if not label.startswith("_")}
+    assert stated == {
+        "trained": [0, 2, 4, 6],
+        "planned, not trained": [6, 8],
+        "stopped: step 6, epsilon 0.02": [6, 6],
+        "weights kept: step 2, epsilon 0.00333": [2, 2],
+    }
+    plots.plot_epsilon_schedule(*arguments, done=(8, 0.02), kept=(8, 0.02))
+    assert not drawn[1].legends and len(drawn[1].axes[0].lines) == 2
