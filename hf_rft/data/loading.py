@@ -1,4 +1,4 @@
-"""Which pretrained model and which images: arguments of the recipes, and what they stand for."""
+"""Datasets of images by name or folder, for the command line: splits, columns and labels, checked."""
 
 import logging
 import os
@@ -15,9 +15,6 @@ from . import bundled
 
 
 logger = logging.getLogger(__name__)
-
-
-# Larger ones fill the memory before anything is known about the model.
 
 
 @dataclass

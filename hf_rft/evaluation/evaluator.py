@@ -141,7 +141,6 @@ class Evaluator:
             "epsilons": [format_epsilon(epsilon) for epsilon in self.epsilons],
             **self.tier.describe(),
             "seed": self.seed,
-            "autocast_dtype": None if self.autocast_dtype is None else str(self.autocast_dtype).removeprefix("torch."),
             "versions": versions(),
         }
 
