@@ -64,7 +64,7 @@ def evaluate_robustness(
         processor:
             The model's image processor; perturbations are measured in its pixels, scaled to [0, 1].
         norm (`str`):
-            `"linf"`, `"l2"` or `"l1"`.
+            A name in `NORMS`.
         epsilons (`Sequence` of `str`, number or `Fraction`):
             The grid, for example `["0", "2/255", "4/255"]`: increasing, the first is 0.
         tier (`str` or `Sequence`, *optional*, defaults to `"standard"`):

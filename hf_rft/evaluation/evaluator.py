@@ -27,7 +27,7 @@ class Evaluator:
 
     Args:
         norm (`str`):
-            `"linf"`, `"l2"` or `"l1"`.
+            A name in `NORMS`.
         epsilons (`list[Fraction]`):
             The grid: increasing, the first is 0.
         tier ([`Tier`]):
