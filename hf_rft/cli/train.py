@@ -68,8 +68,8 @@ def bundled_recipe() -> Path:
     """
     if not DEFAULT_CONFIG.is_file():
         raise ValueError(
-            "The recipe for runs without --config, --model_name_or_path, --dataset_name and --train_dir is part of the "
-            "repository, not of this installation; name your data, or use a clone (`pip install -e .`)."
+            "The recipe for runs without --config, --model_name_or_path, --dataset_name and --train_dir is in the "
+            "repository, not in this installation; name your data, or use a clone (`pip install -e .`)."
         )
     return DEFAULT_CONFIG
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ..attacks import fmn
-from ..attacks.base import Forward, per_example, where
+from ..attacks.base import Forward, attack_name, per_example, where
 from ..threat_model import ThreatModel
 from ..utils.noise import EVALUATION_ATTACK, example_generators
 
@@ -101,7 +101,7 @@ def find_breaking_points(
         # The first attack goes first wherever it is due: what it breaks comes back to it at a smaller epsilon, and the
         # long ones meet as many examples at once as there are.
         stage = int(search.withstood[undecided].min())
-        on_progress(search.runs[stage].name, len(labels) - len(undecided))
+        on_progress(attack_name(search.runs[stage].attack), len(labels) - len(undecided))
         search.attack(undecided[search.withstood[undecided] == stage], stage)
     on_progress("", len(labels))
     return search.result()

@@ -18,10 +18,6 @@ class AttackRun(NamedTuple):
     steps: int
     restarts: int = 1
 
-    @property
-    def name(self) -> str:
-        return attack_name(self.attack)
-
 
 @dataclass(frozen=True)
 class Tier:
