@@ -9,8 +9,8 @@ from .pgd import pgd
 from .square import square
 
 
-# The names the command line knows. In Python, pass any callable with the signature of `Attack` instead.
-# Those to train with go on increasing a loss; the others stop once an example is misclassified, which teaches a model
+# Names for the command line. In Python, any callable with the signature of `Attack` will do.
+# Training attacks keep increasing a loss; the others stop once an example is misclassified, which teaches a model
 # little.
 TRAINING_ATTACKS: dict[str, Attack] = {"fgsm": fgsm, "pgd": pgd, "apgd": apgd, "apgd_dlr": apgd_dlr}
 ATTACKS: dict[str, Attack] = {**TRAINING_ATTACKS, "apgd_targeted": apgd_targeted, "fmn": fmn, "square": square}
