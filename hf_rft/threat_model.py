@@ -156,6 +156,10 @@ class ThreatModel:
         """Size of each perturbation in the norm, shape `(batch,)`."""
         return _norm(adversarial - pixels, self.norm).flatten()
 
+    def dual_norm(self, gradient: torch.Tensor) -> torch.Tensor:
+        """How much a linear loss with this gradient rises at most per unit of distance, shape `(batch,)`."""
+        return torch.linalg.vector_norm(gradient.flatten(1), ord=_NORMS[self.norm].dual_order, dim=1)
+
     def random_start(self, pixels: torch.Tensor, generator: Generators = None) -> torch.Tensor:
         """A point drawn uniformly from the ball, then moved into the box."""
         generator = default_generator(pixels.device) if generator is None else generator
@@ -320,15 +324,22 @@ def _shrink_l1(size: torch.Tensor, room: torch.Tensor, radius: torch.Tensor) -> 
 class _Norm(NamedTuple):
     """What a threat model needs to know of a norm."""
 
+    title: str  # what people read
     order: float  # as `torch.linalg.vector_norm` takes it
     uniform: Callable[[torch.Tensor, Generators], torch.Tensor]
     steepest: Callable[[torch.Tensor, float | torch.Tensor], torch.Tensor]
     nearest: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
+    @property
+    def dual_order(self) -> float:
+        """The order q with 1/p + 1/q = 1."""
+        return 1 / (1 - 1 / self.order) if self.order > 1 else torch.inf
+
 
 _NORMS = {
-    "linf": _Norm(torch.inf, _uniform_linf, _steepest_linf, _nearest_linf),
-    "l2": _Norm(2, _uniform_l2, _steepest_l2, _nearest_by(_shrink_l2)),
-    "l1": _Norm(1, _uniform_l1, _steepest_l1, _nearest_by(_shrink_l1)),
+    "linf": _Norm("L-infinity", torch.inf, _uniform_linf, _steepest_linf, _nearest_linf),
+    "l2": _Norm("L2", 2, _uniform_l2, _steepest_l2, _nearest_by(_shrink_l2)),
+    "l1": _Norm("L1", 1, _uniform_l1, _steepest_l1, _nearest_by(_shrink_l1)),
 }
 NORMS = tuple(_NORMS)
+NORM_NAMES = {name: norm.title for name, norm in _NORMS.items()}

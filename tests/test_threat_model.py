@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 from scipy.stats import kstest
 
-from hf_rft.threat_model import NORMS, ThreatModel, format_approximately, format_epsilon, parse_epsilon, parse_epsilons
+from hf_rft.threat_model import (
+    NORM_NAMES,
+    NORMS,
+    ThreatModel,
+    format_approximately,
+    format_epsilon,
+    parse_epsilon,
+    parse_epsilons,
+)
 from hf_rft.utils.noise import example_generators
 
 
@@ -366,3 +374,19 @@ def test_project_of_one_example_does_not_depend_on_the_others(norm):
 )
 def test_an_epsilon_on_the_way_is_written_in_the_unit_of_its_target(epsilon, target, written):
     assert format_approximately(epsilon, parse_epsilon(target)) == written
+
+
+# --- The table ---
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_dual_norm_is_the_rise_of_a_linear_loss_along_the_steepest_step(norm):
+    gradient = torch.randn((3, 3, 4, 5), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    threat_model = ThreatModel(norm, 1)
+    step = threat_model.step(gradient, torch.ones(()), sparsity=0.0)  # in L1 the one largest coordinate
+    torch.testing.assert_close(threat_model.dual_norm(gradient), (gradient * step).flatten(1).sum(dim=1))
+
+
+def test_every_norm_has_a_name_of_its_own_for_people():
+    assert tuple(NORM_NAMES) == NORMS and len(set(NORM_NAMES.values())) == len(NORMS)
+    assert NORM_NAMES["linf"] == "L-infinity"

@@ -26,7 +26,6 @@ STEP_LENGTH = (1.0, 0.01)
 # How far to move beyond the estimated distance. It doubles with every step as long as an example has never been
 # fooled: a small overshoot may vanish in float32, or fall short of a boundary that curves away.
 OVERSHOOT, LARGEST_OVERSHOOT = 1e-4, 0.5
-_DUAL = {"linf": 1, "l2": 2, "l1": torch.inf}
 
 
 @states_passes(lambda steps, norm="linf", targets=9: Passes(steps + 2, steps + targets))
@@ -64,7 +63,7 @@ def fmn(
         raise ValueError(f"`targets={targets}` must be at least 1.")
     if threat_model.is_trivial or len(pixels) == 0:
         return pixels
-    target, fooled = _nearest_class(forward, pixels, labels, threat_model.norm, targets)
+    target, fooled = _nearest_class(forward, pixels, labels, threat_model, targets)
 
     limit = threat_model.radius(pixels).flatten()
     adversarial, radius = pixels, torch.zeros_like(limit)
@@ -86,7 +85,7 @@ def fmn(
             break
 
         # The next radius to try: to first order, the target class's boundary lies at `moved - lead / slope`.
-        slope = torch.linalg.vector_norm(current.gradient.flatten(1), ord=_DUAL[threat_model.norm], dim=1)
+        slope = threat_model.dual_norm(current.gradient)
         estimate = (moved - lead / slope.clamp_min(torch.finfo(slope.dtype).tiny)) * (1 + overshoot)
         change = _cosine(RADIUS_CHANGE, step, steps)
         outward = estimate.maximum(radius * (1 + change))
@@ -102,7 +101,7 @@ def fmn(
 
 
 def _nearest_class(
-    forward: Forward, pixels: torch.Tensor, labels: torch.Tensor, norm: str, targets: int
+    forward: Forward, pixels: torch.Tensor, labels: torch.Tensor, threat_model: ThreatModel, targets: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The wrong class with the nearest boundary to first order, and whether the clean image is misclassified."""
     with torch.enable_grad():
@@ -114,14 +113,14 @@ def _nearest_class(
         for target in candidates.unbind(dim=1):
             lead = Lead(target)(logits, labels)
             gradient = torch.autograd.grad(lead.sum(), leaf, retain_graph=True)[0].nan_to_num()
-            slope = torch.linalg.vector_norm(gradient.flatten(1), ord=_DUAL[norm], dim=1)
+            slope = threat_model.dual_norm(gradient)
             distances.append(-lead.detach() / slope.clamp_min(torch.finfo(slope.dtype).tiny))
     choice = torch.stack(distances, dim=1).argmin(dim=1, keepdim=True)
     return candidates.gather(1, choice).squeeze(1), logits.detach().argmax(dim=1) != labels
 
 
 def _step(gradient: torch.Tensor, length: torch.Tensor, norm: str) -> torch.Tensor:
-    """An ascent step. In L1 it follows the gradient itself: the projection then picks the best few coordinates."""
+    """The steepest step. In L1 it follows the gradient itself: the projection then picks the best few coordinates."""
     if norm == "l1":
         largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
         return length * gradient / largest.clamp_min(torch.finfo(gradient.dtype).tiny)

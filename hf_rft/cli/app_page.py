@@ -18,8 +18,8 @@ from PIL import Image
 
 from ..evaluation.report import RobustnessReport
 from ..hub.loading import RobustModel
-from ..hub.model_card import NORM_NAMES, describe_robustness
-from ..threat_model import NORMS, ThreatModel, format_epsilon
+from ..hub.model_card import describe_robustness
+from ..threat_model import NORM_NAMES, NORMS, ThreatModel, format_epsilon
 from ..utils.markdown import plain
 from .app_attack import (
     AttackResult,

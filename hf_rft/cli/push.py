@@ -31,7 +31,7 @@ class PushArguments:
 
     model_dir: str = field(metadata={"help": "Folder with the model and its processor."})
     report: str | None = field(
-        default=None, metadata={"help": "robustness.json of evaluate_robustness.py. Default: the one in --model_dir."}
+        default=None, metadata={"help": "robustness.json of hf-rft evaluate. Default: the one in --model_dir."}
     )
     repo_id: str | None = field(
         default=None,
@@ -51,7 +51,7 @@ class PushArguments:
         if not os.path.isdir(self.model_dir):
             raise ValueError(f"--model_dir {self.model_dir} is not a folder.")
         if self.report is not None and not os.path.isfile(self.report):
-            raise ValueError(f"--report {self.report} is not a file; evaluate_robustness.py writes robustness.json.")
+            raise ValueError(f"--report {self.report} is not a file; hf-rft evaluate writes robustness.json.")
         check_ranges(self, {"timeout": SECONDS}, is_flag=True)
         if self.repo_id is not None:
             try:

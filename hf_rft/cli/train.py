@@ -61,6 +61,19 @@ EXIT_STATUS = {TrainingPreempted: 75, AlarmRaised: 3, NonFiniteError: 3}
 DEFAULT_CONFIG = Path(__file__).parents[2] / "recipes" / "fashion_mnist" / "efficientnet_lite0_hinge.yaml"
 
 
+def bundled_recipe() -> Path:
+    """
+    Raises:
+        ValueError: if it is not beside this installation.
+    """
+    if not DEFAULT_CONFIG.is_file():
+        raise ValueError(
+            "The recipe for runs without --config, --model_name_or_path, --dataset_name and --train_dir is part of the "
+            "repository, not of this installation; name your data, or use a clone (`pip install -e .`)."
+        )
+    return DEFAULT_CONFIG
+
+
 def default_num_workers() -> int:
     """Enough that a GPU does not wait; on CPU, workers would take the cores from the model."""
     if not torch.cuda.is_available():
@@ -124,7 +137,7 @@ def parse_arguments(
         arguments,
         description=__doc__,
         default_config=lambda given: (
-            None if given & {"model_name_or_path", "dataset_name", "train_dir"} else DEFAULT_CONFIG
+            None if given & {"help", "model_name_or_path", "dataset_name", "train_dir"} else bundled_recipe()
         ),
         tied={"epsilon_schedule_type": "epsilon_schedule_kwargs"},
     )

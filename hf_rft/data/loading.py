@@ -1,4 +1,4 @@
-"""Arguments of the recipes that choose the images, and loading what they name."""
+"""Image datasets for the command line, by name or folder, with checked splits, columns and labels."""
 
 import logging
 import os

@@ -64,7 +64,7 @@ def evaluate_robustness(
         processor:
             The model's image processor; perturbations are measured in its pixels, scaled to [0, 1].
         norm (`str`):
-            `"linf"`, `"l2"` or `"l1"`.
+            A name in `NORMS`.
         epsilons (`Sequence` of `str`, number or `Fraction`):
             The grid, for example `["0", "2/255", "4/255"]`: increasing, the first is 0.
         tier (`str` or `Sequence`, *optional*, defaults to `"standard"`):
@@ -121,10 +121,12 @@ def evaluate_robustness(
             class_numbers("`dataset`", class_names, getattr(model, "config", None))
     classifier = PixelClassifier(model, normalization)
     described_model = describe_model(model)
+    dtype = None if autocast_dtype is None else str(autocast_dtype).removeprefix("torch.")
+    asked = {**evaluator.describe(), "autocast_dtype": dtype}
     evaluated = {
         "model": described_model["sha256"],
         "normalization": [normalization.mean, normalization.std],
-        **evaluator.describe(),
+        **asked,
     }
     # Without `cpu`, accelerate ignores the processes of a launcher on a machine that has no accelerator.
     state = PartialState(cpu=not torch.accelerator.is_available())
@@ -152,7 +154,7 @@ def evaluate_robustness(
         flags, for_checks = broadcast_object_list(checked)
         shown = _shown_examples(classifier, examples, merged)
     forward, backward = torch.stack([record["passes"] for record in records]).sum(dim=0).tolist()
-    settings = evaluator.settings(
+    settings = asked | evaluator.settings(
         model=described_model,
         dataset=dataset,
         normalization=normalization,

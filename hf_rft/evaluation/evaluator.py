@@ -27,7 +27,7 @@ class Evaluator:
 
     Args:
         norm (`str`):
-            `"linf"`, `"l2"` or `"l1"`.
+            A name in `NORMS`.
         epsilons (`list[Fraction]`):
             The grid: increasing, the first is 0.
         tier ([`Tier`]):
@@ -141,7 +141,6 @@ class Evaluator:
             "epsilons": [format_epsilon(epsilon) for epsilon in self.epsilons],
             **self.tier.describe(),
             "seed": self.seed,
-            "autocast_dtype": None if self.autocast_dtype is None else str(self.autocast_dtype).removeprefix("torch."),
             "versions": versions(),
         }
 

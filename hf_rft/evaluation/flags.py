@@ -169,7 +169,8 @@ def _loss_flags(forward, pixels, labels, norm, largest, generators) -> dict[str,
 
 def _huge_epsilon(pixels: torch.Tensor, norm: str) -> float:
     """Half of the range in every pixel: enough to turn any image into plain grey."""
-    return {"linf": 0.5, "l2": 0.5 * pixels[0].numel() ** 0.5, "l1": 0.5 * pixels[0].numel()}[norm]
+    change = torch.full((1, *pixels.shape[1:]), 0.5, dtype=torch.float64)
+    return ThreatModel(norm, 0).distance(change, torch.zeros_like(change)).item()
 
 
 def _huge_epsilon_flags(forward, pixels, labels, norm, generators) -> dict[str, str]:

@@ -19,7 +19,7 @@ from ..threat_model import ThreatModel
 
 
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
-_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}  # their names in that package
 
 
 class ReferenceResult(NamedTuple):
@@ -79,7 +79,12 @@ def run_autoattack(
             Of the attacks. The global random number generators keep their states.
         batch_size (`int`, *optional*, defaults to 100):
             Images in a forward pass.
+
+    Raises:
+        ValueError: for a norm that AutoAttack does not have.
     """
+    if threat_model.norm not in _NORMS:
+        raise ValueError(f"AutoAttack has no norm {threat_model.norm!r}; the reference knows {list(_NORMS)}.")
     check_installed()
     from pyautoattack import AutoAttack
 

@@ -35,7 +35,7 @@ class RobustnessReport:
 
     Args:
         norm (`str`):
-            `"linf"`, `"l2"` or `"l1"`.
+            A name in `NORMS`.
         epsilons (`list[Fraction]`):
             The grid: increasing, the first is 0.
         labels, clean_predictions, adversarial_predictions (`np.ndarray` of shape `(examples,)`):

@@ -80,7 +80,7 @@ def find_breaking_points(
         labels (`torch.Tensor` of shape `(batch,)`):
             True classes.
         norm (`str`):
-            `"linf"`, `"l2"` or `"l1"`.
+            A name in `NORMS`.
         epsilons (`Sequence[Fraction]`):
             Increasing, the first is 0.
         tier ([`Tier`]):

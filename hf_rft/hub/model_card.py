@@ -16,13 +16,11 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.report import RobustnessReport
-from ..threat_model import format_approximately, format_epsilon, parse_epsilon
+from ..threat_model import NORM_NAMES, format_approximately, format_epsilon, parse_epsilon
 from ..utils.markdown import code, one_line, plain
 
 
 TAGS = ["image-classification", "adversarial-robustness", "robust-fine-tuning", "hf_rft"]
-
-NORM_NAMES = {"linf": "L-infinity", "l2": "L2", "l1": "L1"}
 
 # --- For machines ---
 

@@ -13,6 +13,7 @@ from ..utils.values import Range, check_ranges, naming
 from .safe_loading import load_classifier, load_config
 
 
+# Larger ones fill the memory before anything is known about the model.
 IMAGE_SIZE = Range(1, 4096, is_whole=True)
 
 

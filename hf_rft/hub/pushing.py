@@ -1,4 +1,4 @@
-"""The Hub: robust models with their evidence, there and back."""
+"""Publishing a folder on the Hub, in a process of its own that can be stopped."""
 
 import json
 import os
@@ -44,12 +44,6 @@ _HINTS = {
 
 class PushError(RuntimeError):
     """A push that failed; the message says why, and how to try again."""
-
-
-# --- Loading ---
-
-
-# --- Pushing ---
 
 
 def push_folder(

@@ -1,4 +1,4 @@
-"""What talks to the Hub while something is pushed: a process of its own, which hub.py can stop.
+"""What talks to the Hub while something is pushed: a process of its own, which pushing.py can stop.
 
 It imports nothing but huggingface_hub, takes one request as JSON from standard input (so that a token is on no command
 line), and prints one JSON line: `{"result": ...}`, or `{"error": ...}` with exit status 1.

@@ -27,6 +27,8 @@ class PixelClassifier:
             DDP, FSDP and DeepSpeed would exchange gradients or weights in every step of an attack.
         normalization ([`PixelNormalization`]):
             The processor's normalisation.
+        by_name (`bool`, *optional*, defaults to `False`):
+            Pass images as the keyword `pixel_values`, as `Trainer` does, rather than as the first argument.
         divided (`bool`, *optional*, defaults to `False`):
             Whether FSDP will shard the weights over processes; [`whole_weights`] then gathers them.
         autocast (`Callable`, *optional*):
@@ -39,10 +41,11 @@ class PixelClassifier:
         model: nn.Module,
         normalization: PixelNormalization,
         *,
+        by_name: bool = False,
         divided: bool = False,
         autocast: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     ):
-        self.model, self.normalization = model, normalization
+        self.model, self.normalization, self._by_name = model, normalization, by_name
         self._copy, self._autocast = WholeCopy(model) if divided else None, autocast
 
     @property
@@ -64,9 +67,8 @@ class PixelClassifier:
 
     def logits(self, pixel_values: torch.Tensor, **inputs) -> torch.Tensor:
         model = self.model if self._copy is None else self._copy.model
-        if isinstance(model, PreTrainedModel):  # by name, as `Trainer` does: hooks may rely on it
-            return logits_of(model(pixel_values=pixel_values, **inputs))
-        return logits_of(model(pixel_values, **inputs))
+        images = {"pixel_values": pixel_values} if self._by_name else {}
+        return logits_of(model(*([] if self._by_name else [pixel_values]), **images, **inputs))
 
     def forward_in(self, dtype: torch.dtype | None) -> Forward:
         """This classifier under autocast; None means the model's own precision, whatever the surrounding context."""

@@ -86,7 +86,8 @@ class AttackCheckCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         before, self._before = self._before, self._trainer.adversary.attacks
-        if self._before == before and self._trainer.is_attack_due:
+        threat_model, _ = self._trainer.adversary.strength(self._trainer.share_of_epsilon)
+        if self._before == before and not threat_model.is_trivial:
             raise RuntimeError(
                 f"{type(self._trainer).__name__} ran no attack in optimizer step {state.global_step + 1}, where the "
                 "schedule asks for one: this would be training without robustness. If it overrides `compute_loss` or "

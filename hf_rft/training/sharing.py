@@ -109,7 +109,7 @@ class Publisher:
         trainer = self._trainer
         trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
         if trainer.hub_model_id is None:
-            self.create_repo(token, private)
+            trainer.init_hf_repo(token=token, private=private)
         trainer._finish_current_push()
         trainer.save_model(_internal_call=True)
         if not trainer.is_world_process_zero():
@@ -118,7 +118,13 @@ class Publisher:
         tags = [own_tags] if isinstance(own_tags, str) else list(own_tags)
         tags += getattr(trainer.model, "model_tags", None) or []  # as the parent does
         name = kwargs.pop("model_name", None) or str(trainer.hub_model_id).split("/")[-1]
-        trainer.create_model_card(model_name=name, tags=list(dict.fromkeys(tags)), **kwargs)
+        try:
+            trainer.create_model_card(model_name=name, tags=list(dict.fromkeys(tags)), **kwargs)
+        except OSError as error:
+            raise PushError(
+                f"The model is saved in {trainer.args.output_dir}, but its card could not be written ({error}). "
+                "Nothing was pushed; call `push_to_hub` again."
+            ) from error
         push = functools.partial(
             push_folder,
             trainer.args.output_dir,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial, wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import find_batch_size, recursively_apply
@@ -87,8 +87,7 @@ class RobustTrainer(Trainer):
     # The loss is divided by the number of examples of the whole optimizer step, not of the micro-batch.
     loss_is_scaled_for_ga = True
     robustness_report: RobustnessReport | None = None
-    # The command that started the training, for the card; set by `hf-rft train`.
-    command: str | None = None
+    command: str | None = None  # that started the training, for the card; set by `hf-rft train`
 
     def __init__(
         self,
@@ -111,14 +110,8 @@ class RobustTrainer(Trainer):
         self.robust_loss = robust_loss if isinstance(robust_loss, RobustLoss) else RobustLoss(robust_loss)
         check_loss(self.robust_loss, args, attack)
         self.threat_model = ThreatModel(args.norm, args.epsilon)
-        self.classifier = PixelClassifier(
-            self.model,
-            PixelNormalization.from_processor(self.processing_class),
-            divided=self.is_fsdp_enabled,
-            autocast=self.accelerator.autocast,
-        )
-        objective, prepared = self.robust_loss.attack_objective, prepare_processes(self)
-        self.adversary = Adversary.from_arguments(args, self.classifier, attack, objective=objective, **prepared)
+        self._own_attack = attack
+        self._set_up_attack()
         tier = make_tier([(eval_attack or args.eval_attack, args.eval_attack_steps)])
         self.evaluator = Evaluator(args.norm, args.epsilon_grid, tier, args.seed)
         self.compute_metrics = with_robust_metrics(self, self.compute_metrics)
@@ -146,6 +139,20 @@ class RobustTrainer(Trainer):
         ):
             self.add_callback(callback)
 
+    def _set_up_attack(self) -> None:
+        options = {"by_name": True, "divided": self.is_fsdp_enabled, "autocast": self.accelerator.autocast}
+        normalization = PixelNormalization.from_processor(self.processing_class)
+        self.classifier = PixelClassifier(self.model, normalization, **options)
+        options = {"objective": self.robust_loss.attack_objective, **prepare_processes(self)}
+        self.adversary = Adversary.from_arguments(self.args, self.classifier, self._own_attack, **options)
+
+    def call_model_init(self, trial=None):
+        model = cast(PreTrainedModel, super().call_model_init(trial))
+        if hasattr(self, "adversary"):  # training begins with a new model
+            self.model = model
+            self._set_up_attack()
+        return model
+
     # --- Training ---
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs) -> TrainOutput:
@@ -155,7 +162,6 @@ class RobustTrainer(Trainer):
             TrainingPreempted: after SIGTERM; the optimizer step in progress was taken and a checkpoint written.
             AlarmRaised: with `abort_on_alarm`, likewise.
             NonFiniteError: if a loss or gradient is not finite; the step was not taken.
-            ValueError: if there is no such checkpoint, or it is not complete.
         """
         checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
         self._train_accuracy = AdversarialAccuracy()  # an earlier training may have ended between two logs
@@ -172,7 +178,8 @@ class RobustTrainer(Trainer):
         batches, num_items_in_batch = super().get_batch_samples(counted, num_batches, device)
         self._seconds_for_data += time.perf_counter() - start
         batches, counts = completed(batches, counts, num_batches)
-        self._step = OptimizerStep.of(counts, self.accelerator)
+        step = OptimizerStep.of(counts, self.accelerator)
+        self._step = step if batches else self._step  # at the end of a pass, the log is about the step before
         return batches, num_items_in_batch
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -198,7 +205,7 @@ class RobustTrainer(Trainer):
             if self.args.freeze_batch_norm:
                 until = self._until_backward_ends or until_loss_is_computed
                 until.enter_context(batch_norm_frozen(self.model))
-            adversarial_values = self.adversarial_values(pixel_values, labels, step, inputs)
+            adversarial_values = self._adversarial_values(pixel_values, labels, step, inputs)
             outputs, clean, adversarial = self.robust_loss.logits(model, pixel_values, adversarial_values, **inputs)
             options = {"weight": self.args.robust_loss_weight, "label_smoothing": self.args.label_smoothing_factor}
             real = step.real[step.micro_batch]
@@ -207,12 +214,11 @@ class RobustTrainer(Trainer):
             when = f"in micro-batch {step.micro_batch + 1} of optimizer step {self.state.global_step + 1}"
             check_finite("loss", loss, when, self.args.world_size)
         self._train_accuracy.add(adversarial[:real], labels[:real])
-        # Without a real example the gradient is zero, but there is one: the other processes wait for it. DDP averages
-        # gradients over processes.
+        # DDP averages gradients over processes, and waits for all of them: without a real example it is zero.
         loss = loss.sum() * self.args.world_size / step.examples
         return (loss, outputs) if return_outputs else loss
 
-    def adversarial_values(self, pixel_values, labels, step: OptimizerStep, inputs: dict[str, Any]):
+    def _adversarial_values(self, pixel_values, labels, step: OptimizerStep, inputs: dict[str, Any]):
         """Adversarial examples, normalised as the processor does; None where no attack is due."""
         pixels, share = self.classifier.normalization.to_pixels(pixel_values), self.share_of_epsilon
         threat_model, step.attack_steps = self.adversary.strength(share)
@@ -235,14 +241,9 @@ class RobustTrainer(Trainer):
         return 1.0 if callback is None else callback.share(self.state)
 
     @property
-    def is_attack_due(self) -> bool:
-        return not self.adversary.strength(self.share_of_epsilon)[0].is_trivial
-
-    @property
     def epsilon_callback(self) -> EpsilonScheduleCallback | None:
         # Looked up each time: resuming may replace callback objects.
-        found = (one for one in self.callback_handler.callbacks if isinstance(one, EpsilonScheduleCallback))
-        return next(found, None)
+        return next((one for one in self.callback_handler.callbacks if isinstance(one, EpsilonScheduleCallback)), None)
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -278,8 +279,8 @@ class RobustTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Adds to the parent's logits the predicted label at each epsilon, and the distance at which each breaks.
 
-        Examples that only complete the last batch are left out. Zeros stand in their place: the processes exchange
-        results of one shape, and the parent then cuts them off.
+        Repetitions that complete the last batch are dropped; zeros take their place, so that all processes exchange
+        results of one shape.
         """
         size, state, process = find_batch_size(inputs), self.accelerator.gradient_state, self.args.process_index
         real = own_real_examples(state.remainder, size, process) if state.end_of_dataloader else size

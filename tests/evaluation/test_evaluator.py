@@ -1,11 +1,18 @@
+import json
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
+from conftest import Images, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_rft.evaluation.evaluator import robust_metrics
+from hf_rft.evaluation.evaluator import Evaluator, robust_metrics
+from hf_rft.evaluation.provenance import versions
+from hf_rft.evaluation.tiers import make_tier
+from hf_rft.models.classifier import PixelClassifier
+from hf_rft.models.pixel_space import PixelNormalization
 
 
 GRID = [Fraction(0), Fraction(2, 255), Fraction(4, 255), Fraction(1, 2)]
@@ -47,3 +54,90 @@ def test_without_an_attack_only_the_accuracy_is_returned():
 def test_epsilon_of_the_threat_model_must_be_in_the_grid():
     with pytest.raises((KeyError, ValueError), match="8"):
         robust_metrics(np.zeros((2, 4), int), np.zeros(2, int), GRID, Fraction("8/255"))
+
+
+# --- One batch ---
+
+
+@pytest.fixture
+def evaluator():
+    return Evaluator("linf", GRID, make_tier([("pgd", 3)]), seed=7)
+
+
+@pytest.fixture
+def classifier():
+    return PixelClassifier(make_model("vit").double(), PixelNormalization((0.5,) * 3, (0.5,) * 3))
+
+
+@pytest.fixture
+def images():
+    return Images(6, dtype=torch.float64)
+
+
+def clean_logits(classifier, pixels):
+    with classifier.under_attack(), torch.no_grad():
+        return classifier(pixels)
+
+
+def test_a_batch_of_a_trainer_is_attacked_like_its_pixels(evaluator, classifier, images):
+    """The last two images pad the batch, and are left out."""
+    pixels, labels, positions = images.pixels[:4], images.labels[:4], range(10, 14)
+    logits = clean_logits(classifier, pixels)
+    labels[:2] = logits.argmax(dim=1)[:2]  # an untrained model is right about something
+    inputs = {"pixel_values": 2 * images.pixels - 1, "labels": images.labels}
+    found, passes = evaluator.attack_inputs(classifier, inputs, logits, positions)
+    with classifier.under_attack():
+        expected = evaluator.attack(classifier, pixels, labels, positions, logits.argmax(dim=1))
+    assert passes == expected[1] and set(inputs) == {"pixel_values", "labels"}
+    for name, one, other in zip(found._fields, found, expected[0], strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+    assert (found.broken_at[:2] > 0).all()
+
+
+def test_the_clean_pass_is_counted_where_nothing_else_is_spent(evaluator, classifier, images):
+    logits = clean_logits(classifier, images.pixels)
+    wrong = (logits.argmax(dim=1) + 1) % logits.shape[1]
+    _, passes = evaluator.attack(classifier, images.pixels, wrong, range(6), logits.argmax(dim=1))
+    assert passes == (6, 0)
+
+
+def test_every_pass_of_every_model_is_counted(evaluator, classifier, images):
+    seen = {"forward": 0, "crafting": 0}
+
+    def counting(name):
+        def forward(pixels):
+            seen[name] += len(pixels)
+            return classifier(pixels)
+
+        return forward
+
+    with classifier.under_attack():
+        logits = classifier(images.pixels).detach()
+        prediction = logits.argmax(dim=1)
+        _, passes = evaluator.attack(
+            counting("forward"),
+            images.pixels,
+            prediction,
+            range(6),
+            prediction,
+            crafting=counting("crafting"),
+        )
+    assert min(seen.values()) > 0 and passes.backward > 0
+    assert passes.forward == sum(seen.values()) + 6
+
+
+@pytest.mark.parametrize(("dtype", "written"), [(None, None), (torch.bfloat16, "bfloat16")])
+def test_the_description_is_complete_and_json(dtype, written):
+    evaluator = Evaluator("linf", GRID, make_tier([("pgd", 3)]), seed=7, autocast_dtype=dtype)
+    described = evaluator.describe()
+    assert json.loads(json.dumps(described)) == described
+    assert described == {
+        "norm": "linf",
+        "epsilons": ["0", "2/255", "4/255", "0.5"],
+        "tier": "custom",
+        "attacks": [{"attack": "pgd", "steps": 3, "restarts": 1}],
+        "guess_steps": 0,
+        "seed": 7,
+        "autocast_dtype": written,
+        "versions": versions(),
+    }

@@ -9,8 +9,8 @@ from torch import nn
 from transformers import ViTImageProcessor
 
 from hf_rft import evaluate_robustness
-from hf_rft.evaluation.flags import CHECKED_EXAMPLES, drawn_examples, trust_flags
-from hf_rft.threat_model import NORMS
+from hf_rft.evaluation.flags import CHECKED_EXAMPLES, _huge_epsilon, drawn_examples, trust_flags
+from hf_rft.threat_model import NORMS, ThreatModel
 
 
 GRIDS = {
@@ -384,3 +384,12 @@ def test_outputs_that_only_look_like_probabilities(network, pictures):
         return logits - logits.mean(dim=1, keepdim=True) + 1 / NUM_LABELS  # sums of 1, with negative ones
 
     assert "softmax_outputs" not in flags_of(forward, pictures)
+
+
+@pytest.mark.parametrize(("norm", "epsilon"), [("linf", 0.5), ("l2", 0.5 * 48**0.5), ("l1", 24.0)])
+def test_the_huge_epsilon_turns_any_image_into_plain_grey(norm, epsilon):
+    pixels = torch.rand((2, 3, 4, 4)).round()  # black and white: the farthest from grey
+    assert _huge_epsilon(pixels, norm) == pytest.approx(epsilon)
+    grey = torch.full_like(pixels, 0.5)
+    distances = ThreatModel(norm, epsilon).distance(grey, pixels)
+    torch.testing.assert_close(distances, torch.full_like(distances, epsilon))

@@ -6,6 +6,7 @@ import pytest
 import torch
 from attacks import linear_classifier
 
+from hf_rft import threat_model as threat_models
 from hf_rft.attacks.base import Passes
 from hf_rft.evaluation.reference import ATTACKS, check_installed, reference_attacks, run_autoattack
 from hf_rft.threat_model import ThreatModel
@@ -177,3 +178,10 @@ def test_says_how_to_install_the_package(monkeypatch):
         run_autoattack(
             None, torch.rand(1, 3, 2, 2), torch.tensor([0]), threat_model=ThreatModel("l2", 1), num_classes=2
         )
+
+
+def test_a_norm_that_autoattack_lacks_is_refused(monkeypatch):
+    monkeypatch.setattr(threat_models, "NORMS", (*threat_models.NORMS, "l3"))
+    forward, pixels, labels, _ = linear_classifier(4, "l2")
+    with pytest.raises(ValueError, match=r"AutoAttack has no norm 'l3'; the reference knows \['linf', 'l2', 'l1'\]"):
+        run_autoattack(forward, pixels, labels, threat_model=ThreatModel("l3", 1), num_classes=4)

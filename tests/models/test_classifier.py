@@ -3,10 +3,20 @@ import contextlib
 import pytest
 import torch
 from attacks import linear_classifier
-from conftest import make_model
+from conftest import SIZE, make_model
+from transformers.modeling_outputs import ImageClassifierOutput
 
 from hf_rft.attacks import apgd, apgd_targeted, fgsm, fmn, pgd, square
-from hf_rft.models.classifier import CountedForward, batch_norm_frozen, in_memory_format, in_mode, parameters_frozen
+from hf_rft.models.classifier import (
+    CountedForward,
+    PixelClassifier,
+    batch_norm_frozen,
+    in_memory_format,
+    in_mode,
+    logits_of,
+    parameters_frozen,
+)
+from hf_rft.models.pixel_space import PixelNormalization
 from hf_rft.threat_model import NORMS, ThreatModel
 
 
@@ -141,3 +151,98 @@ def test_counts_only_the_examples_that_go_through_the_model(attack):
     together, standing, fooled = counts
     assert together == (standing.forward + fooled.forward, standing.backward + fooled.backward)
     assert 4 <= fooled.forward <= 8 and standing.forward >= 12 * 4
+
+
+# --- A classifier as a function of pixels ---
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.5, 0.25)
+NORMALIZATION = PixelNormalization(MEAN, STD)
+
+
+class Plain(torch.nn.Module):
+    """No model of transformers: takes images by position, and returns what `output` makes of the logits."""
+
+    def __init__(self, output=lambda logits: logits):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.linspace(-1, 1, 9).reshape(3, 3).sin())
+        self.output = output
+
+    def forward(self, images):
+        return self.output(images.mean(dim=(2, 3)) @ self.weight)
+
+
+@pytest.fixture
+def pixels():
+    return torch.rand((2, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0))
+
+
+def normalised(pixels):
+    return (pixels - torch.tensor(MEAN).reshape(3, 1, 1)) / torch.tensor(STD).reshape(3, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [lambda x: x, lambda x: {"logits": x}, lambda x: ImageClassifierOutput(logits=x)],
+    ids=["tensor", "dictionary", "output"],
+)
+def test_logits_are_those_of_the_normalised_pixels(pixels, output):
+    model = Plain(output)
+    logits = PixelClassifier(model, NORMALIZATION)(pixels)
+    torch.testing.assert_close(logits, normalised(pixels).mean(dim=(2, 3)) @ model.weight)
+
+
+def test_models_of_transformers_get_their_inputs_by_name(pixels):
+    model, keywords = make_model("vit").eval(), []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: keywords.append((args, set(kwargs))), with_kwargs=True
+    )
+    logits = PixelClassifier(model, NORMALIZATION)(pixels, interpolate_pos_encoding=True)
+    assert keywords == [((), {"pixel_values", "interpolate_pos_encoding"})]
+    torch.testing.assert_close(logits, model(pixel_values=normalised(pixels)).logits)
+
+
+def test_pixels_reach_the_model_in_its_precision(pixels):
+    classifier = PixelClassifier(Plain().double(), NORMALIZATION)
+    assert classifier.pixel_values(pixels).dtype == classifier(pixels).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("outputs", "message"),
+    [
+        ({"scores": torch.zeros(2, 3)}, "returned no `logits`"),
+        (ImageClassifierOutput(), "returned no `logits`"),
+        (None, "returned no `logits`"),
+        (torch.zeros(2, 1), r"returned logits of shape \(2, 1\); .* at least 2 classes"),
+        ({"logits": torch.zeros(2, 3, 4)}, r"returned logits of shape \(2, 3, 4\)"),
+    ],
+    ids=["other key", "empty output", "nothing", "one class", "three dimensions"],
+)
+def test_outputs_without_logits_of_several_classes_are_refused(outputs, message):
+    with pytest.raises(ValueError, match=message):
+        logits_of(outputs)
+
+
+def test_forward_in_computes_in_that_precision_whatever_surrounds_it(pixels):
+    classifier = PixelClassifier(Plain(), NORMALIZATION)
+    assert classifier.forward_in(torch.bfloat16)(pixels).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert classifier(pixels).dtype == torch.bfloat16
+        own = classifier.forward_in(None)(pixels)
+    assert own.dtype == torch.float32 and torch.equal(own, classifier(pixels))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_modes_and_flags_come_back_after_an_attack(mixed, training):
+    before = state(mixed)
+    with contextlib.suppress(KeyboardInterrupt), PixelClassifier(mixed, NORMALIZATION).under_attack(training=training):
+        assert mixed.classifier.training == training
+        assert not any(m.training for m in mixed.modules() if isinstance(m, torch.nn.BatchNorm2d))
+        assert not any(p.requires_grad for p in mixed.parameters()) and torch.is_grad_enabled()
+        raise KeyboardInterrupt
+    assert state(mixed) == before
+
+
+def test_whole_weights_are_the_model_where_nothing_is_divided():
+    model = Plain()
+    with PixelClassifier(model, NORMALIZATION).whole_weights() as whole:
+        assert whole is model

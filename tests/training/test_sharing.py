@@ -1,5 +1,6 @@
 """The model card of `RobustTrainer`, and its pushes to the Hub of hub_server.py."""
 
+import errno
 import inspect
 import json
 import os
@@ -18,6 +19,7 @@ from hf_rft import RobustTrainer, evaluate_robustness, load_robust_model
 from hf_rft.hub.evidence import read_evidence
 from hf_rft.hub.model_card import eval_results
 from hf_rft.hub.pushing import PushError
+from hf_rft.utils import files
 
 
 REPO = "user/robust"
@@ -311,3 +313,17 @@ def test_a_stalled_push_ends_after_hub_timeout(hub, trained):
     hub.stall("lfs_put")
     with pytest.raises(PushError, match="no end after 4 seconds"):
         trainer.push_to_hub()
+
+
+def test_a_full_disk_is_no_card_but_the_model_is_saved(hub, trained, monkeypatch):
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    trainer = trained(hub_model_id=REPO)
+    with monkeypatch.context() as disk:
+        disk.setattr(files.os, "replace", no_space)
+        with pytest.raises(PushError, match="The model is saved in .* No space left on device.*Nothing was pushed"):
+            trainer.push_to_hub()
+    assert (output(trainer) / "model.safetensors").is_file()
+    trainer.push_to_hub()
+    read_evidence(output(trainer))

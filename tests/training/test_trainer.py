@@ -12,6 +12,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, ViTImageProcess
 
 from hf_rft import EpsilonScheduleCallback, RobustTrainer
 from hf_rft.attacks import pgd
+from hf_rft.evaluation.cache import hash_model
 from hf_rft.losses import LOSSES, RobustLoss, trades_loss
 from hf_rft.training.alarm_callback import AlarmCallback
 from hf_rft.training.card import described_arguments
@@ -548,7 +549,6 @@ def test_evaluation_settings_name_everything_and_are_json(make_trainer):
         "attacks": [{"attack": "apgd", "steps": 20, "restarts": 1}],
         "guess_steps": 0,
         "seed": 3,
-        "autocast_dtype": None,
     }
     named = make_trainer(trainer_options={"eval_attack": own_attack}).evaluator.describe()
     assert named["attacks"] == [{"attack": "own_attack", "steps": 2, "restarts": 1}]
@@ -940,6 +940,34 @@ def test_perturbation_of_bytes_is_not_rounded(make_trainer):
     trainer = make_trainer(trainer_options={"processing_class": processor})
     pixel_values = torch.randint(0, 256, (8, 3, SIZE, SIZE), dtype=torch.uint8)
     step = OptimizerStep(8, [8])
-    adversarial = trainer.adversarial_values(pixel_values, torch.zeros(8, dtype=torch.long), step, {})
+    adversarial = trainer._adversarial_values(pixel_values, torch.zeros(8, dtype=torch.long), step, {})
     distance = (adversarial - pixel_values).abs().amax()
     assert 0 < distance <= 8 + 1e-3
+
+
+def test_a_model_made_by_model_init_is_the_one_that_is_attacked(make_trainer):
+    made = []
+
+    def model_init():
+        made.append(without_dropout(make_model("resnet", seed=len(made))))
+        return made[-1]
+
+    trainer = make_trainer(None, max_steps=2, trainer_options={"model_init": model_init})
+    trainer.train()
+    assert trainer.classifier.model is trainer.model is made[-1] and len(made) > 1
+    assert trainer.adversary.classifier is trainer.classifier
+    assert all(pair.batch_norm in made[-1].modules() for pair in trainer.adversary.foldable_pairs)
+    trainer.evaluate()
+    assert trainer.robustness_report.settings["model"]["sha256"] == hash_model(trainer.model)
+
+
+def test_the_last_log_of_a_pass_over_a_stream_is_about_its_steps(make_trainer):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return (Images(16)[index] for index in range(16))
+
+    trainer = make_trainer(max_steps=4, logging_strategy="epoch", trainer_options={"train_dataset": Stream()})
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    assert all({"epsilon", "adversarial_accuracy"} <= set(entry) for entry in logged)
