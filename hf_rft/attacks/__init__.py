@@ -1,4 +1,4 @@
-"""Attacks, one method a file. Each is a pure function; `functools.partial` makes a configured one."""
+"""Attacks, one per file. Each is a pure function; configure it with `functools.partial`."""
 
 from .apgd import apgd, apgd_dlr
 from .apgd_targeted import apgd_targeted

@@ -177,7 +177,7 @@ class RobustnessReport:
 
     @property
     def per_example(self) -> list[Fraction | None]:
-        """The smallest epsilon of the grid that breaks each example: 0 if it is wrong when clean, None if none does."""
+        """The smallest epsilon of the grid that breaks each example: 0 if misclassified clean, None if none does."""
         return [self.epsilons[index] if index < len(self.epsilons) else None for index in self.broken_at]
 
     def up_to(self, epsilon: Fraction) -> "RobustnessReport":
