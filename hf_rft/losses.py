@@ -1,7 +1,7 @@
 """Robust training losses: pure functions of logits, one value per example; the caller takes the mean.
 
-Shapes are `(batch, classes)` for logits and `(batch,)` for labels and results. All are computed in float32 at least,
-with a log-softmax on both sides of a Kullback-Leibler divergence, so that no probability of zero makes a NaN.
+Shapes are `(batch, classes)` for logits and `(batch,)` for labels and results. Everything is computed in float32 or
+wider, with a log-softmax on both sides of a Kullback-Leibler divergence, so that zero probabilities cause no NaN.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 
-# As published for training from scratch on CIFAR-10.
+# The published values, for training from scratch on CIFAR-10.
 TRADES_WEIGHT = 6.0
 MART_WEIGHT = 6.0
 
@@ -71,9 +71,9 @@ def trades_loss(
 
     Args:
         weight (`float`, *optional*):
-            `1 / lambda` of the paper; 1 favours clean accuracy. None: the published 6.
+            The paper's `1 / lambda`; 1 favours clean accuracy. Defaults to the published 6.
         label_smoothing (`float`, *optional*, defaults to 0):
-            Of the clean cross-entropy, as in `torch.nn.functional.cross_entropy`.
+            Label smoothing of the clean cross-entropy, as in `torch.nn.functional.cross_entropy`.
     """
     weight = TRADES_WEIGHT if weight is None else weight
     clean = standard_loss(clean_logits, None, labels, label_smoothing=label_smoothing)
@@ -96,10 +96,10 @@ def mart_loss(
 
     Args:
         weight (`float`, *optional*):
-            `lambda` of the paper. None: the published 6.
+            The paper's `lambda`. Defaults to the published 6.
 
     Raises:
-        ValueError: for `label_smoothing` above 0, which the boosted cross-entropy does not define.
+        ValueError: if `label_smoothing` is not 0, since the boosted cross-entropy does not define it.
     """
     if label_smoothing:
         raise ValueError(
@@ -116,17 +116,17 @@ def mart_loss(
 
 @dataclass(frozen=True)
 class RobustLoss:
-    """A loss together with what must be computed before it can be.
+    """A loss together with the inputs it needs.
 
     Args:
         function (`Callable`):
             `(clean_logits, adversarial_logits, labels, *, weight, label_smoothing) -> (batch,)`.
         needs_clean (`bool`):
-            Whether it looks at the clean logits.
+            Whether it uses the clean logits.
         needs_adversarial (`bool`):
-            Whether it looks at the adversarial ones; if not, no attack runs.
+            Whether it uses the adversarial logits; if not, no attack runs.
         attack_objective (`"cross_entropy"` or `"kl"`):
-            What its adversarial examples increase: the loss of the true class, or the divergence from the clean
+            What its attack increases: the cross-entropy of the true class, or the divergence from the clean
             prediction.
         weight (`float`, *optional*):
             The published weight of its regulariser; None if it has none.
@@ -147,22 +147,22 @@ class RobustLoss:
         weight: float | None = None,
         label_smoothing: float = 0.0,
     ) -> torch.Tensor:
-        """The loss of each example; without a weight, with the published one."""
+        """Loss per example; `weight` defaults to the published one."""
         weight = self.weight if weight is None else weight
         return self.function(clean_logits, adversarial_logits, labels, weight=weight, label_smoothing=label_smoothing)
 
     def logits(
         self, model: Callable, pixel_values: torch.Tensor, adversarial_values: torch.Tensor | None, **inputs
     ) -> tuple[Any, torch.Tensor | None, torch.Tensor]:
-        """The outputs of `model`, and the clean and adversarial logits, from one forward pass: DDP expects one.
+        """The outputs of `model` and the clean and adversarial logits, from the single forward pass that DDP expects.
 
         Args:
             model (`Callable`):
-                A transformers image classifier, or what wraps it.
+                A transformers image classifier, possibly wrapped.
             pixel_values (`torch.Tensor` of shape `(batch, channels, height, width)`):
                 The clean images.
             adversarial_values (`torch.Tensor`, *optional*):
-                Likewise; None at epsilon 0, where the clean example is the adversarial one.
+                The adversarial images, of the same shape; None at epsilon 0, where the two coincide.
         """
         if adversarial_values is None:
             outputs = model(pixel_values=pixel_values, **inputs)
@@ -174,7 +174,7 @@ class RobustLoss:
         return outputs, None, outputs.logits
 
 
-# The names the command line knows. In Python, pass a `RobustLoss`, or a plain function that takes the same arguments.
+# Names for the command line. In Python, a `RobustLoss` or any function with the same arguments will do.
 LOSSES = {
     "standard": RobustLoss(standard_loss, needs_adversarial=False),
     "at": RobustLoss(at_loss, needs_clean=False),

@@ -1,9 +1,9 @@
 """Epsilon schedules: pure functions from training progress to a multiplier of the target epsilon.
 
-Progress is the share of optimizer steps already completed, in [0, 1]. A schedule has no state, so a resumed run,
-another number of processes or another number of accumulation steps cannot change it.
+Progress is the share of optimizer steps already completed, in [0, 1]. A schedule has no state, so resuming, the number
+of processes and the number of accumulation steps cannot change it.
 
-The two-hinge schedule is Epsilon-Scheduling of "Robust Fine-Tuning from Non-Robust Pretrained Models: Mitigating
+The two-hinge schedule is the Epsilon-Scheduling of "Robust Fine-Tuning from Non-Robust Pretrained Models: Mitigating
 Suboptimal Transfer With Epsilon-Scheduling" (https://huggingface.co/papers/2509.23325).
 """
 
@@ -46,7 +46,7 @@ def _check_hinges(start: float, end: float) -> None:
 
 
 def constant(*, multiplier: float = 1.0) -> EpsilonSchedule:
-    """The same multiplier throughout: `1` is adversarial training as usual, `0` is plain fine-tuning."""
+    """The same multiplier throughout: `1` is standard adversarial training, `0` is plain fine-tuning."""
     if not isinstance(multiplier, Real) or not 0 <= multiplier <= 1:
         raise ValueError(f"`multiplier={multiplier}` is outside [0, 1]; raise `epsilon` to train beyond it.")
     return lambda progress: float(multiplier)
@@ -55,7 +55,7 @@ def constant(*, multiplier: float = 1.0) -> EpsilonSchedule:
 def hinge(*, start: float = 0.25, end: float = 0.75) -> EpsilonSchedule:
     """Epsilon-Scheduling: `0` before `start`, `(p - start) / (end - start)` up to `end`, then `1` (paper, section 4).
 
-    The paper's hinges, epochs 12 and 37 of 50, are the defaults. `start = end = 0` is a constant epsilon.
+    The defaults follow the paper's hinges, epochs 12 and 37 of 50. `start = end = 0` is a constant epsilon.
     """
     _check_hinges(start, end)
     return lambda progress: _ramp(progress, start, end)
@@ -67,15 +67,15 @@ def linear(*, end: float = 0.75) -> EpsilonSchedule:
 
 
 def cosine(*, start: float = 0.25, end: float = 0.75) -> EpsilonSchedule:
-    """Half a cosine wave between the hinges: `(1 - cos(pi u)) / 2` for the share `u` of the ramp."""
+    """Half a cosine wave between the hinges: `(1 - cos(pi u)) / 2`, where `u` is the share of the ramp."""
     _check_hinges(start, end)
     return lambda progress: (1.0 - math.cos(math.pi * _ramp(progress, start, end))) / 2.0
 
 
 def smoothed(*, start: float = 0.25, end: float = 0.75, middle: float = 0.25, power: float = 4.0) -> EpsilonSchedule:
-    """A slow start: `a u^power` up to `middle` of the ramp, then the tangent line that reaches 1 at its end.
+    """A slow start: `a u^power` up to `middle` of the ramp, then along the tangent, reaching 1 at the end.
 
-    Known from certified training (Zhang et al., CROWN-IBP, https://huggingface.co/papers/1906.06316).
+    Used in certified training (Zhang et al., CROWN-IBP, https://huggingface.co/papers/1906.06316).
     """
     _check_hinges(start, end)
     if not isinstance(middle, Real) or not 0 < middle < 1:
@@ -94,7 +94,7 @@ def smoothed(*, start: float = 0.25, end: float = 0.75, middle: float = 0.25, po
 
 
 def piecewise(*, points: Sequence[tuple[float, float]]) -> EpsilonSchedule:
-    """Linear between `points`, a list of `(progress, multiplier)`; constant before the first and after the last."""
+    """Linear between `points`, `(progress, multiplier)` pairs; constant before the first and after the last."""
     try:
         progress_points, multipliers = np.array(points, dtype=float).reshape(len(points), 2).T
         if len(points) == 0:
@@ -109,7 +109,7 @@ def piecewise(*, points: Sequence[tuple[float, float]]) -> EpsilonSchedule:
 
 
 def check_schedule(schedule: Any) -> None:
-    """Refuse what cannot be called with progress alone; one whose signature cannot be read is let through."""
+    """Refuse anything that cannot be called with progress alone, as far as its signature can be read."""
     if not callable(schedule):
         raise ValueError(
             f"`epsilon_schedule={schedule!r}` is no function; pass one that maps progress in [0, 1] to a multiplier "
@@ -127,12 +127,12 @@ def check_schedule(schedule: Any) -> None:
 
 
 def checked_multiplier(multiplier: float, progress: float) -> float:
-    """What a schedule returned at `progress`, if it is a share of epsilon.
+    """The multiplier a schedule returned at `progress`, checked and capped at 1.
 
     Raises:
         ValueError: naming the value, the progress and the remedy.
     """
-    # A few units in the last place above 1 are the rounding of a formula that ends at 1.
+    # A formula that ends at 1 may exceed it by a few units in the last place.
     if not isinstance(multiplier, Real) or not 0 <= multiplier <= 1 + 1e-9:
         raise ValueError(
             f"`epsilon_schedule` returned {multiplier!r} at progress {progress:.3f}; it must return a multiplier of "
@@ -142,15 +142,15 @@ def checked_multiplier(multiplier: float, progress: float) -> float:
 
 
 def scaled_steps(steps: int, multiplier: float) -> int:
-    """Attack steps that follow epsilon: the share `multiplier` of `steps`, rounded up, between 1 and `steps`.
+    """Number of attack steps, scaled with epsilon: `multiplier * steps`, rounded up, between 1 and `steps`.
 
-    A smaller ball needs fewer steps: there the loss is closer to linear, and one step of a linear loss is enough.
+    A smaller ball needs fewer steps: the loss is closer to linear there, and for a linear loss one step is enough.
     """
-    # A share such as 3/7 is no float; without rounding, 7 times it could come out above 3.
+    # 3/7 is not a float; without rounding, 7 times it might come out above 3.
     return min(max(1, math.ceil(round(steps * multiplier, 9))), steps)
 
 
-# The names the command line knows. In Python, pass any function of progress instead.
+# Names for the command line. In Python, any function of progress will do.
 SCHEDULES: dict[str, Callable[..., EpsilonSchedule]] = {
     "constant": constant,
     "linear": linear,
@@ -171,13 +171,13 @@ def get_epsilon_schedule(name: str, **kwargs) -> EpsilonSchedule:
         name (`str` or [`EpsilonScheduleType`]):
             A name in `SCHEDULES`.
         kwargs:
-            The schedule's own arguments, all shares of training in [0, 1] (`start`, `end`, ...).
+            The schedule's own arguments, such as `start` and `end`, which are shares of training in [0, 1].
 
     Returns:
         `Callable[[float], float]`: maps progress in [0, 1] to the multiplier of epsilon, in [0, 1].
 
     Raises:
-        ValueError: for an unknown name, an unknown or missing argument, or one out of range.
+        ValueError: for an unknown name, or an argument that is unknown, missing or out of range.
 
     Example:
 
@@ -204,15 +204,15 @@ def get_epsilon_schedule(name: str, **kwargs) -> EpsilonSchedule:
 
 
 def is_stream(state: TrainerState) -> bool:
-    """Whether the training dataset has no length, so that nobody knows how many epochs there will be."""
+    """Whether the training dataset has no length, so that the number of epochs is unknown."""
     return state.num_train_epochs >= sys.maxsize
 
 
 def _steps_per_epoch(state: TrainerState) -> int:
-    """Optimizer steps in an epoch: exactly once a step was taken, at most as many as there are before.
+    """Optimizer steps per epoch: exact once a step has been taken, a lower bound before that.
 
-    `state.epoch` counts micro-batches, of which the last step of an epoch may have fewer. So within an epoch it lies
-    on or above the share of completed steps, by less than one step.
+    `state.epoch` counts micro-batches, and the last step of an epoch may have fewer of them. So within an epoch it
+    equals the share of completed steps, or exceeds it by less than one step.
     """
     if not state.epoch or not state.global_step:
         return math.ceil(state.max_steps / max(state.num_train_epochs, 1))
@@ -220,18 +220,18 @@ def _steps_per_epoch(state: TrainerState) -> int:
 
 
 class EpsilonScheduleCallback(TrainerCallback):
-    """Says which share of epsilon the next training step uses.
+    """Sets the share of epsilon for the next training step.
 
-    It has no state: everything follows from [`~transformers.TrainerState`], which the checkpoint restores. The trainer
-    asks the callback it holds before every step, so a subclass that overrides `multiplier` can do what a function of
-    progress cannot; without any such callback epsilon is constant.
+    It has no state of its own: everything follows from [`~transformers.TrainerState`], which checkpoints restore. The
+    trainer queries its callback before every step, so a subclass that overrides `multiplier` can do what a function of
+    progress cannot. Without such a callback, epsilon is constant.
 
     Args:
         schedule (`Callable[[float], float]`):
             Maps progress in [0, 1] to a multiplier of epsilon.
         interval (`str`, *optional*, defaults to `"step"`):
-            `"step"` measures progress in completed optimizer steps, `"epoch"` in completed epochs (the paper's
-            staircase).
+            `"step"` measures progress in completed optimizer steps, `"epoch"` in completed epochs (a staircase, as in
+            the paper).
 
     Raises:
         ValueError: for an unknown interval, or a schedule that cannot be called with progress alone.
@@ -258,13 +258,13 @@ class EpsilonScheduleCallback(TrainerCallback):
         """The schedule's value for the next step.
 
         Raises:
-            ValueError: if the schedule returns something that is no number from 0 to 1.
+            ValueError: if the schedule returns anything but a number in [0, 1].
         """
         progress = self.progress(state)
         return checked_multiplier(self.schedule(progress), progress)
 
     def share(self, state: TrainerState) -> float:
-        """`multiplier`, which a subclass may override, checked."""
+        """The result of `multiplier`, checked, since a subclass may override it."""
         return checked_multiplier(self.multiplier(state), self.progress(state))
 
     def multiplier_of_step(self, state: TrainerState, step: int) -> float:
@@ -272,11 +272,11 @@ class EpsilonScheduleCallback(TrainerCallback):
         return self.multiplier(replace(state, global_step=step, epoch=step / _steps_per_epoch(state)))
 
     def grows(self, state: TrainerState) -> bool:
-        """Whether training begins with a smaller epsilon than it ends with."""
+        """Whether training starts with a smaller epsilon than it ends with."""
         return self.multiplier_of_step(state, 0) < self.multiplier_of_step(state, state.max_steps - 1)
 
     def is_final(self, state: TrainerState) -> bool:
-        """Whether the last step that was taken had the epsilon with which training ends."""
+        """Whether the last completed step used the epsilon that training ends with."""
         multipliers = (self.multiplier_of_step(state, step) for step in (state.global_step - 1, state.max_steps - 1))
         return math.isclose(*multipliers, rel_tol=1e-6)
 

@@ -1,6 +1,6 @@
-"""What an attacker may do: a norm, a radius, and the three moves every attack is made of.
+"""What an attacker may do: a norm, a radius, and the three moves that attacks are built from.
 
-All tensors are images of shape `(batch, channels, height, width)` with pixels in [0, 1], and so are distances.
+Images have shape `(batch, channels, height, width)` and pixels in [0, 1]; distances use the same units.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 from .utils.noise import Generators, default_generator, rand, randn
 
 
-# A dense L1 step spends the whole budget on coordinates that hardly matter; PGD moves this share of them at a time.
+# A dense L1 step would spend the budget on coordinates that hardly matter; PGD moves this share of them at a time.
 L1_SPARSITY = 0.05
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
@@ -54,18 +54,18 @@ def parse_epsilons(norm: str, epsilons: Iterable[Any], *, argument: str = "epsil
         norm (`str`):
             A name in `NORMS`.
         epsilons (`Iterable` of `str`, number or `Fraction`):
-            Increasing, from 0.
+            Strictly increasing, starting at 0, with at least two values.
         argument (`str`, *optional*, defaults to `"epsilons"`):
-            What messages call the grid.
+            Name of the grid in messages.
 
     Raises:
-        ValueError: if it is no such grid, or the norm is unknown, or an epsilon of L-inf is above 1.
+        ValueError: if it is not such a grid, the norm is unknown, or an L-inf epsilon is above 1.
     """
     example = "['0', '2/255', '4/255']"
     if isinstance(epsilons, str) or not isinstance(epsilons, Iterable):
         raise ValueError(f"`{argument}={epsilons!r}` must be a list, for example {example}.")
     epsilons = list(epsilons)
-    ThreatModel(norm, 0)  # an unknown norm
+    ThreatModel(norm, 0)  # refuses an unknown norm
     try:
         grid = [ThreatModel(norm, epsilon).epsilon for epsilon in epsilons]
     except ValueError as error:
@@ -79,7 +79,7 @@ def parse_epsilons(norm: str, epsilons: Iterable[Any], *, argument: str = "epsil
 
 
 def _decimal(value: Fraction) -> str | None:
-    """`value` as a short exact decimal, or None where it has none."""
+    """`value` as an exact decimal with at most six places, or None."""
     for digits in range(7):
         if (value * 10**digits).denominator == 1:
             return f"{float(value):.{digits}f}"
@@ -87,7 +87,7 @@ def _decimal(value: Fraction) -> str | None:
 
 
 def format_epsilon(epsilon: Fraction) -> str:
-    """Write epsilon the way the field does, so that `parse_epsilon` reads back the same number: `3/255`, `0.5`."""
+    """Write epsilon in the usual notation, `3/255` or `0.5`; `parse_epsilon` reads back the same number."""
     if (decimal := _decimal(epsilon)) is not None:
         return decimal
     if (levels := _decimal(epsilon * 255)) is not None:
@@ -96,7 +96,7 @@ def format_epsilon(epsilon: Fraction) -> str:
 
 
 def format_approximately(epsilon: float, target: Fraction) -> str:
-    """Write an epsilon on the way to `target` with three digits, in the unit of the target: `1.33/255`, `0.25`."""
+    """Write an epsilon on the way to `target` to three digits, in the target's notation: `1.33/255`, `0.25`."""
     if math.isclose(epsilon, target, rel_tol=1e-6):
         return format_epsilon(target)
     unit = 255 if "/255" in format_epsilon(target) else 1
@@ -105,17 +105,17 @@ def format_approximately(epsilon: float, target: Fraction) -> str:
 
 @dataclass(eq=False)
 class ThreatModel:
-    """All images within `epsilon` of the original in `norm`, and inside the box [0, 1].
+    """All images within `epsilon` of the original in `norm` that lie in the box [0, 1].
 
     Args:
         norm (`str`):
             A name in `NORMS`.
         epsilon (`str`, number, `Fraction`, or `torch.Tensor` of shape `(batch,)`):
-            Radius of the ball, in pixels scaled to [0, 1]. Kept as an exact `Fraction`; a tensor gives every example a
-            radius of its own, and its values are not looked at.
+            Radius of the ball, for pixels scaled to [0, 1]. Stored as an exact `Fraction`; a tensor gives every
+            example its own radius, and its values are not checked.
 
     Raises:
-        ValueError: for an unknown norm, or an epsilon that is no non-negative number, or above 1 for `"linf"`.
+        ValueError: for an unknown norm, or an epsilon that is not a number, is negative, or is above 1 for `"linf"`.
     """
 
     norm: str
@@ -137,7 +137,7 @@ class ThreatModel:
 
     @property
     def is_trivial(self) -> bool:
-        """True if the ball is known to hold only the original image; a tensor, maybe on GPU, is not looked into."""
+        """Whether the ball is known to hold only the original image; False for a tensor, whose values are not read."""
         return not isinstance(self.epsilon, torch.Tensor) and self.epsilon == 0
 
     def radius(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -149,7 +149,7 @@ class ThreatModel:
         return self.epsilon.to(pixels).reshape(-1, 1, 1, 1)
 
     def select(self, indices: torch.Tensor) -> "ThreatModel":
-        """The threat model of some of the examples."""
+        """The threat model of the selected examples."""
         return ThreatModel(self.norm, self.epsilon[indices]) if isinstance(self.epsilon, torch.Tensor) else self
 
     def distance(self, adversarial: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
@@ -157,11 +157,11 @@ class ThreatModel:
         return _norm(adversarial - pixels, self.norm).flatten()
 
     def dual_norm(self, gradient: torch.Tensor) -> torch.Tensor:
-        """How much a linear loss with this gradient rises at most per unit of distance, shape `(batch,)`."""
+        """The steepest rise per unit of distance of a linear loss with this gradient, shape `(batch,)`."""
         return torch.linalg.vector_norm(gradient.flatten(1), ord=_NORMS[self.norm].dual_order, dim=1)
 
     def random_start(self, pixels: torch.Tensor, generator: Generators = None) -> torch.Tensor:
-        """A point drawn uniformly from the ball, then moved into the box."""
+        """A uniform point of the ball, projected onto ball and box."""
         generator = default_generator(pixels.device) if generator is None else generator
         direction = _NORMS[self.norm].uniform(pixels, generator)
         return self.project(pixels + self.radius(pixels) * direction, pixels)
@@ -177,15 +177,15 @@ class ThreatModel:
             step_size (`torch.Tensor` that broadcasts against `gradient`):
                 Length of the step, in pixels.
             sparsity (`float` or `torch.Tensor` of shape `(batch,)`):
-                For `"l1"`, the share of coordinates, those with the largest gradients, that move together.
+                For `"l1"`, the share of coordinates that move at a time, those with the largest gradients.
         """
         return step_size * _NORMS[self.norm].steepest(gradient, sparsity)
 
     def project(self, adversarial: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """The point of ball and box, taken together, that is nearest to `adversarial` (Euclidean distance).
+        """The point in both ball and box that is nearest to `adversarial` in Euclidean distance.
 
-        `pixels` must lie in the box. Exact for all norms up to rounding: projecting onto the ball and then clamping
-        would stay inside too, but loses part of the budget where the box binds.
+        `pixels` must lie in the box. Exact up to rounding for all norms: projecting onto the ball and then clamping
+        would also stay inside, but would waste part of the budget where the box binds.
         """
         return _NORMS[self.norm].nearest(adversarial, pixels, self.radius(pixels))
 
@@ -196,7 +196,7 @@ def _norm(images: torch.Tensor, norm: str) -> torch.Tensor:
 
 
 def _unit(images: torch.Tensor, norm: str) -> torch.Tensor:
-    """Each image divided by its norm. Scaled by its largest entry first, so that tiny gradients do not underflow."""
+    """Each image divided by its norm, after scaling by its largest entry so that tiny gradients do not underflow."""
     tiny = torch.finfo(images.dtype).tiny
     scaled = images / _norm(images, "linf").clamp_min(tiny)
     return scaled / _norm(scaled, norm).clamp_min(tiny)
@@ -210,13 +210,13 @@ def _uniform_linf(images: torch.Tensor, generator: Generators) -> torch.Tensor:
 
 
 def _uniform_l2(images: torch.Tensor, generator: Generators) -> torch.Tensor:
-    """A Gaussian gives the direction and U^(1/d) the radius of a uniform point in the d-dimensional ball."""
+    """Uniform in the d-dimensional ball: the direction of a Gaussian, and the radius U^(1/d)."""
     noise = randn(images, generator)
     return _unit(noise, "l2") * rand(images[:, :1, :1, :1], generator) ** (1 / images[0].numel())
 
 
 def _uniform_l1(images: torch.Tensor, generator: Generators) -> torch.Tensor:
-    """Laplace noise over its sum plus one more exponential."""
+    """Laplace noise divided by its L1 norm plus one more exponential variable."""
     exponential = -torch.log1p(-rand(images, generator))
     sign = torch.where(rand(images, generator) < 0.5, -1.0, 1.0).to(images)
     slack = -torch.log1p(-rand(images[:, :1, :1, :1], generator))
@@ -236,7 +236,7 @@ def _steepest_l2(gradient: torch.Tensor, sparsity: float | torch.Tensor) -> torc
 
 def _steepest_l1(gradient: torch.Tensor, sparsity: float | torch.Tensor) -> torch.Tensor:
     magnitude = gradient.abs().flatten(1)
-    if not isinstance(sparsity, torch.Tensor):  # filled on the device: nothing waits for a copy
+    if not isinstance(sparsity, torch.Tensor):  # filled on the device, so that nothing waits for a copy
         sparsity = torch.full((1,), sparsity, device=gradient.device)
     count = sparsity * magnitude.shape[1]
     rank = count.long().clamp(1, magnitude.shape[1]).expand(len(magnitude)) - 1
@@ -253,13 +253,13 @@ def _nearest_linf(adversarial: torch.Tensor, pixels: torch.Tensor, radius: torch
 
 
 def _nearest_by(shrink: Callable) -> Callable:
-    """The projection that shrinks the size of each coordinate's change and keeps its sign."""
+    """A projection that shrinks the size of each coordinate's change and keeps its sign."""
 
     def nearest(adversarial: torch.Tensor, pixels: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
         delta = adversarial - pixels
-        room = torch.where(delta > 0, 1 - pixels, pixels)  # how far each coordinate may go before it leaves the box
+        room = torch.where(delta > 0, 1 - pixels, pixels)  # how far each coordinate can move within the box
         size = shrink(delta.abs().flatten(1), room.flatten(1), radius.flatten(1)).reshape(delta.shape)
-        # `pixels + size` may still round to just outside the box.
+        # Rounding may still put `pixels + size` just outside the box.
         return (pixels + delta.sign() * size).clamp(0, 1)
 
     return nearest
@@ -268,22 +268,22 @@ def _nearest_by(shrink: Callable) -> Callable:
 def _shrink_l2(size: torch.Tensor, room: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     """The nearest vector to `size` with entries in [0, `room`] and L2 norm at most `radius`; shapes `(batch, d)`.
 
-    It is `min(s * size, room)` for one factor `s` in [0, 1] an example. The squared norm grows with `s`, quadratic
-    between the points `room / size` where an entry reaches its bound, so sorting those gives the factor exactly.
+    It is `min(s * size, room)` with one factor `s` in [0, 1] per example. The squared norm grows with `s`, and is
+    quadratic between the points `room / size` where an entry reaches its bound, so sorting those gives `s` exactly.
     """
     inside = torch.linalg.vector_norm(torch.minimum(size, room), dim=1, keepdim=True) <= radius
     bounds = (room / size.clamp_min(torch.finfo(size.dtype).tiny)).nan_to_num(posinf=torch.finfo(size.dtype).max)
     bounds, order = bounds.sort(dim=1)
-    # Sums in float64: a difference of cumulative sums of squares loses the small entries otherwise.
+    # Sum in float64: otherwise differences of cumulative sums of squares would lose the small entries.
     free = size.double().square().gather(1, order)
     fixed = room.double().square().gather(1, order)
-    fixed_before = fixed.cumsum(1) - fixed  # entries already at their bound when the k-th reaches its own
+    fixed_before = fixed.cumsum(1) - fixed  # entries that reach their bounds before the k-th does
     free_from = free.flip(1).cumsum(1).flip(1)
     budget = radius.double().square()
     # With exactly the first k entries at their bounds: fixed_before[k] + s^2 free_from[k] = radius^2.
     factor = ((budget - fixed_before).clamp_min(0) / free_from.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
-    # The right k is the first at which that factor does not push the k-th entry over its bound. There may be none, up
-    # to rounding: then the ball just touches the corner of the box, and all entries are at their bounds.
+    # The right k is the first whose factor does not push the k-th entry over its bound. Rounding may leave none: then
+    # the ball just touches the corner of the box, and all entries are at their bounds.
     fits = factor <= bounds.double()
     k = fits.double().argmax(dim=1, keepdim=True)
     factor = torch.where(fits.any(dim=1, keepdim=True), factor.gather(1, k), 1.0)
@@ -297,21 +297,21 @@ def _shrink_l2(size: torch.Tensor, room: torch.Tensor, radius: torch.Tensor) -> 
 def _shrink_l1(size: torch.Tensor, room: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
     """The nearest vector to `size` with entries in [0, `room`] and L1 norm at most `radius`; shapes `(batch, d)`.
 
-    It is `clamp(size - t, 0, room)` for one threshold `t >= 0` an example (Croce and Hein 2021, "Mind the box",
-    proposition 2.2). The sum falls with `t`, linear between the 2d points where an entry leaves its upper bound
-    (`size - room`) or reaches zero (`size`), so sorting those gives the threshold exactly.
+    It is `clamp(size - t, 0, room)` with one threshold `t >= 0` per example (Croce and Hein 2021, "Mind the box",
+    proposition 2.2). The sum falls with `t`, and is linear between the 2d points where an entry leaves its upper bound
+    (`size - room`) or reaches zero (`size`), so sorting those gives `t` exactly.
     """
     clipped = torch.minimum(size, room)
     inside = clipped.sum(dim=1, keepdim=True) <= radius
     points = torch.cat([(size - room).clamp_min(0), size], dim=1).double()
-    # Beyond its first point an entry falls with slope 1, beyond its second it rests at zero.
+    # Beyond its first point, an entry falls with slope 1; beyond its second, it stays at zero.
     slope_changes = torch.cat([torch.ones_like(size), -torch.ones_like(size)], dim=1).double()
     points, order = points.sort(dim=1)
-    slopes = slope_changes.gather(1, order).cumsum(1)  # number of entries falling after each point
+    slopes = slope_changes.gather(1, order).cumsum(1)  # number of entries that fall after each point
     fall = (slopes[:, :-1] * points.diff(dim=1)).cumsum(1)
     total = clipped.double().sum(dim=1, keepdim=True)
-    sums = torch.cat([total, total - fall], dim=1)  # value of the sum at each point
-    # The last point at which the sum is still at least the radius; from there the threshold is on a straight line.
+    sums = torch.cat([total, total - fall], dim=1)  # the sum at each point
+    # The last point where the sum is still at least the radius; from there on, it falls linearly to the radius.
     k = ((sums >= radius.double()).long().sum(dim=1, keepdim=True) - 1).clamp_min(0)
     rest = (sums.gather(1, k) - radius.double()) / slopes.gather(1, k).clamp_min(1)
     threshold = (points.gather(1, k) + rest).to(size.dtype)
@@ -322,9 +322,9 @@ def _shrink_l1(size: torch.Tensor, room: torch.Tensor, radius: torch.Tensor) -> 
 
 
 class _Norm(NamedTuple):
-    """What a threat model needs to know of a norm."""
+    """What a threat model needs to know about a norm."""
 
-    title: str  # what people read
+    title: str  # for people to read
     order: float  # as `torch.linalg.vector_norm` takes it
     uniform: Callable[[torch.Tensor, Generators], torch.Tensor]
     steepest: Callable[[torch.Tensor, float | torch.Tensor], torch.Tensor]

@@ -1,4 +1,4 @@
-"""Attacks, one method a file. Each is a pure function; `functools.partial` makes a configured one."""
+"""Attacks, one per file. Each is a pure function; configure it with `functools.partial`."""
 
 from .apgd import apgd, apgd_dlr
 from .apgd_targeted import apgd_targeted
@@ -9,8 +9,8 @@ from .pgd import pgd
 from .square import square
 
 
-# The names the command line knows. In Python, pass any callable with the signature of `Attack` instead.
-# Those to train with go on increasing a loss; the others stop once an example is misclassified, which teaches a model
+# Names for the command line. In Python, any callable with the signature of `Attack` will do.
+# Training attacks keep increasing a loss; the others stop once an example is misclassified, which teaches a model
 # little.
 TRAINING_ATTACKS: dict[str, Attack] = {"fgsm": fgsm, "pgd": pgd, "apgd": apgd, "apgd_dlr": apgd_dlr}
 ATTACKS: dict[str, Attack] = {**TRAINING_ATTACKS, "apgd_targeted": apgd_targeted, "fmn": fmn, "square": square}

@@ -1,4 +1,4 @@
-"""Auto-PGD: PGD that chooses its step size by itself.
+"""Auto-PGD: PGD that chooses its own step size.
 
 Croce and Hein 2020, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks"
 (https://huggingface.co/papers/2003.01690), algorithm 1; for L1 their "Mind the box" 2021
@@ -15,9 +15,9 @@ from .base import Forward, Objective, Passes, check_inputs, dlr, evaluate, log_o
 MOMENTUM = 0.75
 # A step size is kept only if more than this share of the steps since the last checkpoint increased the objective.
 MIN_INCREASE = 0.75
-# Epsilon is this many times the target for these shares of the steps; in L1, wider balls lead out of flat regions.
+# Phases: (multiple of the target epsilon, share of the steps). In L1, wider balls lead out of flat regions.
 PHASES = {"linf": ((1, 1.0),), "l2": ((1, 1.0),), "l1": ((3, 0.3), (2, 0.3), (1, 0.4))}
-# Shorter runs are not divided, and start from a uniform point in L1 too.
+# Shorter runs have a single phase and, even in L1, a uniform start.
 MIN_STEPS_FOR_PHASES = 10
 # Length of the first step relative to epsilon.
 FIRST_STEP = {"linf": 2.0, "l2": 2.0, "l1": 1.0}
@@ -33,17 +33,17 @@ def _phases(steps: int, norm: str) -> list[tuple[int, int]]:
 
 
 def _sparse_start(threat_model: ThreatModel, pixels: torch.Tensor, generator: Generators) -> torch.Tensor:
-    """Gaussian noise, moved onto the L1 ball: only the coordinates with the largest noise change, as in the paper.
+    """Gaussian noise projected onto the L1 ball: only the coordinates with the largest noise change, as in the paper.
 
-    On two CNNs (14 px, 150 images, two epsilons each) 0 to 0.7 points fewer examples withstood five runs of 100 steps
-    than from uniform starts, and at one epsilon each 3 to 7 points fewer a run of 10 steps. Single runs of 100 steps
-    differ by up to 2 points either way. In one ball alone (no phases, 20 steps) this start was weaker by 2 points.
+    Compared with uniform starts, on two CNNs (14 px, 150 images): 0 to 0.7 points fewer examples withstood five runs
+    of 100 steps (two epsilons each), and 3 to 7 points fewer withstood one run of 10 steps (one epsilon each). Single
+    runs of 100 steps differ by up to 2 points either way. Without phases (20 steps), this start was 2 points weaker.
     """
     return threat_model.project(pixels + randn(pixels, generator), pixels)
 
 
 def apgd_passes(steps: int, norm: str = "linf") -> Passes:
-    """Cost of one run; a phase looks at its last iterate without asking for the gradient there."""
+    """Cost of one run; each phase evaluates its last iterate without a gradient."""
     return Passes(forward=steps + len(_phases(steps, norm)), backward=steps)
 
 
@@ -63,21 +63,21 @@ def apgd(
 ) -> torch.Tensor:
     """Ascent with momentum whose step size halves, per example, whenever progress stalls.
 
-    See [`Attack`] for the common arguments. Passes: `steps + 1` forward, `steps` backward (the last iterate is looked
-    at, its gradient is not needed); for L1 with 10 steps and more, two forward passes more.
+    See [`Attack`] for the common arguments. Passes: `steps + 1` forward, `steps` backward (the last iterate needs no
+    gradient); two more forward passes for L1 with 10 or more steps.
 
     Args:
         random_start (`bool`, *optional*, defaults to `True`):
-            Start from a random point of the ball instead of the clean image: a uniform one, but for L1 with 10 steps
-            and more a sparse one, in the ball of three times the radius.
+            Start from a random point of the ball instead of the clean image. The point is uniform, except for L1 with
+            10 or more steps: there it is sparse, in a ball of three times the radius.
         step_size (`float`, *optional*):
             Length of the first step relative to epsilon. Defaults to 2 (L-inf, L2) or 1 (L1).
         objective (`Callable`, *optional*):
-            Maps logits and labels to the values, one an example, to be increased. Defaults to the log-odds,
-            whose ascent is that of cross-entropy; [`apgd_dlr`] has the other choice of the paper.
+            Maps logits and labels to the value to increase, per example. Defaults to the log-odds, which rise
+            together with the cross-entropy; [`apgd_dlr`] uses the paper's other objective.
         early_stop (`bool`, *optional*, defaults to `False`):
-            Return, for each example, the first iterate that is misclassified, and spend no pass on it any more.
-            Otherwise the iterate with the largest objective is returned.
+            Return the first misclassified iterate of each example and spend no further passes on it. Otherwise,
+            return the iterate with the largest objective.
     """
     pixels = check_inputs(pixels, labels, steps)
     if threat_model.is_trivial or len(pixels) == 0:
@@ -98,7 +98,7 @@ def apgd(
             phase_steps,
             step_size=FIRST_STEP[norm] if step_size is None else step_size,
             objective=objective,
-            early_stop=early_stop and number == len(phases),  # what fools in a wider ball may not in the last
+            early_stop=early_stop and number == len(phases),  # fooling in a wider ball does not count
         )
     return adversarial
 
@@ -113,7 +113,7 @@ def apgd_dlr(
     early_stop: bool = False,
     **options,
 ) -> torch.Tensor:
-    """[`apgd`] on the difference-of-logits ratio, the other objective of the paper, blind to the logits' scale."""
+    """[`apgd`] on the difference-of-logits ratio, the paper's other objective, which ignores the logits' scale."""
     return apgd(forward, pixels, labels, objective=objective, early_stop=early_stop, **options)
 
 
@@ -159,7 +159,7 @@ def _ascend(
         best_gradient = where(is_better, gradient, best_gradient)
 
         restart = step_rule.update(current.objective > last.objective, best_objective, best, pixels)
-        if restart is not None:  # at a checkpoint: examples that stalled go on from their best point, without momentum
+        if restart is not None:  # checkpoint: stalled examples resume from their best point, without momentum
             adversarial = where(restart, best, adversarial)
             previous = where(restart, best, previous)
             gradient = where(restart, best_gradient, gradient)
@@ -170,7 +170,7 @@ def _ascend(
 
 
 class _HalvingSteps:
-    """L-inf and L2: at checkpoints ever closer together, halve the step of the examples that stalled."""
+    """L-inf and L2: halve the step of stalled examples, at checkpoints that get closer and closer."""
 
     momentum = True
 
@@ -219,7 +219,7 @@ class _SparseSteps:
         self.interval = max(int(0.04 * steps), 1)
         self.steps_in_interval = 0
         self.support = self._changed(start, pixels)
-        # As at a checkpoint, unless the start is dense, or the clean image.
+        # The same as at a checkpoint, unless the start is dense or the clean image.
         self.sparsity = torch.where(self.support > 0, self.support / pixels[0].numel() / 1.5, 0.2).clamp_max(0.2)
 
     def move(self, gradient: torch.Tensor) -> torch.Tensor:

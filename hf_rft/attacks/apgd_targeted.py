@@ -1,4 +1,4 @@
-"""Targeted Auto-PGD: one run of APGD for each of the classes an example is most easily taken for.
+"""Targeted Auto-PGD: one run of APGD for each of the most likely wrong classes.
 
 Croce and Hein 2020, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free attacks"
 (https://huggingface.co/papers/2003.01690), section 4.
@@ -30,32 +30,32 @@ def apgd_targeted(
     step_size: float | None = None,
     targets: int = 9,
 ) -> torch.Tensor:
-    """APGD towards the wrong classes with the largest clean logits, one after the other, until an example is fooled.
+    """APGD towards the wrong classes with the largest clean logits, one at a time, until an example is fooled.
 
-    See [`Attack`] for the common arguments. Passes per example that withstands everything: one forward for the clean
-    logits, then those of `targets` runs of [`apgd`] and a forward to look at what each of them found; an example that
-    is fooled costs nothing any more.
+    See [`Attack`] for the common arguments. Passes for an example that withstands everything: one forward for the
+    clean logits, then `targets` runs of [`apgd`], each followed by one forward to check the result. Once fooled, an
+    example costs nothing more.
 
     Args:
         steps (`int`):
             Gradient evaluations for each target.
         random_start (`bool`, *optional*, defaults to `True`):
-            Start each run from a random point as in [`apgd`], a new one for each target.
+            Start each run from a random point, as in [`apgd`]; every target gets a new one.
         step_size (`float`, *optional*):
             As in [`apgd`].
         targets (`int`, *optional*, defaults to 9):
-            How many classes to aim at; at most the number of classes less one.
+            How many classes to aim at; capped at the number of classes minus one.
 
     Returns:
-        `torch.Tensor`: the first misclassified image found for each example; for an example that withstands all
-        targets, the one that came closest to the last.
+        `torch.Tensor`: the first misclassified image found for each example; if it withstands all targets, the image
+        that came closest to the last one.
     """
     pixels = check_inputs(pixels, labels, steps)
     if targets < 1:
         raise ValueError(f"`targets={targets}` must be at least 1.")
     if threat_model.is_trivial or len(pixels) == 0:
         return pixels
-    threat_model.radius(pixels)  # refuses an epsilon or a generator too many, which a selection of them would not
+    threat_model.radius(pixels)  # check the lengths here: indexing below would hide surplus epsilons or generators
     check_generators(generator, len(pixels))
     with torch.no_grad():
         clean_logits = forward(pixels)

@@ -1,4 +1,4 @@
-"""What all attacks share: their signature, what they increase, and the gradient that says how."""
+"""What all attacks share: the signature, the objectives, and the gradient of an objective."""
 
 import functools
 import inspect
@@ -28,14 +28,14 @@ class Attack(Protocol):
         labels (`torch.Tensor` of shape `(batch,)`):
             True classes.
         threat_model ([`ThreatModel`]):
-            Norm and epsilon; epsilon may be one number or one per example.
+            Norm and epsilon; epsilon may be a single number or one per example.
         steps (`int`):
             Number of gradient evaluations.
         generator (`torch.Generator`, or a list of them, one per example, *optional*):
-            Source of the random start. None draws from a generator seeded with 0, never from the global one.
+            Source of all randomness. None means a generator seeded with 0, never the global one.
         objective (`Callable`):
-            Only for losses that choose what their attack increases (TRADES): maps logits and labels to the values, one
-            an example, to be increased.
+            Needed only for losses that choose what their attack increases (TRADES): maps logits and labels to the
+            value to increase, per example.
 
     Returns:
         `torch.Tensor`: adversarial pixels, inside the ball and inside [0, 1].
@@ -63,7 +63,7 @@ def checked(attack: Attack) -> Attack:
     """A user's attack, whose results are refused if they leave the ball or the box.
 
     Raises:
-        ValueError: if the attack cannot be called as [`Attack`] says.
+        ValueError: if the attack does not have the signature of [`Attack`].
     """
     _check_signature(attack)
 
@@ -72,8 +72,8 @@ def checked(attack: Attack) -> Attack:
         adversarial = attack(forward, pixels, labels, threat_model=threat_model, **options)
         radius = threat_model.radius(pixels).flatten()
         excess = threat_model.distance(adversarial, pixels) - radius
-        # Adding a perturbation to float32 pixels rounds each of them by up to half this; errors of both signs add up
-        # like a random walk in L1 and L2.
+        # Adding a perturbation to a float32 pixel rounds it by up to half this; in L1 and L2 the errors add up like a
+        # random walk.
         rounding = torch.finfo(torch.float32).eps * (1 if threat_model.norm == "linf" else pixels[0].numel() ** 0.5)
         lowest, highest = adversarial.aminmax()
         if not ((excess <= 1e-4 * radius + rounding).all() and lowest >= 0 and highest <= 1):
@@ -91,7 +91,7 @@ def _check_signature(attack: Attack) -> None:
     try:
         signature = inspect.signature(attack)
     except (TypeError, ValueError):
-        return  # not callable, which the caller refuses, or compiled code that does not tell
+        return  # not callable (the caller refuses it), or compiled code without a signature
     try:
         signature.bind(None, None, None, threat_model=None, steps=1, generator=None)
     except TypeError as error:
@@ -111,7 +111,7 @@ def attack_name(attack: Any) -> str:
 
 
 class Passes(NamedTuple):
-    """Forward and backward passes through the model that an attack spends on each example at the most."""
+    """Upper bound on the forward and backward passes an attack spends per example."""
 
     forward: int
     backward: int
@@ -127,23 +127,23 @@ def states_passes(passes: Callable[..., Passes]):
     return decorate
 
 
-# --- Objectives: `(logits, labels) -> (batch,)`. In float32 at least: autocast must not round a margin to zero ---
+# --- Objectives: `(logits, labels) -> (batch,)`, in float32 or wider: autocast must not round a margin to zero ---
 
 
 def _true_and_other_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The true class's logit, and all logits with that one at minus infinity."""
     logits = at_least_float32(logits)
     labels = labels.unsqueeze(1)
-    # Not by `F.one_hot`, which looks at the largest label: the CPU would wait for the device in every step.
+    # Not `F.one_hot`: it reads the largest label, so the CPU would wait for the device in every step.
     return logits.gather(1, labels).squeeze(1), logits.scatter(1, labels, -torch.inf)
 
 
 def log_odds(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Log-odds that the true class is wrong, `logsumexp of the others - true logit`.
 
-    Cross-entropy is `log(1 + exp(log_odds))`. It rises with the log-odds, so that to increase one is to increase the
-    other, and gradients have the same direction. But its own gradient vanishes in float32 once the true class is
-    certain (a lead of 100 in the logits), and a confident model looks robust.
+    Cross-entropy is `log(1 + exp(log_odds))`, so the two rise together and their gradients point the same way. But the
+    gradient of cross-entropy vanishes in float32 once the true class is certain (a lead of 100 in the logits), which
+    makes a confident model look robust.
     """
     true_logit, others = _true_and_other_logits(logits, labels)
     return others.logsumexp(dim=1) - true_logit
@@ -156,10 +156,10 @@ def margin(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def dlr(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Difference of logits ratio: the margin over the gap between first and third logit (Croce and Hein 2020, eq. 6).
+    """Difference-of-logits ratio: margin over gap between first and third logit (Croce and Hein 2020, eq. 6).
 
-    Blind to the scale of the logits, which log-odds are not. With two classes there is no third logit: the plain
-    margin is used.
+    Unlike the log-odds, it does not depend on the scale of the logits. Two classes have no third logit, so there it is
+    the plain margin.
     """
     if logits.shape[1] < 3:
         return margin(logits, labels)
@@ -169,11 +169,11 @@ def dlr(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 class Lead:
-    """Lead of the logit of a target class over the true one.
+    """Logit of a target class minus the true one.
 
     Args:
         targets (`torch.Tensor` of shape `(batch,)`):
-            Class that each example shall be taken for.
+            Target class of each example.
     """
 
     def __init__(self, targets: torch.Tensor):
@@ -185,9 +185,9 @@ class Lead:
 
 
 class TargetedDLR(Lead):
-    """[`Lead`] over the gap between the first logit and the mean of the third and fourth.
+    """[`Lead`] divided by the gap between the first logit and the mean of the third and fourth.
 
-    Croce and Hein 2020, eq. 7. With fewer than four classes there is no fourth logit: the plain lead is used.
+    Croce and Hein 2020, eq. 7. Fewer than four classes have no fourth logit, so there it is the plain lead.
     """
 
     def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -200,11 +200,11 @@ class TargetedDLR(Lead):
 
 
 class KLDivergence:
-    """`KL(p || softmax(logits))` to a fixed distribution `p`, here the model's own on the clean images (TRADES).
+    """`KL(p || softmax(logits))` from a fixed `p`: the model's own prediction on the clean images (TRADES).
 
     Args:
         clean_logits (`torch.Tensor` of shape `(batch, classes)`):
-            Computed once; the attack's steps all compare with it.
+            Computed once, and compared with in every step.
     """
 
     def __init__(self, clean_logits: torch.Tensor):
@@ -218,10 +218,10 @@ class KLDivergence:
 
 
 class Evaluation(NamedTuple):
-    """The model at one point of the attack: objective and its gradient, predicted class, and whether it is wrong."""
+    """The model at one point of an attack: objective, its gradient, predicted class, and whether that is wrong."""
 
     objective: torch.Tensor  # (batch,)
-    gradient: Any  # like pixels; None if it was not asked for
+    gradient: Any  # shaped like the pixels; None if not requested
     prediction: torch.Tensor  # (batch,)
     fooled: torch.Tensor  # (batch,), bool
 
@@ -237,11 +237,11 @@ def evaluate(
 ) -> Evaluation:
     """One pass through the model. Only the input gets a gradient; no `.grad` field is touched.
 
-    With `standing`, the indices of the examples still of interest, only those pass through the model; what is returned
-    for the others means nothing.
+    `standing` holds the indices of the examples still of interest. Only those pass through the model; the results for
+    the others are meaningless.
 
-    The gradient has the right direction for each example, not the right length: that of the logits is scaled to 1
-    before it goes back through the model, or it would underflow there in half precision once the model is confident.
+    Each example's gradient has the right direction but not the right length: the gradient with respect to the logits
+    is scaled to 1 before it is backpropagated, or it would underflow in half precision once the model is confident.
     """
     with torch.set_grad_enabled(gradient):
         adversarial = adversarial.detach().requires_grad_(gradient)
@@ -256,19 +256,19 @@ def evaluate(
         with torch.enable_grad():
             leaf = at_least_float32(logits.detach()).requires_grad_()
             values = objective(leaf, labels)
-            # The sum, not the mean: an example's gradient must not depend on the size of its batch.
+            # The sum, not the mean: an example's gradient must not depend on the batch size.
             of_logits = torch.autograd.grad(values.sum(), leaf)[0]
         largest = of_logits.abs().amax(dim=1, keepdim=True)
         of_logits = of_logits / largest.clamp_min(torch.finfo(of_logits.dtype).tiny)
         input_gradient = torch.autograd.grad(logits, adversarial, of_logits.to(logits.dtype))[0]
-        # A step along NaN would leave the ball; where the model gives no direction, the image stays.
+        # A step along NaN would leave the ball. Without a direction, the image stays put.
         input_gradient = input_gradient.nan_to_num()
     prediction = logits.detach().argmax(dim=1)
     return Evaluation(values.detach(), input_gradient, prediction, prediction != labels)
 
 
 def check_inputs(pixels: torch.Tensor, labels: torch.Tensor, steps: int) -> torch.Tensor:
-    """Refuse what no attack can work with; return the pixels in float32 or wider, where steps of 1/255 are exact."""
+    """Refuse unusable inputs; return the pixels in float32 or wider, where steps of 1/255 are exact."""
     if steps < 1:
         raise ValueError(f"`steps={steps}` must be at least 1.")
     if pixels.dim() != 4 or len(pixels) != len(labels):
@@ -280,7 +280,7 @@ def check_inputs(pixels: torch.Tensor, labels: torch.Tensor, steps: int) -> torc
 
 
 def select_generators(generator: Generators, indices: torch.Tensor) -> Generators:
-    """The generators of some of the examples; a single generator serves any of them."""
+    """The generators of the selected examples; a single generator serves them all."""
     if generator is None or isinstance(generator, torch.Generator):
         return generator
     return [generator[index] for index in indices.tolist()]
@@ -292,11 +292,11 @@ def per_example(values: torch.Tensor) -> torch.Tensor:
 
 
 def where(mask: torch.Tensor, images: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """`images` for the examples of a mask of shape `(batch,)`, `others` for the rest."""
+    """`images` where the mask of shape `(batch,)` is true, `others` elsewhere."""
     return torch.where(per_example(mask), images, others)
 
 
-# Share of examples with a gradient of exactly zero above which gradients count as masked.
+# Gradients count as masked if they are exactly zero for more than this share of the examples.
 ZERO_GRADIENT_SHARE = 0.05
 
 

@@ -22,7 +22,7 @@ def fgsm(
     objective: Objective = log_odds,
     early_stop: bool = False,
 ) -> torch.Tensor:
-    """One steepest step. See [`Attack`] for the common arguments and [`pgd`], of which it is the first step.
+    """One steepest step, the first of [`pgd`]; see there and [`Attack`] for the common arguments.
 
     Args:
         steps (`int`, *optional*, defaults to 1):

@@ -1,10 +1,12 @@
 """FMN, the fast minimum-norm attack: the nearest misclassified image, not just one inside a given ball.
 
 Pintor et al. 2021, "Fast minimum-norm adversarial attacks through adaptive norm constraints"
-(https://huggingface.co/papers/2102.12827). Four things differ from the published code: the perturbation is projected
-onto the ball, not scaled onto its sphere; the estimated distance is overshot a little, or on a linear model the search
-ends on the boundary; the class aimed at is the one whose boundary is nearest to first order, not the one with the
-second largest logit; steps are relative to the current radius, so that no step size depends on the norm.
+(https://huggingface.co/papers/2102.12827). Four differences from the published code:
+
+* The perturbation is projected onto the ball, not scaled onto its sphere.
+* The estimated distance is overshot a little; otherwise the search on a linear model ends on the boundary itself.
+* The target is the class whose boundary is nearest to first order, not the one with the second largest logit.
+* Steps are relative to the current radius, so no step size depends on the norm.
 """
 
 import math
@@ -16,13 +18,13 @@ from ..utils.noise import Generators
 from .base import Forward, Lead, Passes, check_inputs, evaluate, per_example, states_passes, where
 
 
-# The radius changes by at least this share, inwards from the nearest image that fools the model, outwards while there
-# is none: first, last step.
+# The radius changes by at least this share: inwards from the nearest fooling image, outwards while there is none.
+# First and last step.
 RADIUS_CHANGE = (0.05, 0.001)
-# Length of a step relative to the current radius: first, last step.
+# Length of a step relative to the current radius, first and last step.
 STEP_LENGTH = (1.0, 0.01)
-# By how much more than the estimated distance to move. It doubles with each step at which an example that was never
-# fooled still stands: where float32 drowns a small overshoot, or the boundary curves away, a larger one is needed.
+# How far to move beyond the estimated distance. It doubles with every step as long as an example has never been
+# fooled: a small overshoot may vanish in float32, or fall short of a boundary that curves away.
 OVERSHOOT, LARGEST_OVERSHOOT = 1e-4, 0.5
 
 
@@ -39,22 +41,22 @@ def fmn(
 ) -> torch.Tensor:
     """Search for the smallest perturbation that fools the model, inside the ball of the threat model.
 
-    See [`Attack`] for the common arguments. To find distances, give a radius that no example needs. An example is
-    fooled if it is taken for any other class. Passes: `steps + 2` forward; `steps` backward, and one for each class
-    that might be the nearest.
+    See [`Attack`] for the common arguments. To measure distances, choose a radius larger than any example needs. An
+    example is fooled once it is taken for any other class. Passes: `steps + 2` forward; `steps` backward, plus one for
+    each class that might be the nearest.
 
     Args:
         steps (`int`):
-            Gradient evaluations after the nearest class was chosen.
+            Gradient evaluations after the choice of the nearest class.
         generator (*optional*):
-            Not used: the search starts from the clean image and nothing in it is random.
+            Not used: the search starts from the clean image and is deterministic.
         targets (`int`, *optional*, defaults to 9):
-            How many classes, those with the largest logits, to compare for the nearest boundary; at most the number of
-            classes less one.
+            How many classes, in order of their logits, to compare for the nearest boundary; capped at the number of
+            classes minus one.
 
     Returns:
-        `torch.Tensor`: the nearest misclassified image found; for an example that withstands, the image that came
-        closest to the class aimed at.
+        `torch.Tensor`: the nearest misclassified image found; if an example withstands, the image that came closest
+        to the target class.
     """
     pixels = check_inputs(pixels, labels, steps)
     if targets < 1:
@@ -82,7 +84,7 @@ def fmn(
         if step == steps:
             break
 
-        # The radius to try next: to first order the boundary of the target class lies at `moved - lead / slope`.
+        # The next radius to try: to first order, the target class's boundary lies at `moved - lead / slope`.
         slope = threat_model.dual_norm(current.gradient)
         estimate = (moved - lead / slope.clamp_min(torch.finfo(slope.dtype).tiny)) * (1 + overshoot)
         change = _cosine(RADIUS_CHANGE, step, steps)
@@ -101,7 +103,7 @@ def fmn(
 def _nearest_class(
     forward: Forward, pixels: torch.Tensor, labels: torch.Tensor, threat_model: ThreatModel, targets: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The wrong class whose boundary is nearest to first order, and whether the clean image is misclassified."""
+    """The wrong class with the nearest boundary to first order, and whether the clean image is misclassified."""
     with torch.enable_grad():
         leaf = pixels.detach().requires_grad_()
         logits = forward(leaf)
@@ -118,7 +120,7 @@ def _nearest_class(
 
 
 def _step(gradient: torch.Tensor, length: torch.Tensor, norm: str) -> torch.Tensor:
-    """The steepest step; in L1 along the gradient: the projection makes it sparse, and finds the best coordinates."""
+    """The steepest step. In L1 it follows the gradient itself: the projection then picks the best few coordinates."""
     if norm == "l1":
         largest = gradient.abs().amax(dim=(1, 2, 3), keepdim=True)
         return length * gradient / largest.clamp_min(torch.finfo(gradient.dtype).tiny)
@@ -126,6 +128,6 @@ def _step(gradient: torch.Tensor, length: torch.Tensor, norm: str) -> torch.Tens
 
 
 def _cosine(ends: tuple[float, float], step: int, steps: int) -> float:
-    """From the first to the second value over the steps."""
+    """Half a cosine wave from the first value to the second over the steps."""
     first, last = ends
     return last + (first - last) * (1 + math.cos(math.pi * step / steps)) / 2

@@ -7,8 +7,8 @@ from ..utils.noise import Generators
 from .base import Forward, Objective, Passes, check_inputs, evaluate, log_odds, states_passes, where
 
 
-# Default length of all steps together, relative to epsilon. 2.5 (Madry et al.) crosses the ball from any start. On the
-# L2 sphere n steps of length a / n turn the perturbation towards the gradient until tan(angle / 2) = exp(-a): a = 2.5
+# Default total length of all steps, relative to epsilon. 2.5 (Madry et al.) crosses the ball from any start. On the L2
+# sphere, n steps of length a / n turn the perturbation towards the gradient until tan(angle / 2) = exp(-a): a = 2.5
 # still loses 1.4 % of epsilon, a = 4 less than 0.1 %.
 PATH_LENGTH = {"linf": 2.5, "l2": 4.0, "l1": 2.5}
 
@@ -27,22 +27,22 @@ def pgd(
     objective: Objective = log_odds,
     early_stop: bool = False,
 ) -> torch.Tensor:
-    """Steepest ascent steps of fixed length, each followed by the projection onto ball and box.
+    """Steepest ascent steps of fixed length, each followed by a projection onto ball and box.
 
     See [`Attack`] for the common arguments. Passes: `steps` forward, `steps` backward; the last iterate is returned
-    without looking at it.
+    without being evaluated.
 
     Args:
         random_start (`bool`, *optional*, defaults to `True`):
             Start from a uniform point of the ball instead of the clean image.
         step_size (`float`, *optional*):
-            Length of a step relative to epsilon. Defaults to `2.5 / steps`, for L2 to `4 / steps`.
+            Length of a step relative to epsilon. Defaults to `2.5 / steps`, or `4 / steps` for L2.
         objective (`Callable`, *optional*):
-            Maps logits and labels to the values, one an example, to be increased. Defaults to the log-odds,
-            whose ascent is that of cross-entropy.
+            Maps logits and labels to the value to increase, per example. Defaults to the log-odds, which rise
+            together with the cross-entropy.
         early_stop (`bool`, *optional*, defaults to `False`):
-            Return, for each example, the first iterate that is misclassified, and spend no pass on it any more. For
-            evaluation: in training a misclassified example is worth improving further.
+            Return the first misclassified iterate of each example and spend no further passes on it. Meant for
+            evaluation: in training, a misclassified example is worth improving further.
     """
     pixels = check_inputs(pixels, labels, steps)
     if threat_model.is_trivial or len(pixels) == 0:

@@ -1,8 +1,8 @@
-"""Square Attack: random search over squares, which asks for predictions only and no gradient can mislead.
+"""Square Attack: random search over squares. It needs predictions only, so masked gradients cannot mislead it.
 
 Andriushchenko et al. 2020, "Square Attack: a query-efficient black-box adversarial attack via random search"
-(https://huggingface.co/papers/1912.00049), algorithms 1 to 3; L1 as L2, with the norm exchanged (Croce and Hein 2021,
-https://huggingface.co/papers/2103.01208, section 4).
+(https://huggingface.co/papers/1912.00049), algorithms 1 to 3. L1 works like L2 with the norm swapped (Croce and Hein
+2021, https://huggingface.co/papers/2103.01208, section 4).
 """
 
 import bisect
@@ -16,7 +16,7 @@ from ..utils.noise import Generators, rand
 from .base import Forward, Passes, check_inputs, evaluate, margin, per_example, states_passes, where
 
 
-# A square covers this share of the image at first, half as much after each of these numbers of queries.
+# Initially a square covers this share of the image; the share halves after each of these query counts.
 SHARE = 0.8
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
@@ -31,23 +31,23 @@ def square(
     steps: int,
     generator: Generators = None,
 ) -> torch.Tensor:
-    """Change one random square at a time, and keep the change if it brings the example closer to being misclassified.
+    """Change one random square at a time, keeping changes that bring the example closer to misclassification.
 
-    See [`Attack`] for the common arguments. Passes: `steps + 1` forward, none backward; an example that is fooled
-    costs nothing any more. Images may have any height and width.
+    See [`Attack`] for the common arguments. Passes: `steps + 1` forward, none backward; once fooled, an example costs
+    nothing more. Images may have any height and width.
 
     Args:
         steps (`int`):
-            Number of squares tried. AutoAttack tries 5000; a tenth of it shows whether gradients are masked.
+            Number of squares to try. AutoAttack tries 5000; a tenth of that shows whether gradients are masked.
 
     Returns:
-        `torch.Tensor`: the first misclassified image found; for an example that withstands, the one closest to it.
+        `torch.Tensor`: the first misclassified image found; if an example withstands, the one that came closest.
     """
     pixels = check_inputs(pixels, labels, steps)
     if threat_model.is_trivial or len(pixels) == 0:
         return pixels
     propose, start = MOVES[threat_model.norm]
-    # All random numbers of an example are drawn before the first query: those of one must not depend on the others.
+    # Draw all random numbers before the first query, so that an example's numbers do not depend on the others.
     channels, height, width = pixels.shape[1:]
     first_noise = rand(pixels, generator)
     noise = rand(pixels.new_empty(len(pixels), steps, 5 + channels), generator)
@@ -75,9 +75,9 @@ def _signs(noise: torch.Tensor) -> torch.Tensor:
 
 
 def _offsets(noise: torch.Tensor, side: int, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row and column of each pixel within a square at a random place, outside 0 ... `side - 1` where it is not in it.
+    """Row and column of each pixel relative to a randomly placed square; inside it, both are in 0 ... `side - 1`.
 
-    `noise` has the shape `(batch, 2)`, the results `(batch, height, 1)` and `(batch, 1, width)`.
+    `noise` has shape `(batch, 2)`; the results have shapes `(batch, height, 1)` and `(batch, 1, width)`.
     """
     height, width = images.shape[2:]
     top, left = ((noise[:, axis] * (size - side + 1)).long() for axis, size in enumerate((height, width)))
@@ -91,28 +91,28 @@ def _inside(offsets: tuple[torch.Tensor, torch.Tensor], side: int) -> torch.Tens
     return ((rows >= 0) & (rows < side) & (columns >= 0) & (columns < side)).unsqueeze(1)
 
 
-# --- L-inf: every pixel of the perturbation is at plus or minus epsilon ---
+# --- L-inf: every pixel changes by plus or minus epsilon ---
 
 
 def _stripes(pixels: torch.Tensor, noise: torch.Tensor, threat_model: ThreatModel) -> torch.Tensor:
-    """Vertical stripes, one sign for each channel and column."""
+    """Vertical stripes, one sign per channel and column."""
     return threat_model.project(pixels + threat_model.radius(pixels) * _signs(noise[:, :, :1]), pixels)
 
 
 def _paint(
     best: torch.Tensor, pixels: torch.Tensor, noise: torch.Tensor, side: int, threat_model: ThreatModel
 ) -> torch.Tensor:
-    """A square with one new sign for each channel."""
+    """A square with one new sign per channel."""
     inside = _inside(_offsets(noise[:, :2], side, pixels), side)
     painted = pixels + threat_model.radius(pixels) * _signs(noise[:, 5:]).reshape(len(pixels), -1, 1, 1)
     return threat_model.project(torch.where(inside, painted, best), pixels)
 
 
-# --- L2 and L1: squares compete for a common budget ---
+# --- L2 and L1: squares compete for a shared budget ---
 
 
 def _bump(side: int, like: torch.Tensor) -> torch.Tensor:
-    """Two pyramids side by side, one up and one down: the shape of a change in a square, `(side, side)`."""
+    """The change within a square, shape `(side, side)`: two pyramids side by side, one up and one down."""
 
     def pyramid(height: int, width: int) -> torch.Tensor:
         from_edge = height // 2
@@ -127,14 +127,14 @@ def _bump(side: int, like: torch.Tensor) -> torch.Tensor:
 
 
 def _scale_to_radius(delta: torch.Tensor, pixels: torch.Tensor, threat_model: ThreatModel) -> torch.Tensor:
-    """The image at that perturbation, stretched to the sphere and moved into the box."""
+    """The perturbed image, with `delta` stretched onto the sphere and the result projected onto ball and box."""
     length = per_example(threat_model.distance(delta, torch.zeros_like(delta)))
     stretched = delta * threat_model.radius(pixels) / length.clamp_min(torch.finfo(delta.dtype).tiny)
     return threat_model.project(pixels + stretched, pixels)
 
 
 def _tiles(pixels: torch.Tensor, noise: torch.Tensor, threat_model: ThreatModel) -> torch.Tensor:
-    """The image tiled with five bumps along its shorter side, each with a sign of its own in each channel."""
+    """The image tiled with bumps, five along its shorter side, each with its own sign per channel."""
     height, width = pixels.shape[2:]
     side = max(min(height, width) // 5, 1)
     rows, columns = torch.arange(height, device=pixels.device), torch.arange(width, device=pixels.device)
@@ -146,14 +146,14 @@ def _tiles(pixels: torch.Tensor, noise: torch.Tensor, threat_model: ThreatModel)
 def _move_budget(
     best: torch.Tensor, pixels: torch.Tensor, noise: torch.Tensor, side: int, threat_model: ThreatModel, *, order: int
 ) -> torch.Tensor:
-    """Empty one square, and spend its budget, and all that is unused, on a bump in another; `order` is the norm's."""
+    """Empty one square and spend its budget, plus any unused budget, on a bump in another; `order` is the norm's."""
     side = min(max(side, 3), *pixels.shape[2:])
     offsets, donor = _offsets(noise[:, :2], side, pixels), _inside(_offsets(noise[:, 2:4], side, pixels), side)
     inside = _inside(offsets, side)
     delta = best - pixels
 
     def power(images: torch.Tensor) -> torch.Tensor:
-        """Sum over each channel of the entries to the power of the norm's order."""
+        """Sum of the entries to the power of the norm's order, per channel."""
         return images.abs().pow(order).sum(dim=(2, 3), keepdim=True)
 
     rows, columns = (offset.clamp(0, side - 1) for offset in offsets)
@@ -172,7 +172,7 @@ def _move_budget(
     return _scale_to_radius(moved, pixels, threat_model)
 
 
-# What changes a square, and the image to start from.
+# Per norm: the function that changes a square, and the one that makes the starting image.
 MOVES = {
     "linf": (_paint, _stripes),
     "l2": (functools.partial(_move_budget, order=2), _tiles),

@@ -1,4 +1,4 @@
-"""Random augmentation that resuming, prefetching and data loader workers cannot change."""
+"""Random augmentation that does not depend on resuming, prefetching or data loader workers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,9 +12,9 @@ from .images import read_example
 class SeededAugmentation(torch.utils.data.Dataset):
     """A dataset whose random `transform` is a function of seed, epoch and example index.
 
-    The transform may draw from torch's global generator, as torchvision's do: it sees one seeded for this example and
-    epoch, and finds the real one untouched afterwards. (Drawing from a running generator is not exact on resume,
-    because batches are prefetched.)
+    The transform may draw from torch's global generator, as torchvision's do: that is seeded for this example and
+    epoch, and restored afterwards. (A generator that simply kept running would not resume exactly, because batches are
+    prefetched.)
 
     Args:
         dataset (`datasets.Dataset` or `torch.utils.data.Dataset`):
@@ -29,7 +29,7 @@ class SeededAugmentation(torch.utils.data.Dataset):
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
-        # In shared memory, so that data loader workers that outlive an epoch see the next one.
+        # In shared memory, so that persistent data loader workers see the next epoch.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:

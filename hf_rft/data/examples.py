@@ -1,4 +1,4 @@
-"""From a dataset of any usual form to batches of `pixel_values` and labels."""
+"""Batches of `pixel_values` and labels from datasets of all common kinds."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,10 +17,10 @@ IMAGE_COLUMNS = ("image", "img")
 
 
 class Examples:
-    """Examples of a dataset with `__len__` and `__getitem__`, as the model takes them.
+    """Examples of a dataset with `__len__` and `__getitem__`, ready for the model.
 
-    An example is a dictionary with `pixel_values`, as the processor returned them, or an image that is yet to be
-    processed; and with its label.
+    An example is a dictionary with a label, and with either `pixel_values` from the processor or an image that is yet
+    to be processed.
 
     Args:
         dataset:
@@ -28,12 +28,12 @@ class Examples:
         processor:
             The model's image processor.
         num_channels (`int`):
-            1 turns images to grey values, any other number to RGB; see images.py for transparency and 16 bits.
+            1 converts images to greyscale, any other number to RGB; see images.py for transparency and 16 bits.
         image_column, label_column (`str`, *optional*):
             Default to the usual names: `image` or `img`, `labels` or `label`.
 
     Raises:
-        ValueError: if the dataset is empty or cannot be indexed, or its examples lack image or label.
+        ValueError: if the dataset is empty or cannot be indexed, or its examples lack an image or a label.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Examples:
         """`pixel_values` of shape `(batch, channels, height, width)` and labels of shape `(batch,)`.
 
         Raises:
-            ValueError: naming column and example, if one has no usable image or label.
+            ValueError: naming the column and the example, if one has no usable image or label.
         """
         positions = list(positions)
         examples = [self._example(position) for position in positions]
@@ -101,7 +101,7 @@ class Examples:
     def _example(self, position: int) -> Any:
         try:
             return read_example(self.dataset, position)
-        except (OSError, SyntaxError) as error:  # what decoding a damaged image raises
+        except (OSError, SyntaxError) as error:  # raised when decoding a damaged image
             raise ValueError(
                 f"Example {position} of `dataset` cannot be read: {explain(error)}. Repair it, or leave it out."
             ) from error
@@ -140,7 +140,7 @@ class Examples:
 
 
 def num_image_channels(config: Any) -> int:
-    """How many channels a model takes, from its configuration (timm's wrapper keeps it elsewhere); 3 if unsaid."""
+    """Number of input channels in a model's configuration (timm's wrapper keeps it elsewhere); 3 by default."""
     pretrained_cfg = getattr(config, "pretrained_cfg", None) or {}
     return getattr(config, "num_channels", None) or pretrained_cfg.get("input_size", [3])[0]
 

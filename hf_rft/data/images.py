@@ -1,8 +1,12 @@
-"""From whatever an image file holds to what a classifier takes, or an error that names the image.
+"""Turns the contents of an image file into a classifier's input, or raises an error that names the image.
 
-Decisions: transparent pixels show white, as in a browser (the colours hidden below them mean nothing); 16-bit grey is
-scaled to 8 bits, where PIL would clip it; of an animation the first frame counts, with a warning; pixels without a
-known white (32-bit integers, floats) are refused, and so is a small file that claims to be a huge image.
+Decisions:
+
+* Transparent pixels become white, as in a browser (the colours hidden beneath mean nothing).
+* 16-bit greyscale is scaled to 8 bits; PIL would clip it.
+* Only the first frame of an animation is used, with a warning.
+* Pixels without a known white level (32-bit integers, floats) are refused, and so is a small file that claims to be a
+  huge image.
 """
 
 import contextlib
@@ -20,17 +24,17 @@ from PIL import Image
 
 logger = logging.getLogger(__name__)
 
-# Images a thread decodes at a time.
+# Images per task of a decoding thread.
 CHUNK = 64
 
 _WITHOUT_WHITE = ("I", "F")
 
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
-    """`image` as `"RGB"` or `"L"`, with 8 bits a channel.
+    """`image` as `"RGB"` or `"L"`, with 8 bits per channel.
 
     Raises:
-        ValueError: if the brightness of its pixels is not defined, or there is no way to the mode.
+        ValueError: if its pixels have no defined white level, or it cannot be converted to the mode.
     """
     if image.mode == mode and "transparency" not in image.info:
         return image
@@ -53,20 +57,20 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
 
 
 def num_frames(image: Image.Image) -> int:
-    """More than 1 for an animation or several pages. The preview that some cameras append (MPO) does not count."""
+    """More than 1 for animations and multi-page files. The preview that some cameras append (MPO) does not count."""
     return 1 if getattr(image, "format", None) == "MPO" else getattr(image, "n_frames", 1)
 
 
 def check_images(where: str, dataset: datasets.Dataset, column: str, positions: Iterable[int]) -> None:
-    """Decode images once, so that a damaged one is found before the work starts, not in the middle of it.
+    """Decode images once, to find damaged ones before the work starts rather than halfway through.
 
     Args:
         where (`str`):
-            Begins the messages.
+            Prefix of the messages.
         dataset, column:
             The images.
         positions (`Iterable[int]`):
-            Which of them.
+            Which images to check.
 
     Raises:
         ValueError: naming the first image that is missing, damaged or cannot be converted.
@@ -88,7 +92,7 @@ def check_images(where: str, dataset: datasets.Dataset, column: str, positions: 
 
 
 def _look_at(where: str, images: datasets.Dataset, column: str, positions: list[int]) -> Iterator[int]:
-    """Positions of animations."""
+    """Yield the positions of animations."""
     for position in positions:
         try:
             image = read_example(images, position)[column]
@@ -96,7 +100,7 @@ def _look_at(where: str, images: datasets.Dataset, column: str, positions: list[
                 raise ValueError("there is none")
             frames = num_frames(image)
             to_mode(image, "RGB")
-        except Exception as error:  # decoders raise whatever they like
+        except Exception as error:  # decoders may raise anything
             raise ValueError(
                 f"{where}: example {position}{_file(images, position)} has no usable image in column "
                 f"{column!r}: {explain(error)}. Repair it, or leave it out."
@@ -106,13 +110,13 @@ def _look_at(where: str, images: datasets.Dataset, column: str, positions: list[
 
 
 def read_example(dataset: Any, index: int) -> Any:
-    """`dataset[index]`; images above Pillow's limit (about 89 million pixels) are refused before they are decoded.
+    """`dataset[index]`, refusing images above Pillow's limit (about 89 million pixels) before they are decoded.
 
-    Pillow itself only warns, up to twice as many. The filter is the process's: while several threads read, it may stay
-    an error.
+    Pillow itself only warns up to twice that number. Warning filters belong to the whole process: if several threads
+    read at once, the warning may remain an error.
 
     Raises:
-        ValueError: naming the example and, if it has one, the file.
+        ValueError: naming the example and, if known, its file.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -127,10 +131,10 @@ def read_example(dataset: Any, index: int) -> Any:
 
 
 def _file(dataset: Any, index: int) -> str:
-    """Where the images of an example were read from, as far as the dataset knows it."""
+    """The file an example's image was read from, in parentheses, if the dataset knows it."""
     if not isinstance(dataset, datasets.Dataset):
         return ""
-    with contextlib.suppress(Exception):  # it only completes a message
+    with contextlib.suppress(Exception):  # only a detail of a message
         undecoded = dataset.with_format(None)
         for column, feature in dataset.features.items():
             if isinstance(feature, datasets.Image):
@@ -141,6 +145,6 @@ def _file(dataset: Any, index: int) -> str:
 
 
 def explain(error: Exception) -> str:
-    """The error in words; a name is added to what would not be understood without."""
+    """The error's message, prefixed with its type unless it is a `ValueError` that speaks for itself."""
     message = str(error).rstrip(".")
     return message if type(error) is ValueError and message else f"{type(error).__name__}: {message}"

@@ -11,13 +11,13 @@ LABEL_COLUMNS = ("labels", "label")
 
 
 def check_class_order(where: str, class_names: Sequence[str] | None, config: Any) -> None:
-    """Refuse a model that has the same class names at other numbers; `where` begins the message.
+    """Refuse a model that numbers the same class names differently; `where` begins the message.
 
     Args:
         class_names (`Sequence[str]`, *optional*):
-            Those of the data, in the order of their numbers. None if they are not known.
+            The data's class names, in the order of their numbers; None if unknown.
         config:
-            Of the model.
+            The model's configuration.
 
     Raises:
         ValueError: naming the first such class.
@@ -38,21 +38,21 @@ NUMBERS_ARE_RIGHT = "cast the label column to `datasets.Value('int64')`"
 def class_numbers(
     where: str, class_names: Sequence[str], config: Any, numbers_are_right: str = NUMBERS_ARE_RIGHT
 ) -> list[int]:
-    """The number that the model gives to each class of the data, found by name.
+    """The model's number for each class of the data, found by name.
 
-    A model without names of its own (`LABEL_0`, ...) is taken to number its classes as the data does. Single classes
-    may be unknown to the model, or be several of its classes, as long as the others, which must be more, have the
+    A model without names of its own (`LABEL_0`, ...) is assumed to number its classes like the data. A minority of the
+    names may be missing from the model or belong to several of its classes, provided that all other names have the
     same numbers in both: ImageNet's second "crane" goes by different names.
 
     Args:
         where (`str`):
             The argument that names the data, for the message.
         class_names (`Sequence[str]`):
-            Those of the data, in the order of their numbers.
+            The data's class names, in the order of their numbers.
         config:
-            Of the model.
+            The model's configuration.
         numbers_are_right (`str`):
-            What to do if the data's numbers are the model's and only the names differ, for the message.
+            For the message: what to do if the numbers agree and only the names differ.
 
     Raises:
         ValueError: if the data's classes are not the model's.
@@ -77,12 +77,12 @@ def class_numbers(
 
 
 def has_class_names(config: Any) -> bool:
-    """Whether a model's classes have names other than those that transformers gives them (`LABEL_0`, ...)."""
+    """Whether a model's classes have names other than the defaults of transformers (`LABEL_0`, ...)."""
     return any(name != f"LABEL_{number}" for number, name in _class_names(config).items())
 
 
 def _class_names(config: Any) -> dict[int, str]:
-    """The model's name of each class, by number; empty if it has none."""
+    """The model's class names by number; empty if it has none."""
     return {int(number): str(name) for number, name in (getattr(config, "id2label", None) or {}).items()}
 
 
@@ -93,6 +93,6 @@ def _numbers_of_unique_names(config: Any) -> dict[str, int]:
 
 
 def names_of_missing_classes(labels: np.ndarray, class_names: Sequence[str]) -> list[str]:
-    """Classes without any example."""
+    """Names of the classes without examples."""
     counts = np.bincount(np.asarray(labels), minlength=len(class_names))
     return [name for name, count in zip(class_names, counts, strict=True) if count == 0]

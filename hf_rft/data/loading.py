@@ -1,4 +1,4 @@
-"""Datasets of images by name or folder, for the command line: splits, columns and labels, checked."""
+"""Image datasets for the command line, by name or folder, with checked splits, columns and labels."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class DataTrainingArguments:
-    """Which images to train and evaluate on."""
+    """Images to train and evaluate on."""
 
     dataset_name: str | None = field(
         default=None, metadata={"help": "Hub id, local dataset folder, or bundled: name. Default: the bundled data."}
@@ -66,7 +66,7 @@ class DataTrainingArguments:
             check_folder(f"--{flag}", getattr(self, flag))
 
 
-# What `ColorJitter` and `RandomRotation` take, in their units.
+# In the units of `ColorJitter` and `RandomRotation`.
 RANGES = {
     "train_val_split": Range(0, 0.99, is_open=True),
     "max_train_samples": COUNT,
@@ -81,7 +81,7 @@ RANGES = {
 def check_folder(flag: str, folder: str | None) -> None:
     """
     Raises:
-        ValueError: if a folder of images is none.
+        ValueError: if it is not a folder.
     """
     if folder is None:
         return
@@ -92,12 +92,12 @@ def check_folder(flag: str, folder: str | None) -> None:
 def load_splits(
     data_args: DataTrainingArguments, seed: int, *, cache_dir: str | None = None, token: str | None = None
 ) -> DatasetDict:
-    """Splits `train`, `validation` (for choosing checkpoints) and `test` (for the final numbers), in fixed subsets.
+    """Splits `train`, `validation` (for choosing checkpoints) and `test` (for the final numbers), each a fixed subset.
 
-    Sets `data_args.test_split` to the split that the final numbers are from.
+    Sets `data_args.test_split` to the split used for the final numbers.
 
     Raises:
-        ValueError: naming flag, split or column that does not fit, and the remedy.
+        ValueError: naming the flag, split or column at fault, and the remedy.
     """
     if data_args.train_dir is not None:
         given = {flag: getattr(data_args, flag) for flag in ("train_dir", "validation_dir", "test_dir")}
@@ -152,12 +152,12 @@ def load_splits(
 
 
 def split_folders(flag: str, folder: str) -> dict[str, str]:
-    """The folders inside that hold splits, by split; empty if the folders inside are classes.
+    """The sub-folders that hold splits, by split; empty if the sub-folders are classes.
 
-    A class may have the name of a split (`train`, beside `bus` and `car`): then there is but one such folder.
+    A class may be named like a split (`train`, beside `bus` and `car`), as long as it is the only such folder.
 
     Raises:
-        ValueError: if some folders inside seem to be splits and others classes, or two are the same split.
+        ValueError: if some sub-folders look like splits and others like classes, or two are the same split.
     """
     split_of = {word: str(split) for split, words in SPLIT_KEYWORDS.items() for word in words}
     names = sorted(path.name for path in Path(folder).iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -174,14 +174,14 @@ def split_folders(flag: str, folder: str) -> dict[str, str]:
 
 
 def load_image_folders(folders: Mapping[str, str], cache_dir: str | None = None) -> DatasetDict:
-    """A split for each folder of images, one sub-folder a class.
+    """One split per folder of images; each sub-folder is a class.
 
     Args:
         folders (`Mapping[str, str]`):
-            By the flag that names each, such as `train_dir`; the flag's first word is the split.
+            Folders by flag, such as `train_dir`; the first word of the flag is the split.
 
     Raises:
-        ValueError: naming the folder that holds no images, or cannot be read.
+        ValueError: naming a folder that holds no images or cannot be read.
     """
     for flag, folder in folders.items():
         if len(splits := split_folders(flag, folder)) > 1:
@@ -206,15 +206,15 @@ def load_image_folders(folders: Mapping[str, str], cache_dir: str | None = None)
         return load_dataset("imagefolder", data_files=data_files, cache_dir=cache_dir)
 
 
-# Besides images, what `datasets` reads in a folder of images: archives of images, and columns for them.
+# Files that `datasets` reads in an image folder: images, archives of images, and tables of further columns.
 _IMAGE_FOLDER_FILES = {*ImageFolder.EXTENSIONS, ".zip", ".tar", ".gz", ".tgz", ".csv", ".jsonl", ".parquet"}
 
 
 def checked_columns(split: str, dataset: Dataset, image_column: str, label_column: str) -> Dataset:
-    """The two columns of a split alone.
+    """A split with only these two columns.
 
     Raises:
-        ValueError: if one is missing, or does not hold what it should, or the split is empty.
+        ValueError: if one is missing or has the wrong type, or the split is empty.
     """
     for flag, column in (("image_column_name", image_column), ("label_column_name", label_column)):
         columns = dataset.column_names
@@ -235,10 +235,10 @@ def checked_columns(split: str, dataset: Dataset, image_column: str, label_colum
 
 
 def encode_labels(splits: DatasetDict, column: str) -> DatasetDict:
-    """Labels as indices of the training split's classes, the same in all splits.
+    """Encode labels as indices of the training split's classes, in all splits.
 
     Raises:
-        ValueError: if a label is missing or of another type, or a split has other classes.
+        ValueError: if a label is missing or has the wrong type, or the classes of a split differ.
     """
     for split, dataset in splits.items():
         feature = dataset.features[column]

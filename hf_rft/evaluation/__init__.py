@@ -1,1 +1,1 @@
-"""Measuring robustness at fixed epsilons."""
+"""Measuring robustness on a fixed grid of epsilons."""

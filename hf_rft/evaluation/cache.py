@@ -1,8 +1,8 @@
-"""Results on disk, one file a batch, so that an evaluation that was killed goes on where it was.
+"""Results on disk, one file per batch, so that an interrupted evaluation resumes where it stopped.
 
-A file's name is a hash of everything its content depends on: the model's weights and structure, the images and labels
-themselves, threat model, attacks and seed. So a folder can hold the results of many evaluations and serve several
-processes at once; what does not match is never read.
+A file is named by a hash of everything its content depends on: the model's weights and structure, the images and
+labels themselves, the threat model, the attacks and the seed. So one folder can hold the results of many evaluations
+and serve several processes at once; results that do not match are never read.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ Record = dict[str, torch.Tensor]
 
 
 def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Hash of names, types, shapes and values."""
+    """Hash of the names, types, shapes and values."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -37,7 +37,7 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 def hash_model(model: torch.nn.Module) -> str:
     """Hash of the weights, buffers and structure of a model.
 
-    Its code is not part of it; [`ResultCache`] therefore compares the model's predictions as well.
+    It does not cover the model's code, so [`ResultCache`] also compares predictions.
     """
     weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return hash_json({"structure": repr(model), "weights": hash_tensors(weights)})
@@ -48,11 +48,11 @@ def hash_json(values: Any) -> str:
 
 
 class ResultCache:
-    """Records of tensors by key, in `<folder>/<key>.safetensors`; without a folder nothing is kept.
+    """Records of tensors by key, in `<folder>/<key>.safetensors`; without a folder, nothing is stored.
 
     Args:
         folder (`str` or `Path`, *optional*):
-            Made if it does not exist.
+            Created if it does not exist.
     """
 
     def __init__(self, folder: str | Path | None):
@@ -61,7 +61,7 @@ class ResultCache:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def load(self, key: str, logits: torch.Tensor) -> Record | None:
-        """The record, if there is one and it is of a model with these logits on the clean images."""
+        """The record, if it exists and its model had these logits on the clean images."""
         if self.folder is None or not (path := self._path(key)).is_file():
             return None
         try:
@@ -90,10 +90,10 @@ class ResultCache:
 
 
 def hash_examples(pixels: torch.Tensor, labels: torch.Tensor) -> list[str]:
-    """Hash of each image with its label."""
+    """A hash per image and its label."""
     return [hash_tensors({"pixels": image, "label": label}) for image, label in zip(pixels, labels, strict=True)]
 
 
 def batch_key(evaluated: Mapping[str, Any], positions: Sequence[int], examples: Sequence[str]) -> str:
-    """Key of a batch: the hash of what is evaluated, of the examples' hashes, and of their places in the dataset."""
+    """Key of a batch: a hash of what is evaluated, the examples' hashes and their positions in the dataset."""
     return hash_json({"evaluated": evaluated, "positions": list(positions), "examples": list(examples)})

@@ -1,4 +1,4 @@
-"""`evaluate_robustness`: a classifier and a dataset in, the whole accuracy-versus-epsilon curve out."""
+"""`evaluate_robustness`: from a classifier and a dataset to the whole curve of accuracy over epsilon."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -28,7 +28,7 @@ from .report import AdversarialExamples, RobustnessReport
 from .tiers import make_tier
 
 
-# Adversarial examples that the report shows; as many are kept of each batch.
+# Number of adversarial examples in the report, and kept per batch.
 SHOWN_EXAMPLES = 8
 
 
@@ -50,46 +50,46 @@ def evaluate_robustness(
 ) -> RobustnessReport:
     """Measure the accuracy of an image classifier under attack, over a grid of perturbation strengths.
 
-    Under `accelerate launch` or `torchrun` the batches are divided over the processes, and all of them return the
-    same report as one process would. The model is measured in evaluation mode, on a CPU with its convolutions in
-    channels_last (faster), and gets its modes and its memory format back.
+    Under `accelerate launch` or `torchrun`, the batches are distributed over the processes, and each of them returns
+    the same report as a single process would. The model is measured in evaluation mode, and on a CPU with convolutions
+    in channels_last, which is faster; its modes and memory format are restored.
 
     Args:
         model (`torch.nn.Module`):
-            A transformers image classifier, or any module that maps `pixel_values` to logits (a timm model), on the
-            device where it shall run.
+            A transformers image classifier, or any module that maps `pixel_values` to logits (such as a timm model),
+            on the device to run on.
         dataset:
-            Examples with an image, or with `pixel_values` as the processor returned them, and a label: a
-            `datasets.Dataset`, or any dataset with `__len__` and `__getitem__`.
+            A `datasets.Dataset`, or any dataset with `__len__` and `__getitem__`. Each example holds a label, and an
+            image or `pixel_values` from the processor.
         processor:
-            The model's image processor; perturbations are measured in its pixels, scaled to [0, 1].
+            The model's image processor; perturbations are measured on the pixels it produces, scaled to [0, 1].
         norm (`str`):
             A name in `NORMS`.
         epsilons (`Sequence` of `str`, number or `Fraction`):
-            The grid, for example `["0", "2/255", "4/255"]`: increasing, the first is 0.
+            The grid, increasing and starting at 0, for example `["0", "2/255", "4/255"]`.
         tier (`str` or `Sequence`, *optional*, defaults to `"standard"`):
-            `"fast"` (APGD on cross-entropy, in L1 from five starts), `"standard"` (then targeted APGD) or `"full"`
-            (then FMN and Square); or a list of `(attack, steps)` or `(attack, steps, restarts)`. An example counts as
-            robust if these attacks failed, which does not prove that it is. The named tiers also search outwards from
+            `"fast"` (APGD on cross-entropy, from five starts in L1), `"standard"` (adds targeted APGD) or `"full"`
+            (adds FMN and Square); or a list of `(attack, steps)` or `(attack, steps, restarts)`. An example counts as
+            robust if these attacks fail, which does not prove that it is. The named tiers also search outwards from
             each clean image, since an attack may fail in a large ball and succeed in a smaller one (search.py); a list
-            does as it says only.
+            runs exactly its attacks.
         batch_size (`int`, *optional*, defaults to 64):
-            Images in a pass through the model, and in one file of the cache.
+            Images per pass through the model, and per file of the cache.
         seed (`int`, *optional*, defaults to 0):
-            Of the attacks' random starts, together with an example's position in the dataset.
+            Determines the attacks' random starts, together with an example's position in the dataset.
         cache_dir (`str` or `Path`, *optional*):
-            Folder that keeps finished batches: an evaluation that was killed goes on from there. Several evaluations
-            may share it.
+            Folder for the results of finished batches, from which an interrupted evaluation resumes. Several
+            evaluations may share it.
         autocast_dtype (`torch.dtype`, *optional*):
-            Craft in this precision, for example `torch.bfloat16`; what is crafted counts only if it fools the model in
-            its own precision.
+            Craft adversarial examples in this precision, for example `torch.bfloat16`; they count only if they fool
+            the model in its own precision.
         image_column, label_column (`str`, *optional*):
             Default to the usual names: `image` or `img`, `labels` or `label`.
         progress_bar (`bool`, *optional*, defaults to `True`):
-            Show examples decided and time left.
+            Show the number of examples decided and the time left.
 
     Raises:
-        ValueError: naming the argument, what was found and the remedy, before any attack.
+        ValueError: naming the argument, the problem and the remedy, before any attack runs.
     """
     evaluator = Evaluator(norm, parse_epsilons(norm, epsilons), make_tier(tier, norm), seed, autocast_dtype)
     if not isinstance(model, torch.nn.Module):
@@ -128,7 +128,7 @@ def evaluate_robustness(
         "normalization": [normalization.mean, normalization.std],
         **asked,
     }
-    # Without `cpu`, accelerate ignores the processes of a launcher on a machine that has no accelerator.
+    # Without `cpu`, accelerate ignores the launcher's processes on a machine without an accelerator.
     state = PartialState(cpu=not torch.accelerator.is_available())
     was_training = any(module.training for module in model.modules())
 
@@ -137,7 +137,7 @@ def evaluate_robustness(
             range(first, min(first + batch_size, len(examples))) for first in range(0, len(examples), batch_size)
         ]
         mine = batches[state.process_index :: state.num_processes]
-        # All images and labels are looked at before the first attack: hours later is too late for an error.
+        # Check all images and labels before the first attack: hours later is too late for an error.
         clean = [_look_at(classifier, examples, positions) for positions in mine]
         cache, results = ResultCache(cache_dir), []
         total = sum(len(positions) for positions in mine)
@@ -177,10 +177,10 @@ def evaluate_robustness(
 
 
 class _CleanBatch(NamedTuple):
-    """What is known of a batch before it is attacked."""
+    """What is known about a batch before it is attacked."""
 
     positions: range  # in the dataset
-    hashes: list[str]  # of each image with its label
+    hashes: list[str]  # one per image and its label
     logits: torch.Tensor  # (batch, classes), on the CPU
 
 
@@ -201,7 +201,7 @@ def _evaluate_batch(
     cache: ResultCache,
     bar: tqdm,
 ) -> Record:
-    """Record of a batch, found now or before."""
+    """The record of a batch, from the cache or newly computed."""
     positions, done_before = batch.positions, bar.n
     key = batch_key(evaluated, positions, batch.hashes)
 
@@ -242,7 +242,7 @@ def _evaluate_batch(
 def _check_trust(
     classifier: PixelClassifier, examples: Examples, merged: Record, evaluator: Evaluator, was_training: bool
 ) -> tuple[dict[str, str], Passes]:
-    """The trust checks, on examples that the model gets right; and what they cost."""
+    """Run the trust checks on examples that the model classifies correctly; also return their cost."""
     positions = drawn_examples(merged["broken_at"] > 0, evaluator.seed)
     pixels, labels = classifier.load(examples, positions or [0])
     counted = CountedForward(classifier.forward_in(None))

@@ -1,4 +1,4 @@
-"""The protocol of an evaluation, which `evaluate_robustness` and the trainer share."""
+"""The evaluation protocol shared by `evaluate_robustness` and the trainer."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The protocol of an evaluation, and how it is applied to one batch.
+    """An evaluation protocol, and its application to one batch.
 
     Args:
         norm (`str`):
             A name in `NORMS`.
         epsilons (`list[Fraction]`):
-            The grid: increasing, the first is 0.
+            The grid: increasing, starting at 0.
         tier ([`Tier`]):
             The attacks.
         seed (`int`):
-            Of the attacks' random starts, together with an example's position in the dataset.
+            Determines the attacks' random starts, together with an example's position in the dataset.
         autocast_dtype (`torch.dtype`, *optional*):
             Precision in which adversarial examples are crafted; None for the model's own.
     """
@@ -55,19 +55,19 @@ class Evaluator:
         crafting: Forward | None = None,
         on_progress: Callable[[str, int], None] = lambda stage, decided: None,
     ) -> tuple[BreakingPoints, Passes]:
-        """Where each example of a batch breaks, and the passes spent on it, that of the clean images included.
+        """Where each example of a batch breaks, and the passes spent on the batch, including that of the clean images.
 
         Args:
             forward (`Callable`):
-                Maps pixels to logits; only what fools this one counts.
+                Maps pixels to logits; only images that fool this function count.
             pixels, labels, positions:
                 See [`find_breaking_points`].
             clean_predictions (`torch.Tensor` of shape `(batch,)`):
                 Predicted classes of the clean images.
             crafting (`Callable`, *optional*):
-                Like `forward`, in another precision: what the attacks look at. None: `forward` itself.
+                Like `forward`, in another precision; the attacks run on it. Defaults to `forward`.
             on_progress (`Callable`, *optional*):
-                Called with the name of an attack that begins and the number of examples decided so far.
+                Called with the name of each attack as it starts, and the number of examples decided so far.
         """
         exact = CountedForward(forward)
         crafted = exact if crafting is None else CountedForward(crafting)
@@ -91,13 +91,13 @@ class Evaluator:
     def attack_inputs(
         self, classifier: PixelClassifier, inputs: dict[str, Any], logits: torch.Tensor, positions: range
     ) -> tuple[BreakingPoints, Passes]:
-        """[`attack`] for the first examples of a batch as a trainer has it, as many as `positions`.
+        """[`attack`] on the first `len(positions)` examples of a trainer's batch.
 
         Args:
             inputs (`dict`):
-                `pixel_values`, `labels`, and further inputs of the model, as they are.
+                `pixel_values`, `labels`, and any further inputs, which are passed to the model unchanged.
             logits (`torch.Tensor` of shape `(len(positions), classes)`):
-                Of the clean images.
+                Logits of the clean images.
         """
         count, inputs = len(positions), dict(inputs)
         pixels = classifier.normalization.to_pixels(inputs.pop("pixel_values"))[:count]
@@ -114,17 +114,17 @@ class Evaluator:
         batch_size: int,
         sha256: str | None = None,
     ) -> dict[str, Any]:
-        """Everything the numbers depend on; JSON values only.
+        """Everything the results depend on, as JSON values.
 
         Args:
             model (`dict`):
-                What [`describe_model`] returned.
+                The result of [`describe_model`].
             dataset, normalization:
                 What was measured.
             batch_size (`int`):
-                Of all processes together.
+                Total batch size of all processes.
             sha256 (`str`, *optional*):
-                Hash of the examples, if it is known.
+                Hash of the examples, if known.
         """
         return {
             "model": model,
@@ -135,7 +135,7 @@ class Evaluator:
         }
 
     def describe(self) -> dict[str, Any]:
-        """What the numbers depend on, besides model and data; JSON values only."""
+        """What the results depend on besides model and data, as JSON values."""
         return {
             "norm": self.norm,
             "epsilons": [format_epsilon(epsilon) for epsilon in self.epsilons],
@@ -156,11 +156,11 @@ def robust_metrics(
         labels (`np.ndarray` of shape `(examples,)`):
             True labels.
         epsilons (`Sequence[Fraction]`):
-            Increasing, the first is 0. With 0 alone only the accuracy is returned: nothing was attacked.
+            Increasing, starting at 0. If 0 is the only one, nothing was attacked and only the accuracy is returned.
         epsilon (`Fraction`):
-            Where robust accuracy is measured, one of the grid.
+            The epsilon of the grid where robust accuracy is measured.
     """
-    # The evaluate module holds the one definition; `evaluate` itself is slow to import and needed here only.
+    # Defined once, in the `evaluate` module. Imported late: `evaluate` is slow to import and needed only here.
     from ..metrics.expected_robustness.expected_robustness import expected_robustness, still_correct
 
     accuracies = still_correct(predictions, labels).mean(axis=0).tolist()

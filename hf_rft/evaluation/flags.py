@@ -1,9 +1,9 @@
-"""Trust checks: signs that the attacks, rather than the model, are why an accuracy is high.
+"""Trust checks: signs that an accuracy is high because the attacks fail, not because the model is robust.
 
 After Athalye et al. 2018, "Obfuscated gradients give a false sense of security"
 (https://huggingface.co/papers/1802.00420), Carlini et al. 2019, "On evaluating adversarial robustness"
 (https://huggingface.co/papers/1902.06705), and the warnings of AutoAttack. A few examples are enough, since a defence
-that masks gradients does so for most.
+that masks gradients does so for most examples.
 """
 
 from collections.abc import Sequence
@@ -28,16 +28,16 @@ from ..utils.noise import EVALUATION_ATTACK, example_generators
 
 CHECKED_EXAMPLES = 32
 SQUARE_STEPS = 200
-# Shares of the examples above which a sign is taken seriously. A weaker attack also succeeds here and there by luck:
-# its share must exceed the bound beyond chance, by a one-sided binomial test at this level.
+# A sign counts above these shares of the examples. A weaker attack sometimes succeeds by luck, so its share must
+# exceed the bound significantly, by a one-sided binomial test at this level.
 STANDING_SHARE, WEAKER_SHARE = 0.1, 0.05
 SIGNIFICANCE = 0.05
-# The mean margin must rise at least this many times as fast as would break the mean image at the huge epsilon.
+# The mean margin must rise at least this fast, relative to the slope that would make it 0 at the huge epsilon.
 LEAST_RISE = 0.1
 
 
 def drawn_examples(is_right: torch.Tensor, seed: int) -> list[int]:
-    """Positions of the examples to check, in order: at random, since a dataset may be sorted by class."""
+    """Sorted positions of the examples to check, drawn at random since a dataset may be sorted by class."""
     right = is_right.nonzero().flatten().cpu()
     drawn = torch.randperm(len(right), generator=torch.Generator().manual_seed(seed))[:CHECKED_EXAMPLES]
     return right[drawn].sort().values.tolist()
@@ -61,20 +61,20 @@ def trust_flags(
         forward (`Callable`):
             Maps pixels to logits.
         pixels (`torch.Tensor` of shape `(batch, channels, height, width)`):
-            Clean images that the model gets right, pixels in [0, 1].
+            Clean images that the model classifies correctly, pixels in [0, 1].
         labels (`torch.Tensor` of shape `(batch,)`):
             True classes.
         norm (`str`), epsilons (`Sequence[Fraction]`), tier (`str`):
-            Of the evaluation.
+            The evaluation's norm, epsilons and tier.
         broken_at (`torch.Tensor` of shape `(batch,)`):
-            What the evaluation found: index of the smallest epsilon that breaks each example, `len(epsilons)` if none.
+            The evaluation's result: index of the smallest epsilon that breaks the example, `len(epsilons)` if none.
         seed (`int`):
-            Of the checks' attacks.
+            The seed of the checks' attacks.
         was_training (`bool`):
-            Whether any module was in training mode when the model was handed over.
+            Whether any module was in training mode when the evaluation was called.
 
     Returns:
-        `dict[str, str]`: for each sign that was found, its name and a sentence with the suspicion and what to do.
+        `dict[str, str]`: the name of each sign found -> the suspicion and what to do about it.
     """
     flags = {}
     if was_training:
@@ -168,7 +168,7 @@ def _loss_flags(forward, pixels, labels, norm, largest, generators) -> dict[str,
 
 
 def _huge_epsilon(pixels: torch.Tensor, norm: str) -> float:
-    """Half of the range in every pixel: enough to turn any image into plain grey."""
+    """Half the range of every pixel, in the norm: enough to turn any image plain grey."""
     change = torch.full((1, *pixels.shape[1:]), 0.5, dtype=torch.float64)
     return ThreatModel(norm, 0).distance(change, torch.zeros_like(change)).item()
 
@@ -197,7 +197,7 @@ def _huge_epsilon_flags(forward, pixels, labels, norm, generators) -> dict[str, 
 
 
 def _weaker_attack_flags(forward, pixels, labels, norm, epsilons, tier, broken_at, generators) -> dict[str, str]:
-    """Does an attack that should be weaker succeed where the evaluation's attacks failed?"""
+    """Check whether attacks that should be weaker succeed where the evaluation's attacks failed."""
     standing = (broken_at > 1).nonzero().flatten()
     if len(standing) == 0:
         return {}
@@ -227,7 +227,7 @@ def _weaker_attack_flags(forward, pixels, labels, norm, epsilons, tier, broken_a
     return flags
 
 
-# By tier; lists of the user's own are treated like the weakest.
+# By tier; custom lists are treated like the weakest.
 _SQUARE_REMEDIES = {
     "fast": (
         'these attacks are too weak, or gradients are masked. Run `tier="standard"` first; if Square Attack still '
@@ -239,7 +239,7 @@ _SQUARE_REMEDIES = {
 
 
 def _is_too_often(fooled: int, count: int) -> bool:
-    """Whether the share of the images that an attack fools lies above the tolerated one beyond chance."""
-    from scipy.stats import binomtest  # imported when used: it takes a tenth as long as all of `Trainer`
+    """Whether an attack fools significantly more than the tolerated share of the images."""
+    from scipy.stats import binomtest  # imported late: it takes a tenth as long as all of `Trainer`
 
     return bool(binomtest(fooled, count, WEAKER_SHARE, alternative="greater").pvalue < SIGNIFICANCE)

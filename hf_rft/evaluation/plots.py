@@ -16,8 +16,8 @@ Curve = tuple[Sequence[Fraction], Sequence[float]]  # epsilons, accuracies in [0
 
 
 def _figure(**options):
-    # Imported when used: matplotlib is slow to import, and this module is not needed for training. The figure is made
-    # without pyplot, whose global state would choose a window system.
+    # Imported late: matplotlib is slow to import and not needed for training. Avoid pyplot, whose global state would
+    # select a window system.
     from matplotlib.figure import Figure
 
     return Figure(layout="constrained", **options)
@@ -29,7 +29,7 @@ def _save(figure, path: str | Path, dpi: int) -> None:
 
 
 def draw_curves(axes, curves: Mapping[str, Curve], norm: str) -> None:
-    """Accuracy in percent over epsilon, one line a name."""
+    """Draw accuracy in percent over epsilon, one line per name."""
     for name, (epsilons, accuracies) in curves.items():
         axes.plot([float(e) for e in epsilons], [100 * a for a in accuracies], marker="o", markersize=4, label=name)
     _set_epsilon_ticks(axes.xaxis, curves)
@@ -40,7 +40,7 @@ def draw_curves(axes, curves: Mapping[str, Curve], norm: str) -> None:
 
 
 def _set_epsilon_ticks(axis, curves: Mapping[str, Curve]) -> None:
-    """Ticks at the epsilons of the curves, written as the field does."""
+    """Put ticks at the epsilons of the curves, in the usual notation."""
     grid = sorted({epsilon for epsilons, _ in curves.values() for epsilon in epsilons})
     axis.set_ticks([float(epsilon) for epsilon in grid], [format_epsilon(epsilon) for epsilon in grid])
 
@@ -52,9 +52,9 @@ def plot_robustness_curve(
     title: str = "",
     intervals: Mapping[str, Sequence[tuple[float, float]]] | None = None,
 ) -> None:
-    """Write the accuracy-versus-epsilon curves to `path`; its ending says the format.
+    """Plot accuracy over epsilon to `path`; its suffix sets the format.
 
-    `intervals` holds, for some of the curves, the confidence interval at each epsilon; they are shaded.
+    `intervals` holds the confidence intervals at each epsilon, for any of the curves; they are shaded.
     """
     figure = _figure(figsize=(6, 4))
     axes = figure.subplots()
@@ -77,16 +77,16 @@ def plot_epsilon_schedule(
     done: tuple[int, float] | None = None,
     kept: tuple[int, float] | None = None,
 ) -> None:
-    """Write the training epsilon over optimizer steps to `path`, with the target epsilon as a dashed line.
+    """Plot the training epsilon over optimizer steps to `path`, with the target epsilon as a dashed line.
 
     Args:
         steps, epsilons (`Sequence`):
-            The whole planned schedule: epsilon after so many completed steps.
+            The whole planned schedule: numbers of completed steps, and the epsilon after each.
         done (`tuple`, *optional*):
-            Steps that were trained, if fewer than planned, and the epsilon reached; the rest of the schedule is drawn
+            Number of steps trained, if fewer than planned, and the epsilon reached; the rest of the schedule is drawn
             dotted.
         kept (`tuple`, *optional*):
-            The step whose weights were kept, if not the last one trained, and the largest epsilon they have seen.
+            The step whose weights were kept, if not the last one, and the largest epsilon they were trained with.
     """
     figure = _figure(figsize=(6, 2.5))
     axes = figure.subplots()
@@ -115,17 +115,17 @@ def plot_epsilon_schedule(
 def plot_adversarial_examples(
     examples: "AdversarialExamples", labels: Sequence[int], names: Mapping[int, str], path: str | Path
 ) -> None:
-    """Write a page of adversarial examples: clean image, perturbation magnified, adversarial image.
+    """Plot a page of adversarial examples: clean image, magnified perturbation, adversarial image.
 
     Args:
         examples ([`~hf_rft.evaluation.report.AdversarialExamples`]):
-            One row each.
+            One row per example.
         labels (`Sequence[int]`):
             True classes of the whole dataset, by position.
         names (`Mapping[int, str]`):
-            The model's name of each class.
+            The model's class names.
         path (`str` or `Path`):
-            Its ending says the format.
+            The suffix sets the format.
     """
     figure = _figure(figsize=(7.5, 2.6 * len(examples.positions)))
     grid = figure.subplots(len(examples.positions), 3, squeeze=False)
@@ -133,7 +133,7 @@ def plot_adversarial_examples(
     for row, position in enumerate(examples.positions):
         clean, adversarial = examples.pixels[row], examples.adversarial[row]
         change = adversarial - clean
-        largest = change.abs().max().item() or 0.5  # of no perturbation: shown plain grey
+        largest = change.abs().max().item() or 0.5  # no perturbation is shown as plain grey
         images = (clean, 0.5 + change / (2 * largest), adversarial)
         predicted = []
         for of_image in probabilities:
@@ -154,11 +154,11 @@ def plot_adversarial_examples(
 
 
 def plot_comparison(runs: Mapping[str, Sequence[Mapping]], path: str | Path, norm: str) -> None:
-    """Robustness curves, and training histories with the onset of task adaptation, of several recipes.
+    """Plot robustness curves, and training histories with the onset of task adaptation, for several recipes.
 
     Args:
         runs (`Mapping[str, Sequence[Mapping]]`):
-            For each recipe one mapping a seed, with `accuracies` (epsilon as written -> accuracy), `validation` and
+            For each recipe, one mapping per seed with `accuracies` (epsilon as text -> accuracy), `validation` and
             `epsilon` (lists of (epoch, value)) and `onset` (epoch or None). Curves are means over seeds; histories
             show every seed.
     """

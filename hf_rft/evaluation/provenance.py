@@ -1,6 +1,6 @@
-"""Where a number comes from: which weights, which images, which versions. JSON values only.
+"""Where a number comes from: which weights, images and versions. JSON values only.
 
-Nothing here names a place on this machine: reports are published.
+Reports are published, so nothing here reveals a local path.
 """
 
 import os
@@ -17,7 +17,7 @@ from .cache import hash_model
 
 PACKAGES = ("hf_rft", "torch", "transformers", "timm", "datasets")
 
-# How `datasets` writes down the files of a dataset that it took from the Hub.
+# How `datasets` records the files of a dataset from the Hub.
 _HUB_FILE = re.compile(r"hf://datasets/(?P<name>[^@]+)@(?P<revision>[^/]+)/")
 
 
@@ -40,7 +40,7 @@ def describe_normalization(normalization: PixelNormalization) -> dict[str, Any]:
 
 
 def describe_dataset(dataset: Any) -> dict[str, Any]:
-    """Name, revision, configuration and split, as far as the dataset knows them."""
+    """Name, revision, configuration, split and fingerprint, as far as the dataset knows them."""
     info = getattr(dataset, "info", None)
     split = getattr(dataset, "split", None)
     files = map(_HUB_FILE.match, getattr(info, "download_checksums", None) or ())

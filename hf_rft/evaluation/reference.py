@@ -1,7 +1,7 @@
 """The public AutoAttack at one epsilon, as a second opinion: package `pyautoattack`, extra `autoattack`.
 
-The package trusts its model to return logits in float32 for contiguous images, fails on fewer than four classes,
-reseeds the global random number generator and switches off any debugger or coverage tool. The adapter sees to that.
+The package expects float32 logits and contiguous images, fails on fewer than four classes, reseeds the global random
+number generator and disables any debugger or coverage tool. The adapter here handles all of that.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ from ..threat_model import ThreatModel
 
 
 ATTACKS = ("apgd-ce", "apgd-t", "fab-t", "square")
-_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}  # their names in that package
+_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}  # as named in that package
 
 
 class ReferenceResult(NamedTuple):
     """What AutoAttack found at one epsilon."""
 
-    robust: torch.Tensor  # (batch,), bool: right, clean and against every attack that was run
+    robust: torch.Tensor  # (batch,), bool: correct on the clean image and under every attack that was run
     adversarial: torch.Tensor  # like the pixels
-    attacks: tuple[str, ...]  # those that were run
+    attacks: tuple[str, ...]  # the attacks that were run
     passes: Passes  # sums over examples
 
 
@@ -44,7 +44,7 @@ def check_installed() -> None:
 
 
 def reference_attacks(attacks: Sequence[str], num_classes: int) -> tuple[str, ...]:
-    """Those of the attacks that are defined for this many classes: targeted DLR needs a fourth logit."""
+    """The attacks that are defined for this many classes: targeted DLR needs a fourth logit."""
     return tuple(attack for attack in attacks if attack != "apgd-t" or num_classes >= 4)
 
 
@@ -59,29 +59,29 @@ def run_autoattack(
     seed: int = 0,
     batch_size: int = 100,
 ) -> ReferenceResult:
-    """Run attacks of the public AutoAttack, one after the other on the examples that still stand.
+    """Run attacks of the public AutoAttack, each on the examples that withstood the previous ones.
 
     Args:
         forward (`Callable`):
-            Maps pixels in [0, 1] to logits; nothing it refers to may be in training mode.
+            Maps pixels in [0, 1] to logits; the model behind it must be in evaluation mode.
         pixels (`torch.Tensor` of shape `(batch, channels, height, width)`):
             Clean images, pixels in [0, 1].
         labels (`torch.Tensor` of shape `(batch,)`):
             True classes.
         threat_model ([`ThreatModel`]):
-            Norm and one epsilon, larger than 0.
+            Norm and a single epsilon above 0.
         num_classes (`int`):
             Number of logits.
         attacks (`Sequence[str]`, *optional*):
-            Among `"apgd-ce"`, `"apgd-t"`, `"fab-t"` and `"square"`; with fewer than four classes `"apgd-t"`, which is
-            not defined there, is left out.
+            Any of `"apgd-ce"`, `"apgd-t"`, `"fab-t"` and `"square"`; `"apgd-t"` needs at least four classes and is
+            skipped otherwise.
         seed (`int`, *optional*, defaults to 0):
-            Of the attacks. The global random number generators keep their states.
+            The seed of the attacks. The states of the global random number generators are preserved.
         batch_size (`int`, *optional*, defaults to 100):
             Images in a forward pass.
 
     Raises:
-        ValueError: for a norm that AutoAttack does not have.
+        ValueError: for a norm that AutoAttack does not support.
     """
     if threat_model.norm not in _NORMS:
         raise ValueError(f"AutoAttack has no norm {threat_model.norm!r}; the reference knows {list(_NORMS)}.")
@@ -112,7 +112,7 @@ def run_autoattack(
 
 
 class _Logits(torch.nn.Module):
-    """Float32 logits that give gradients to the images only, and contiguous ones."""
+    """Float32 logits whose gradients go to the images only, and are contiguous."""
 
     def __init__(self, forward: Forward):
         super().__init__()
@@ -125,8 +125,8 @@ class _Logits(torch.nn.Module):
 
 
 class _ImageGradient(torch.autograd.Function):
-    """FAB calls `backward`, which would also fill the `.grad` of parameters; and the package's `view` cannot take the
-    gradients of a channels_last model."""
+    """FAB calls `backward`, which would also fill the parameters' `.grad`, and the package calls `view`, which fails
+    on the gradients of a channels_last model."""
 
     @staticmethod
     def forward(ctx, pixels, forward):

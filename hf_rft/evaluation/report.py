@@ -1,4 +1,4 @@
-"""The result of an evaluation: where each example breaks, and every number that follows from it."""
+"""The result of an evaluation: where each example breaks, and all the numbers derived from that."""
 
 import functools
 import json
@@ -20,36 +20,36 @@ SCHEMA_VERSION = 1
 
 
 class AdversarialExamples(NamedTuple):
-    """Some of the examples that were broken, to look at."""
+    """A few of the broken examples, for viewing."""
 
     positions: list[int]  # in the dataset
     pixels: torch.Tensor  # (count, channels, height, width), in [0, 1]
-    adversarial: torch.Tensor  # likewise: the nearest adversarial examples found
-    logits: torch.Tensor  # (count, classes), of the clean images
-    adversarial_logits: torch.Tensor  # likewise
+    adversarial: torch.Tensor  # same shape: the nearest adversarial examples found
+    logits: torch.Tensor  # (count, classes), for the clean images
+    adversarial_logits: torch.Tensor  # (count, classes), for the adversarial images
 
 
 @dataclass(eq=False)
 class RobustnessReport:
-    """How robust a classifier is, as [`evaluate_robustness`] found it.
+    """How robust a classifier is: the result of [`evaluate_robustness`].
 
     Args:
         norm (`str`):
             A name in `NORMS`.
         epsilons (`list[Fraction]`):
-            The grid: increasing, the first is 0.
+            The grid: increasing, starting at 0.
         labels, clean_predictions, adversarial_predictions (`np.ndarray` of shape `(examples,)`):
-            Classes; an adversarial prediction is the label where no adversarial example was found.
+            Classes; the adversarial prediction equals the label if no adversarial example was found.
         broken_at (`np.ndarray` of shape `(examples,)`):
-            Index of the smallest epsilon that breaks each example, `len(epsilons)` if none does.
+            Index of the smallest epsilon that breaks the example, `len(epsilons)` if none does.
         distances (`np.ndarray` of shape `(examples,)`):
-            Size of the smallest perturbation found that fools the model, 0 if it errs without, inf if none was found.
+            Size of the smallest fooling perturbation found: 0 if the model errs on the clean image, inf if none found.
         flags (`dict[str, str]`, or None):
-            Trust checks that failed: name -> suspicion and remedy. Empty if all is well, None if none was made.
+            Failed trust checks: name -> suspicion and remedy. Empty if all passed, None if none were made.
         passes ([`Passes`]):
-            Forward and backward passes spent, summed over examples, checks included.
+            Forward and backward passes spent, summed over examples, including the checks.
         settings (`dict`):
-            What the numbers depend on: model, data, tier, attacks, seed, versions. JSON values only.
+            Everything the numbers depend on, as JSON values: model, data, tier, attacks, seed, versions.
         examples ([`AdversarialExamples`], *optional*):
             Not saved.
     """
@@ -78,7 +78,7 @@ class RobustnessReport:
         passes: Passes,
         settings: dict[str, Any],
     ) -> "RobustnessReport":
-        """A report without trust checks, from the predicted class of each example at each epsilon."""
+        """A report without trust checks, from the class predicted for each example at each epsilon."""
         is_right = np.cumprod(predictions == labels[:, None], axis=1)
         return cls(
             norm=norm,
@@ -99,14 +99,14 @@ class RobustnessReport:
     # --- Numbers ---
 
     def summary(self, weight: Callable[[float], float] | None = None) -> dict[str, Any]:
-        """What the `evaluate` module `expected_robustness` returns for these examples.
+        """The result of the `evaluate` module `expected_robustness` for these examples.
 
         Args:
             weight (`Callable[[float], float]`, *optional*):
-                Density of epsilon, not necessarily normalised, for a mean in which some strengths count more than
-                others. Uniform by default.
+                Density of epsilon, not necessarily normalised, to weight some strengths more than others in the mean.
+                Uniform by default.
         """
-        # The module holds the one definition; `evaluate` is slow to import and needed here only.
+        # Defined once, in that module. Imported late: `evaluate` is slow to import and needed only here.
         from ..metrics.expected_robustness.expected_robustness import robustness_summary
 
         grid = [float(epsilon) for epsilon in self.epsilons]
@@ -114,7 +114,7 @@ class RobustnessReport:
 
     @property
     def predictions(self) -> np.ndarray:
-        """Predicted class of each example at each epsilon, shape `(examples, epsilons)`."""
+        """Class predicted for each example at each epsilon, shape `(examples, epsilons)`."""
         predictions = np.where(self._is_right, self.labels[:, None], self.adversarial_predictions[:, None])
         predictions[:, 0] = self.clean_predictions
         return predictions
@@ -130,7 +130,7 @@ class RobustnessReport:
 
     @property
     def accuracies(self) -> list[float]:
-        """Accuracy at each epsilon; never rises."""
+        """Accuracy at each epsilon; never increases."""
         return self._summary["accuracies"]
 
     @property
@@ -144,12 +144,12 @@ class RobustnessReport:
 
     @property
     def expected_robustness(self) -> float:
-        """Mean accuracy over epsilon from 0 to the largest, by the trapezoidal rule (the paper's)."""
+        """Mean accuracy over epsilon from 0 to the largest, by the trapezoidal rule, as in the paper."""
         return self._summary["expected_robustness"]
 
     @property
     def bracket(self) -> tuple[float, float]:
-        """What a curve through these accuracies can average to at the least and at the most."""
+        """Lower and upper bound on the mean of any curve through these accuracies."""
         return self._summary["lower_bound"], self._summary["upper_bound"]
 
     @property
@@ -160,7 +160,7 @@ class RobustnessReport:
 
     @property
     def expected_robustness_from_distances(self) -> float:
-        """The per-example form, mean of min(distance, E) / E. Needs no grid, but trusts the distances found."""
+        """The per-example form: the mean of min(distance, E) / E. It needs no grid, but trusts the distances found."""
         from ..metrics.expected_robustness.expected_robustness import mean_breaking_share
 
         return mean_breaking_share(self.distances, float(self.epsilons[-1]))
@@ -168,7 +168,7 @@ class RobustnessReport:
     @property
     def accuracy_intervals(self) -> list[tuple[float, float]]:
         """95 % binomial (Wilson) interval of the accuracy at each epsilon."""
-        # Imported when used: it takes a tenth as long as all of `Trainer`.
+        # Imported late: it takes a tenth as long as all of `Trainer`.
         from scipy.stats import binomtest
 
         rights = self._is_right.sum(axis=0)
@@ -177,11 +177,11 @@ class RobustnessReport:
 
     @property
     def per_example(self) -> list[Fraction | None]:
-        """The smallest epsilon of the grid that breaks each example: 0 if none is needed, None if none does."""
+        """The smallest epsilon of the grid that breaks each example: 0 if misclassified clean, None if none does."""
         return [self.epsilons[index] if index < len(self.epsilons) else None for index in self.broken_at]
 
     def up_to(self, epsilon: Fraction) -> "RobustnessReport":
-        """The report that a grid ending at `epsilon`, one of its own, would have given.
+        """The report that this grid, cut off at `epsilon`, would have given.
 
         Raises:
             ValueError: if `epsilon` is not in the grid, or is 0.
@@ -206,7 +206,7 @@ class RobustnessReport:
     # --- Files ---
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the images, as JSON values; epsilons exactly, as text."""
+        """Everything but the images, as JSON values; epsilons as exact text."""
         return {
             "schema_version": SCHEMA_VERSION,
             "norm": self.norm,
@@ -240,10 +240,10 @@ class RobustnessReport:
 
     @classmethod
     def load(cls, path: str | Path) -> "RobustnessReport":
-        """Read what `save` wrote. Numbers are computed from the examples again, not taken from the file.
+        """Read a file written by `save`. Numbers are recomputed from the examples, not taken from the file.
 
         Raises:
-            ValueError: if the file is not such a report, or one of a later schema version.
+            ValueError: if the file is not a report, or has another schema version.
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -278,7 +278,7 @@ class RobustnessReport:
             raise ValueError(f"{path} is not a complete robustness report: {error} is missing or wrong.") from error
 
     def plot(self, path: str | Path, title: str = "") -> None:
-        """Write the accuracy-versus-epsilon curve, with its intervals, to `path`; the ending says the format."""
+        """Plot accuracy over epsilon, with intervals, to `path`; its suffix sets the format."""
         from .plots import plot_robustness_curve
 
         name = self.settings.get("model", {}).get("name") or "model"
@@ -287,7 +287,7 @@ class RobustnessReport:
         plot_robustness_curve({name: curve}, self.norm, path, title, intervals={name: self.accuracy_intervals})
 
     def table(self) -> str:
-        """The curve, expected robustness and flags, to be printed."""
+        """The curve, expected robustness and flags as text for printing."""
         settings = self.settings
         attacks = ", ".join(
             f"{attack['attack']} ({attack['steps']} steps"

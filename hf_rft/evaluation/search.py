@@ -1,20 +1,19 @@
 """Where each example of a batch breaks, on a grid of epsilons.
 
-An example fooled at one epsilon is fooled at every larger one, since its adversarial example lies in the larger ball
-too. What costs is an attack that fails, because it goes on to its last step, and an example needs only one such
-failure, just below the epsilon that breaks it. Hence the order: the largest epsilon first; once an example is broken,
-its adversarial example is pulled towards the clean image as far as it goes, and a short minimum-norm search looks for
-a nearer one; then the attacks are tried just below. Each example has its own epsilon, so that all share full batches,
-and drops out once decided.
+An example fooled at one epsilon is fooled at every larger one, since its adversarial example also lies in the larger
+balls. The expensive attacks are those that fail, because they run to their last step, and each example needs only one
+such failure, just below the epsilon that breaks it. So the search starts at the largest epsilon. Once an example is
+broken, its adversarial example is pulled as far as possible towards the clean image, a short minimum-norm search looks
+for a nearer one, and the attacks continue just below. Each example has its own epsilon, so all of them share full
+batches, and drops out once decided.
 
-What a failed attack implies: that this attack failed, at this epsilon. It does not imply that the example is robust
-there, nor, strictly, at smaller epsilons: where a model hides its gradient far from the clean image, an attack that
-starts there sees nothing, although it would succeed in a smaller ball. So an example that withstands everything at the
-largest epsilon is looked at once more, by the minimum-norm search, which starts from the clean image and moves
-outwards; what it finds is pursued as above. Each example is searched once. Beyond that, a failure of all attacks is
-taken to hold at every smaller epsilon. Tiers without the search (`guess_steps=0`: lists of the user's own, and the
-trainer's evaluation, which is meant to be cheap) rely on that alone, so that their accuracy at one epsilon may depend
-on larger ones in the grid.
+A failed attack shows only that this attack failed at this epsilon. It does not show that the example is robust there,
+nor, strictly, at smaller epsilons: if a model hides its gradient far from the clean image, an attack that starts there
+sees nothing, although it would succeed in a smaller ball. So an example that withstands everything at the largest
+epsilon is given to the minimum-norm search, which starts at the clean image and moves outwards; whatever it finds is
+pursued as above. Each example is searched once. Otherwise, a failure of all attacks is assumed to hold at every
+smaller epsilon. Tiers without the search (`guess_steps=0`: custom lists, and the trainer's cheap evaluation) rely on
+this assumption alone, so their accuracy at one epsilon may depend on larger ones in the grid.
 """
 
 import inspect
@@ -36,22 +35,22 @@ if TYPE_CHECKING:
 
 # Halvings of the segment between the clean image and an adversarial example.
 SHRINKING_STEPS = 6
-# A distance that rounding has made larger than an epsilon by this share does not count as beyond it.
+# Relative tolerance for rounding when a distance is compared with an epsilon.
 ROUNDING = 1e-5
 
 
 class BreakingPoints(NamedTuple):
-    """The examples of a batch, clean and as the nearest adversarial examples found."""
+    """The examples of a batch, and the nearest adversarial example found for each."""
 
     labels: torch.Tensor  # (batch,)
     clean_predictions: torch.Tensor  # (batch,)
     broken_at: torch.Tensor  # (batch,): index of the smallest epsilon that breaks it, len(epsilons) if none does
-    distances: torch.Tensor  # (batch,): size of the smallest perturbation found that fools, inf if none was
+    distances: torch.Tensor  # (batch,): size of the smallest fooling perturbation found, inf if none was
     adversarial_predictions: torch.Tensor  # (batch,): the label if none was found
     adversarial: torch.Tensor  # (batch, channels, height, width): the clean image if none was found
 
     def predictions(self, count: int) -> torch.Tensor:
-        """Predicted class at each of the `count` epsilons, shape `(batch, count)`."""
+        """Class predicted at each of the `count` epsilons, shape `(batch, count)`."""
         is_broken = self.broken_at.unsqueeze(1) <= torch.arange(count, device=self.broken_at.device)
         return torch.where(is_broken, self.adversarial_predictions.unsqueeze(1), self.labels.unsqueeze(1))
 
@@ -70,7 +69,7 @@ def find_breaking_points(
     clean_predictions: torch.Tensor | None = None,
     on_progress: Callable[[str, int], None] = lambda stage, decided: None,
 ) -> BreakingPoints:
-    """Find for every example the smallest epsilon of the grid at which an attack of the tier succeeds.
+    """For every example, find the smallest epsilon of the grid at which an attack of the tier succeeds.
 
     Args:
         forward (`Callable`):
@@ -82,24 +81,24 @@ def find_breaking_points(
         norm (`str`):
             A name in `NORMS`.
         epsilons (`Sequence[Fraction]`):
-            Increasing, the first is 0.
+            Increasing, starting at 0.
         tier ([`Tier`]):
             The attacks.
         seed, positions:
-            The noise of an example depends on the seed and its position in the dataset.
+            An example's noise depends on the seed and its position in the dataset.
         verify (`Callable`, *optional*):
-            Like `forward`, in full precision: only what fools this one counts. Where an attack on `forward` found
-            what does not fool `verify`, `verify` itself is attacked.
+            Like `forward`, in full precision: only images that fool this function count. If an attack on `forward`
+            finds an image that does not fool `verify`, `verify` itself is attacked.
         clean_predictions (`torch.Tensor` of shape `(batch,)`, *optional*):
-            Predicted classes of the clean images, if they are known.
+            Predicted classes of the clean images, if known.
         on_progress (`Callable`, *optional*):
-            Called with the name of an attack that begins and the number of examples decided so far.
+            Called with the name of each attack as it starts, and the number of examples decided so far.
     """
     search = _Search(forward, verify or forward, pixels, labels, norm, epsilons, tier, seed, positions)
     search.begin(clean_predictions)
     while len(undecided := search.undecided()) > 0:
-        # The first attack goes first wherever it is due: what it breaks comes back to it at a smaller epsilon, and the
-        # long ones meet as many examples at once as there are.
+        # Run the earliest attack that is due for any example: what it breaks returns to it at a smaller epsilon, and
+        # the long attacks get the largest possible batches.
         stage = int(search.withstood[undecided].min())
         on_progress(attack_name(search.runs[stage].attack), len(labels) - len(undecided))
         search.attack(undecided[search.withstood[undecided] == stage], stage)
@@ -108,7 +107,7 @@ def find_breaking_points(
 
 
 class _Search:
-    """What is known of each example so far, and the two moves that find out more."""
+    """What is known about each example so far, and the two moves that find out more."""
 
     def __init__(
         self,
@@ -128,7 +127,7 @@ class _Search:
         self.runs = [run for run in tier.attacks for _ in range(run.restarts)]
 
     def begin(self, clean_predictions: torch.Tensor | None) -> None:
-        """An example that is misclassified without a perturbation breaks at epsilon 0."""
+        """Start from the clean predictions; an example misclassified without perturbation breaks at epsilon 0."""
         if clean_predictions is None:
             clean_predictions = _predict(self.verify, self.pixels)
         is_right = clean_predictions == self.labels
@@ -136,7 +135,7 @@ class _Search:
         self.broken_at = torch.where(is_right, len(self.grid), 0)
         self.distances = torch.where(is_right, torch.inf, 0.0).to(self.pixels)
         self.predictions, self.adversarial = clean_predictions.clone(), self.pixels.clone()
-        # How many of the attacks have failed at the largest epsilon that is not known to break the example.
+        # Number of attacks that failed at the largest epsilon not known to break the example.
         self.withstood = torch.zeros_like(self.labels)
 
     def result(self) -> BreakingPoints:
@@ -145,11 +144,11 @@ class _Search:
         )
 
     def undecided(self) -> torch.Tensor:
-        """Indices of the examples that attacks are still due for."""
+        """Indices of the examples that still have attacks to face."""
         return ((self.broken_at > 1) & (self.withstood < len(self.runs))).nonzero().flatten()
 
     def attack(self, indices: torch.Tensor, stage: int) -> None:
-        """Run one attack, on each of the examples just below the epsilon that breaks it."""
+        """Run one attack on each example, just below the epsilon that breaks it."""
         level = self.broken_at[indices] - 1
         is_first = self.distances[indices].isinf()
         found = self._run(self.forward, indices, stage)
@@ -167,7 +166,7 @@ class _Search:
     def _run(self, forward: Forward, indices: torch.Tensor, stage: int) -> torch.Tensor:
         run = self.runs[stage]
         positions = [self.positions[index] for index in indices.tolist()]
-        # Only if it is named: an attack with `**options` may hand them on to what does not know them.
+        # Only if named explicitly: an attack with `**options` may pass them on to a function without it.
         stops = "early_stop" in inspect.signature(run.attack).parameters
         found = run.attack(
             forward,
@@ -181,7 +180,7 @@ class _Search:
         return found.to(self.pixels)
 
     def _guess(self, indices: torch.Tensor) -> None:
-        """Look from the clean images for nearer adversarial examples than those at hand, if any are."""
+        """Search outwards from the clean images for adversarial examples nearer than any found so far."""
         if self.guess_steps == 0 or len(indices) == 0:
             return
         within = ThreatModel(self.norm, self.distances[indices].clamp_max(self.grid[-1]))
@@ -191,9 +190,9 @@ class _Search:
         self.withstood[indices[fooled]] = 0
 
     def _record(self, indices: torch.Tensor, found: torch.Tensor, within: torch.Tensor) -> torch.Tensor:
-        """Keep what fools the model, the nearest of each example; return which of the images fool.
+        """Keep the nearest fooling image of each example; return which of the images fool the model.
 
-        `within` holds the index of an epsilon that each image keeps to, which its distance, rounded, may not show.
+        `within` holds the index of an epsilon that each image respects, even if its rounded distance exceeds it.
         """
         predicted = _predict(self.verify, found)
         wrong = predicted != self.labels[indices]
@@ -205,7 +204,7 @@ class _Search:
         kept = indices[nearer]
         self.distances[kept], self.predictions[kept] = distance[nearer], predicted[nearer]
         self.adversarial[kept] = found[nearer]
-        # Not 0, which is for the clean predictions to say: in other precision, or at random, a clean image may fool.
+        # Never 0, which only the clean predictions decide: in other precision, or by chance, a clean image may fool.
         reached = torch.searchsorted(self.grid * (1 + ROUNDING), self.distances[indices]).clamp_min(1)
         self.broken_at[indices] = reached.minimum(within)
         return wrong
@@ -221,7 +220,7 @@ def _predict(forward: Forward, pixels: torch.Tensor) -> torch.Tensor:
 def _shrunk(
     forward: Forward, pixels: torch.Tensor, labels: torch.Tensor, found: torch.Tensor, predictions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pull adversarial examples straight towards the clean images while they fool; also returns their predictions."""
+    """Pull adversarial examples straight towards the clean images as long as they fool; also return predictions."""
     low, high = torch.zeros(len(pixels)).to(pixels), torch.ones(len(pixels)).to(pixels)
     for _ in range(SHRINKING_STEPS if len(pixels) > 0 else 0):
         middle = (low + high) / 2
@@ -230,6 +229,6 @@ def _shrunk(
         wrong = predicted != labels
         low, high = torch.where(wrong, low, middle), torch.where(wrong, middle, high)
         predictions = torch.where(wrong, predicted, predictions)
-    # Unchanged where nothing nearer fooled: adding the difference back could round.
+    # Return the original if nothing nearer fools: adding the difference back could round.
     shrunk = pixels + per_example(high) * (found - pixels)
     return where(high < 1, shrunk, found), predictions

@@ -1,4 +1,4 @@
-"""Which attacks an evaluation is made of: the strength behind a number, by name."""
+"""Named sets of attacks: how hard an evaluation tries."""
 
 import inspect
 from collections.abc import Iterable, Sequence
@@ -25,11 +25,11 @@ class Tier:
 
     Args:
         name (`str`):
-            `"custom"` for any list that is not one of [`TIERS`].
+            `"custom"` for any list not in [`TIERS`].
         attacks (`tuple[AttackRun, ...]`):
-            In the order in which they are tried: cheap ones first.
+            In the order in which they run, cheap ones first.
         guess_steps (`int`):
-            Steps of the minimum-norm search that, once an example is broken, guesses where it breaks; 0 for none.
+            Steps of the minimum-norm search for nearer adversarial examples; 0 for no search.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Tier:
     guess_steps: int = 0
 
     def describe(self) -> dict[str, Any]:
-        """What to record with a number; JSON values only."""
+        """What to record with a result, as JSON values."""
         return {
             "tier": self.name,
             "attacks": [
@@ -54,12 +54,12 @@ class Tier:
         }
 
 
-# APGD finds more in L1 from several sparse starts; elsewhere one run is nearly as good (benchmarks/README.md).
+# In L1, APGD finds more from several sparse starts; elsewhere one run is nearly as good (benchmarks/README.md).
 _RESTARTS = {("l1", "apgd"): 5}
 
 
 def _tier(name: str, *runs: tuple[str, int]) -> dict[str, Tier]:
-    """The tier of each norm."""
+    """The tier for each norm."""
     return {
         norm: Tier(
             name,
@@ -70,8 +70,8 @@ def _tier(name: str, *runs: tuple[str, int]) -> dict[str, Tier]:
     }
 
 
-# By name and norm. As in AutoAttack (Croce and Hein 2020, for L1 2021), with FMN in place of FAB, and nine targets in
-# every norm.
+# By name and norm. As in AutoAttack (Croce and Hein 2020; 2021 for L1), but with FMN instead of FAB and with nine
+# targets for every norm.
 TIERS = {
     "fast": _tier("fast", ("apgd", 100)),
     "standard": _tier("standard", ("apgd", 100), ("apgd_targeted", 100)),
@@ -80,13 +80,13 @@ TIERS = {
 
 
 def _targets(attack: Attack) -> dict[str, int]:
-    """`{"targets": ...}` of an attack that aims at several classes one after the other."""
+    """`{"targets": ...}` for an attack that aims at several classes in turn."""
     targets = inspect.signature(attack).parameters.get("targets")
     return {"targets": targets.default} if targets and isinstance(targets.default, int) else {}
 
 
 def _bound_options(attack: Any) -> dict[str, Any]:
-    """`{"options": ...}` with the arguments that `functools.partial` bound to an attack, if any."""
+    """`{"options": ...}` with the arguments bound to an attack by `functools.partial`, if any."""
     options = {}
     attack = inspect.unwrap(attack)
     while isinstance(attack, partial):
@@ -98,8 +98,8 @@ def _bound_options(attack: Any) -> dict[str, Any]:
 def make_tier(tier: str | Sequence, norm: str | None = None) -> Tier:
     """A tier by name, or a `"custom"` one from a list of `(attack, steps)` or `(attack, steps, restarts)`.
 
-    An attack is a name of `ATTACKS` or a callable with the signature of [`hf_rft.attacks.Attack`]. What a name stands
-    for depends on the norm; a list says itself what to run, and needs none.
+    An attack is a name in `ATTACKS` or a callable with the signature of [`hf_rft.attacks.Attack`]. The tier behind a
+    name depends on the norm; a list needs no norm.
 
     Raises:
         ValueError: for an unknown name, an empty list, a number of steps or restarts below 1, or a callable with

@@ -1,6 +1,6 @@
-"""A classifier as a function of pixels: what training attacks and what evaluation attacks, in one class.
+"""A classifier as a function of pixels, the target of attacks in training and in evaluation.
 
-Also the context managers that prepare a model for that, and give every module and parameter back exactly as it was.
+Also context managers that prepare a model for attack and restore every module and parameter exactly.
 """
 
 import contextlib
@@ -19,20 +19,20 @@ from .pixel_space import PixelNormalization
 
 
 class PixelClassifier:
-    """A model with the normalisation of its processor: maps pixels in [0, 1] to logits.
+    """A model together with its processor's normalisation: maps pixels in [0, 1] to logits.
 
     Args:
         model (`torch.nn.Module`):
-            Maps `pixel_values` to logits, or to an output that holds `logits`. The bare model: what DDP, FSDP or
-            DeepSpeed put around it would exchange gradients or weights in every step of an attack.
+            Maps `pixel_values` to logits, or to an output that holds `logits`. The unwrapped model: the wrappers of
+            DDP, FSDP and DeepSpeed would exchange gradients or weights in every step of an attack.
         normalization ([`PixelNormalization`]):
-            Of its processor.
+            The processor's normalisation.
         by_name (`bool`, *optional*, defaults to `False`):
-            Pass images as the keyword `pixel_values`, as `Trainer` does, instead of as the first argument.
+            Pass images as the keyword `pixel_values`, as `Trainer` does, rather than as the first argument.
         divided (`bool`, *optional*, defaults to `False`):
-            Whether FSDP will divide the weights over processes; [`whole_weights`] then gathers them.
+            Whether FSDP will shard the weights over processes; [`whole_weights`] then gathers them.
         autocast (`Callable`, *optional*):
-            Returns the context in which gathered weights compute: unlike the model, they were not prepared for mixed
+            Returns the context in which the gathered weights run: unlike the model, they are not prepared for mixed
             precision.
     """
 
@@ -53,16 +53,16 @@ class PixelClassifier:
         return self._first_parameter.device
 
     def __call__(self, pixels: torch.Tensor, **inputs) -> torch.Tensor:
-        """Logits of shape `(batch, classes)`; `inputs` go to the model as they are."""
+        """Logits of shape `(batch, classes)`; `inputs` are passed to the model unchanged."""
         return self.logits(self.pixel_values(pixels), **inputs)
 
     def load(self, examples: Examples, positions: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels in [0, 1] and labels of some examples, on the model's device."""
+        """Pixels in [0, 1] and labels of the examples at `positions`, on the model's device."""
         pixel_values, labels = examples.batch(positions)
         return self.normalization.to_pixels(pixel_values.to(self.device)), labels.to(self.device)
 
     def pixel_values(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What the model takes: normalised, in its precision."""
+        """The model's input: normalised, in the model's precision."""
         return self.normalization.from_pixels(pixels).to(self._first_parameter.dtype)
 
     def logits(self, pixel_values: torch.Tensor, **inputs) -> torch.Tensor:
@@ -71,7 +71,7 @@ class PixelClassifier:
         return logits_of(model(*([] if self._by_name else [pixel_values]), **images, **inputs))
 
     def forward_in(self, dtype: torch.dtype | None) -> Forward:
-        """This function under autocast; with None in the model's own precision, whatever surrounds the call."""
+        """This classifier under autocast; None means the model's own precision, whatever the surrounding context."""
 
         def forward(pixels: torch.Tensor) -> torch.Tensor:
             with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
@@ -80,11 +80,11 @@ class PixelClassifier:
         return forward
 
     def in_fast_format(self, pixels: torch.Tensor) -> contextlib.AbstractContextManager[None]:
-        """Convolutions in channels_last while they run on a CPU, where it is up to 1.5 times as fast and never slower.
+        """Run convolutions in channels_last on a CPU, where that is up to 1.5 times as fast and never slower.
 
-        A rule rather than a measurement: rounding differs between the formats, and a number must depend neither on
-        what else the machine was doing, nor on the process, nor on whether the run was resumed. A model whose code
-        cannot take channels_last images, as `pixels` show, keeps its format; so do models on other devices.
+        A fixed rule, not a benchmark at run time: the formats round differently, and results must not depend on the
+        load of the machine, the process, or whether the run was resumed. Models on other devices keep their format,
+        and so do models whose code fails on channels_last images, which is tried out on `pixels`.
         """
         if self.device.type != "cpu" or not any(parameter.dim() == 4 for parameter in self.model.parameters()):
             return contextlib.nullcontext()
@@ -98,7 +98,7 @@ class PixelClassifier:
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[nn.Module]:
-        """The model with all of its weights; where they are divided, every process must ask at the same time."""
+        """The model with all its weights; if they are sharded, all processes must call this at the same time."""
         if self._copy is None:
             yield self.model
             return
@@ -107,7 +107,7 @@ class PixelClassifier:
 
     @contextlib.contextmanager
     def under_attack(self, *, training: bool = False) -> Iterator[None]:
-        """The model's state while it is attacked; see [`under_attack`]."""
+        """Hold the model in the state that an attack needs; see [`under_attack`]."""
         with self.whole_weights() as model, under_attack(model, training=training):
             yield
 
@@ -117,10 +117,10 @@ class PixelClassifier:
 
 
 def logits_of(outputs: Any) -> torch.Tensor:
-    """The logits in what a model returned: a tensor, or an output or dictionary with `logits`.
+    """The logits from a model's output: a tensor, or an object or dictionary with `logits`.
 
     Raises:
-        ValueError: if there are none, or fewer than two classes.
+        ValueError: if there are no logits, or fewer than two classes.
     """
     logits = outputs
     if not isinstance(outputs, torch.Tensor):
@@ -135,7 +135,7 @@ def logits_of(outputs: Any) -> torch.Tensor:
 
 
 def check_batch(inputs: Mapping[str, Any], num_labels: int) -> None:
-    """Refuse a batch without images or labels, with further tensors, or with labels the model has no class for."""
+    """Refuse a batch without images or labels, with extra tensors, or with labels outside the model's classes."""
     missing = [key for key in ("pixel_values", "labels") if key not in inputs]
     if missing:
         raise ValueError(
@@ -161,7 +161,7 @@ def check_batch(inputs: Mapping[str, Any], num_labels: int) -> None:
 
 
 def blank_image(model: PreTrainedModel) -> torch.Tensor:
-    """One image of the size in the model's `config`; networks of convolutions name none and take any."""
+    """One image of the size in the model's `config`. Convolutional networks name none and take any: 224 pixels."""
     config: Any = model.config
     if "input_size" in (getattr(config, "pretrained_cfg", None) or {}):  # timm
         channels, *size = config.pretrained_cfg["input_size"]
@@ -187,7 +187,7 @@ def check_labels(where: str, labels: Any, num_labels: int) -> None:
 
 
 class CountedForward:
-    """A `forward` that counts each image it is called with, and each image a gradient comes back for."""
+    """A `forward` that counts the images it is called with, and the images it receives a gradient for."""
 
     def __init__(self, forward: Forward):
         self.forward = forward
@@ -209,7 +209,7 @@ class CountedForward:
         return Passes(self.forward_count, self.backward_count)
 
 
-# --- A model's state for a while ---
+# --- Temporary states of a model ---
 
 
 @contextlib.contextmanager
@@ -227,7 +227,7 @@ def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def parameters_frozen(model: nn.Module) -> Iterator[None]:
-    """Switch parameter gradients off: an attack differentiates with respect to the images only."""
+    """Switch off parameter gradients: an attack differentiates with respect to the images only."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -240,7 +240,7 @@ def parameters_frozen(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_memory_format(model: nn.Module, memory_format: torch.memory_format) -> Iterator[None]:
-    """Keep the weights of 2D convolutions in this memory format; afterwards they are the very tensors they were."""
+    """Hold the weights of 2D convolutions in this memory format, then restore the original tensors."""
     kept = [(parameter, parameter.data) for parameter in model.parameters() if parameter.dim() == 4]
     for parameter, data in kept:
         parameter.data = data.to(memory_format=memory_format)
@@ -255,8 +255,8 @@ def in_memory_format(model: nn.Module, memory_format: torch.memory_format) -> It
 def batch_norm_frozen(model: nn.Module) -> Iterator[None]:
     """Keep modules with running statistics in evaluation mode.
 
-    Adversarial examples are crafted against running statistics. Learning from them with batch statistics, another
-    function of the same weights, undoes the training (design note in the README, "Why BatchNorm is frozen").
+    Adversarial examples are crafted against running statistics. With batch statistics the same weights are a different
+    function, and learning from the examples there undoes the training (README, "Why BatchNorm is frozen").
     """
     frozen = [
         module for module in model.modules() if module.training and getattr(module, "running_mean", None) is not None
@@ -274,8 +274,8 @@ def batch_norm_frozen(model: nn.Module) -> Iterator[None]:
 def under_attack(model: nn.Module, *, training: bool) -> Iterator[None]:
     """Everything an attack on `model` needs: input gradients but no parameter gradients, one mode for all modules.
 
-    Neither the model nor the global random number generators have changed afterwards: in training mode, where dropout
-    draws from them, they are set back, and modules with running statistics stay in evaluation mode all the same.
+    The model and the global random number generators are unchanged afterwards: in training mode, where dropout draws
+    from the generators, their state is restored. Modules with running statistics always stay in evaluation mode.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
@@ -289,11 +289,11 @@ def under_attack(model: nn.Module, *, training: bool) -> Iterator[None]:
 
 
 class WholeCopy:
-    """A second model without weights of its own, which borrows those of a model that is divided over processes.
+    """A second model without weights of its own, which borrows those of a model sharded over processes.
 
-    FSDP gathers weights in every forward and backward pass, on all processes at once: an attack would gather them in
-    each of its steps, and an evaluation in which one process needs more steps than another would hang. Borrowed, they
-    are gathered once, and the divided model, whose hooks and flags stay untouched, takes no part in the attack.
+    FSDP gathers weights in every forward and backward pass, on all processes at once. An attack would gather them in
+    each of its steps, and an evaluation would hang if one process needed more steps than another. Borrowing gathers
+    them only once, and the sharded model takes no part in the attack: its hooks and flags stay untouched.
     """
 
     def __init__(self, model: nn.Module):
@@ -303,7 +303,7 @@ class WholeCopy:
 
     @contextlib.contextmanager
     def holding(self, divided: nn.Module) -> Iterator[nn.Module]:
-        """The copy with the present weights of the divided model, on each process; all must ask at the same time."""
+        """The copy with the sharded model's current weights; all processes must call this at the same time."""
         whole = {name: _gathered(value) for name, value in divided.state_dict().items()}
         self.model.load_state_dict(whole, assign=True)
         try:

@@ -1,7 +1,7 @@
-"""Convolutions that take the BatchNorm behind them into their own weights, while a model is attacked.
+"""Folding BatchNorm into the weights of the preceding convolution while a model is attacked.
 
-In evaluation mode BatchNorm multiplies and shifts each channel by fixed numbers, which a convolution in front of it
-can do for nothing. Training attacks pass through the model many times with the same weights: folding once saves them
+In evaluation mode, BatchNorm scales and shifts each channel by fixed numbers, which the convolution in front of it can
+do for free. A training attack passes through the model many times with the same weights, so folding them once saves
 every BatchNorm.
 """
 
@@ -21,19 +21,19 @@ from .classifier import blank_image, in_mode
 
 
 class FoldablePair(NamedTuple):
-    """A convolution whose output goes nowhere but into a BatchNorm."""
+    """A convolution whose output goes only into a BatchNorm."""
 
     convolution: nn.Conv2d
     batch_norm: nn.BatchNorm2d
 
 
 def find_foldable_pairs(model: nn.Module) -> list[FoldablePair]:
-    """The pairs in a model whose folding, in evaluation mode, changes its outputs by rounding only.
+    """The pairs in a model that can be folded, in evaluation mode, without changing its outputs beyond rounding.
 
-    `torch.fx` traces the model, or, where it cannot, those parts that it can.
+    `torch.fx` traces the model or, if that fails, the parts of it that can be traced.
 
     Returns:
-        `list[FoldablePair]`: empty where nothing could be traced, or parameters are narrower than float32: there,
+        `list[FoldablePair]`: empty if nothing could be traced, or if parameters are narrower than float32, where
         folded weights would be rounded once more.
     """
     names = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
@@ -46,8 +46,8 @@ def find_foldable_pairs(model: nn.Module) -> list[FoldablePair]:
 def folded(pairs: Sequence[FoldablePair]) -> Iterator[None]:
     """Let convolutions do the work of their BatchNorms, which must be in evaluation mode.
 
-    Folded weights are computed from the present ones, and carry no gradient to them. A pair is left alone if somebody
-    has replaced a `forward` of it since it was found. Afterwards all modules are as they were before.
+    Folded weights are computed from the current ones and pass no gradient to them. A pair is skipped if either
+    `forward` has been replaced since the pair was found. Afterwards, all modules are restored.
     """
     pairs = [pair for pair in pairs if not any(_has_own_forward(one) for one in pair)]
     own = [(convolution, convolution.weight, convolution.bias) for convolution, _ in pairs]
@@ -56,7 +56,7 @@ def folded(pairs: Sequence[FoldablePair]) -> Iterator[None]:
             rest = _after_batch_norm(batch_norm)
             assert rest is not None and not batch_norm.training, "see `find_foldable_pairs`"
             _set_weights(convolution, *_folded_weights(convolution, batch_norm))
-            vars(batch_norm)["forward"] = rest  # hides the method of the class
+            vars(batch_norm)["forward"] = rest  # shadows the method of the class
         yield
     finally:
         for (convolution, weight, bias), (_, batch_norm) in zip(own, pairs, strict=True):
@@ -65,7 +65,7 @@ def folded(pairs: Sequence[FoldablePair]) -> Iterator[None]:
 
 
 def exactly_foldable_pairs(model: PreTrainedModel) -> list[FoldablePair]:
-    """[`find_foldable_pairs`] in an image classifier, if [`folding_is_exact`] for an image of noise; or none."""
+    """[`find_foldable_pairs`] of an image classifier, or none unless [`folding_is_exact`] on a noise image."""
     pairs = find_foldable_pairs(model)
     if not pairs:
         return []
@@ -73,15 +73,15 @@ def exactly_foldable_pairs(model: PreTrainedModel) -> list[FoldablePair]:
     noise = torch.rand(blank.shape, generator=torch.Generator().manual_seed(0)).to(blank)
     try:
         return pairs if folding_is_exact(model, pairs, noise) else []
-    except (RuntimeError, ValueError):  # an image of this size does not suit the model
+    except (RuntimeError, ValueError):  # the model does not take images of this size
         return []
 
 
 @torch.no_grad()
 def folding_is_exact(model: nn.Module, pairs: Sequence[FoldablePair], images: torch.Tensor) -> bool:
-    """Whether a model gives the same logits for `images`, in evaluation mode and up to rounding, when folded.
+    """Whether folding leaves the logits of `images` unchanged up to rounding, in evaluation mode.
 
-    What is traced in parts could use the output of a convolution in a way that the part does not show.
+    A model traced in parts might use the output of a convolution in a way that no single part shows.
     """
     with in_mode(model, training=False):
         expected = model(pixel_values=images).logits
@@ -91,7 +91,7 @@ def folding_is_exact(model: nn.Module, pairs: Sequence[FoldablePair], images: to
 
 
 class _Tracer(Tracer):
-    """Looks into modules down to those that have no parts: some of those compute a padding from the image's size."""
+    """Descends to modules without children and stops there: some of those compute a padding from the image size."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, nn.BatchNorm2d) or not any(True for _ in m.children())
@@ -102,7 +102,7 @@ def _pairs_within(module: nn.Module) -> list[FoldablePair]:
         return []
     try:
         graph = _Tracer().trace(module)
-    except Exception:  # any: the module's own code runs, with placeholders instead of tensors
+    except Exception:  # anything: this runs the module's own code on placeholders instead of tensors
         return [pair for child in module.children() for pair in _pairs_within(child)]
     return _pairs_of_graph(graph, dict(module.named_modules()))
 
@@ -130,29 +130,29 @@ def _can_fold(convolution: Any, batch_norm: Any) -> bool:
         and _after_batch_norm(batch_norm) is not None
         and batch_norm.running_mean is not None
         and torch.promote_types(convolution.weight.dtype, torch.float32) == convolution.weight.dtype
-        # What listens to them would see other values.
+        # Hooks would see other values.
         and not any(one._forward_hooks or one._forward_pre_hooks for one in (convolution, batch_norm))
         and not any(_has_own_forward(one) for one in (convolution, batch_norm))
     )
 
 
 def _has_own_forward(module: nn.Module) -> bool:
-    """Whether somebody replaced the `forward` of this one module, as accelerate's hooks do."""
+    """Whether this instance's `forward` was replaced, as accelerate's hooks do."""
     return "forward" in vars(module)
 
 
 def _timm_layer(name: str) -> type | None:
-    """A layer of timm, which is not imported for it: a model that has the layer brought it along."""
+    """A timm layer, without importing timm: a model that has such a layer has already imported it."""
     return getattr(sys.modules.get("timm.layers"), name, None)
 
 
 def _is_plain_convolution(module: nn.Module) -> bool:
-    """Exactly these: other subclasses may normalise their weights, and undo the folding."""
+    """Exact types only: other subclasses may normalise their weights, which would undo the folding."""
     return type(module) in (nn.Conv2d, _timm_layer("Conv2dSame"))
 
 
 def _after_batch_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """What a module does after its BatchNorm; None if that is unknown."""
+    """What a module computes after its batch normalisation; None if unknown."""
     if type(module) is nn.BatchNorm2d:
         return _unchanged
     if type(module) is _timm_layer("BatchNormAct2d"):

@@ -7,7 +7,7 @@ import torch
 from transformers.image_processing_utils import BaseImageProcessor
 
 
-# Rounding in resizing and half precision; anything further out is a wrong processor.
+# Allows for rounding in resizing and half precision; anything further out means a wrong processor.
 RANGE_TOLERANCE = 1e-3
 
 
@@ -19,19 +19,19 @@ class PixelNormalization:
         mean (`tuple[float, ...]`):
             One value per channel, or one for all channels.
         std (`tuple[float, ...]`):
-            Likewise, positive.
+            The same for the standard deviation; positive.
         source (`str`):
             The processor's own values, for error messages.
         rescales (`bool`):
             Whether the processor itself divides bytes by 255. If not, a batch without any pixel above 1/255 is
-            refused: it was scaled before.
+            refused: it was already scaled.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     source: str = ""
     rescales: bool = True
-    # Copies of mean and std on the devices seen so far: creating them anew would wait for the device at each call.
+    # Mean and std on each device seen so far: creating them on every call would wait for the device.
     _tensors: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
@@ -44,13 +44,13 @@ class PixelNormalization:
             processor:
                 The image processor.
             argument (`str`, *optional*):
-                Who passed it, for the message.
+                Name of the argument that holds it, for messages.
 
         Raises:
-            ValueError: if `processor` is no image processor, or normalises without saying by what.
+            ValueError: if `processor` is not an image processor, or normalises by unknown values.
         """
         data_config = getattr(processor, "data_config", None)
-        if data_config is not None:  # timm: images become [0, 1] by definition, then mean and std apply
+        if data_config is not None:  # timm: images are scaled to [0, 1] by definition, then normalised
             values = {"mean": data_config.get("mean"), "std": data_config.get("std")}
             mean, std = (_per_channel(processor, name, value) for name, value in values.items())
             return cls(mean, std, source=f"timm data_config mean={values['mean']}, std={values['std']}")
@@ -59,7 +59,7 @@ class PixelNormalization:
                 f"`{argument}={type(processor).__name__}` is not an image processor, so hf_rft cannot know how "
                 "pixels are normalised; pass `AutoImageProcessor.from_pretrained(...)`."
             )
-        # Processors map a byte b = 255 p to b * scale + offset first, and normalise after.
+        # Processors first map a byte b = 255 p to b * rescale_factor + offset, then normalise.
         scale, offset, source = 255.0, 0.0, "do_rescale=False"
         if getattr(processor, "do_rescale", False):
             scale = 255.0 * processor.rescale_factor
@@ -72,7 +72,7 @@ class PixelNormalization:
             source += f", image_mean={list(mean)}, image_std={list(std)}"
         else:
             source += ", do_normalize=False"
-        if getattr(processor, "include_top", False):  # EfficientNet divides by the standard deviation once more
+        if getattr(processor, "include_top", False):  # EfficientNet divides by the std once more
             again = _per_channel(processor, "image_std", getattr(processor, "image_std", None))
             mean, std = _broadcast(mean, again), _broadcast(std, again)
             std = tuple(value * more for value, more in zip(std, again, strict=True))
@@ -95,7 +95,7 @@ class PixelNormalization:
         mean, std = self._mean_and_std(pixel_values)
         pixels = pixel_values.to(mean.dtype) * std + mean
         lowest, highest = torch.stack(torch.aminmax(pixels.detach())).tolist()
-        # Half precision rounds pixel values, which are as large as (|mean| + 1) / std, by more than the tolerance.
+        # Half precision rounds pixel values, which may reach (|mean| + 1) / std, by more than the tolerance.
         epsilon = torch.finfo(pixel_values.dtype).eps if pixel_values.is_floating_point() else 0.0
         rounding = epsilon * (max(map(abs, self.mean)) + max(self.std))
         tolerance = max(RANGE_TOLERANCE, rounding)
@@ -118,7 +118,7 @@ class PixelNormalization:
             )
         key = (images.device, torch.promote_types(images.dtype, torch.float32))
         if key not in self._tensors:
-            with torch.inference_mode(False):  # or the copies could not take part in a later attack
+            with torch.inference_mode(False):  # inference tensors could not take part in a later attack
                 self._tensors[key] = tuple(
                     torch.tensor(values, device=key[0], dtype=key[1]).reshape(1, -1, 1, 1)
                     for values in (self.mean, self.std)

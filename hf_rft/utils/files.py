@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and folders: can they be written, do links lead out of them."""
+"""Writing files whole or not at all, and checking folders for write access and for links that lead outside."""
 
 import contextlib
 import errno
@@ -12,12 +12,12 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """A path beside `path` to write to; it takes the place of `path` once the block has ended without an error.
+    """A temporary path beside `path` to write to; it replaces `path` once the block ends without an error.
 
-    A reader, or a disk that fills up, sees the old file or the new one, never half of it.
+    Even if the disk fills up, readers see either the old file or the new one, never half of it.
     """
     path = Path(path)
-    # The ending stays: it tells matplotlib and others which format to write.
+    # Keep the suffix: matplotlib and others infer the format from it.
     scratch = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
     try:
         yield scratch
@@ -32,12 +32,12 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def check_links(folder: str | Path) -> None:
-    """Refuse a folder with a link to a file elsewhere: publishing it would publish that file.
+    """Refuse a folder with a link to a file outside: publishing the folder would publish that file.
 
-    A repository that was cloned may hold such links, to whatever its author hopes to find.
+    A cloned repository may hold such links, to whatever its author hopes to find.
 
     Raises:
-        ValueError: naming the link and where it leads.
+        ValueError: naming the link and its target.
     """
     folder = Path(folder)
     for path in sorted(folder.rglob("*")):
@@ -49,24 +49,24 @@ def check_links(folder: str | Path) -> None:
 
 
 def check_writable(argument: str, folder: str | Path, *, needed_bytes: int = 1) -> None:
-    """Refuse a folder that cannot be made or written, before anything was computed for it. Leaves no trace.
+    """Refuse a folder that cannot be created or written to, before any work is done for it. Leaves no trace.
 
     Args:
         argument (`str`):
-            Who names the folder, for the message: `--output_dir` or `cache_dir`.
+            Name of the argument that holds the folder, for messages: `--output_dir` or `cache_dir`.
         folder (`str` or `Path`):
-            It need not exist.
+            The folder; it need not exist.
         needed_bytes (`int`, *optional*):
-            What will be written at the least.
+            Lower bound on what will be written.
 
     Raises:
-        ValueError: if the name is that of something else, or no folder can have it.
-        OSError: if it cannot be written, or the disk has not enough space.
+        ValueError: if the path is not a valid folder name, or exists and is not a folder.
+        OSError: if the folder cannot be written to, or the disk lacks space.
     """
     written = f"`{argument}={str(folder)!r}`"
     if not str(folder) or "\0" in str(folder):
         raise ValueError(f"{written} is no name of a folder.")
-    # In the nearest folder that exists, all that is missing below it is made on trial.
+    # Find the nearest existing parent, and try to create the missing part below it in a scratch folder there.
     existing = Path(os.path.abspath(folder))
     missing = []
     while not os.path.lexists(existing):

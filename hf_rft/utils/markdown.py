@@ -1,25 +1,25 @@
-"""Text from elsewhere in Markdown: names and messages of reports, datasets and models are words, never markup."""
+"""Escaping for Markdown: names and messages of reports, datasets and models are plain text, never markup."""
 
 import re
 
 
 def one_line(text: object) -> str:
-    """Without line ends, which begin headings, table rows and front matter."""
+    """Collapse whitespace: line breaks would start headings, table rows or front matter."""
     return " ".join(str(text).split())
 
 
 def plain(text: object) -> str:
-    """As text: no HTML, no links, no pictures (which a page would fetch). Code between backticks stays code."""
-    # A backslash before anything but a letter, digit or space would hide what is put before that next.
+    """Plain text: no HTML, no links, no images (which a page would fetch). Code in backticks stays code."""
+    # Escape existing backslashes before punctuation first, or they would undo the escapes added below.
     text = re.sub(r"\\(?=[^\w\s]|$)", r"\\\\", one_line(text))
     return text.replace("<", "&lt;").replace("](", "]\\(").replace("][", "]\\[")
 
 
 def cell(text: object) -> str:
-    """Likewise, within a table."""
+    """Plain text for a table cell."""
     return plain(text).replace("|", "\\|")
 
 
 def code(text: object) -> str:
-    """Between backticks, in which there is no markup at all."""
+    """In backticks, where there is no markup at all."""
     return "`" + one_line(text).replace("`", "'") + "`"

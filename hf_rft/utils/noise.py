@@ -1,7 +1,7 @@
-"""Random numbers that depend on the example only, and never on torch's global generator.
+"""Random numbers that depend only on the example, never on torch's global generator.
 
 The noise of an attack is a function of the seed, the optimizer step and the example's position in the global batch, so
-that gradient accumulation, the number of processes and resuming cannot change it. Hence one generator an example.
+gradient accumulation, the number of processes and resuming cannot change it. Hence one generator per example.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ import torch
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
-# First number of a key: noise for different purposes must not share seeds.
+# The first number of each key: noise for different purposes must not share seeds.
 TRAINING_ATTACK, EVALUATION_ATTACK, AUGMENTATION, PROBE = 1, 2, 3, 4
 
 
@@ -22,27 +22,27 @@ def mix_seed(*numbers: int) -> int:
 
 
 def default_generator(device: torch.device | str) -> torch.Generator:
-    """What is used without a generator: one with a fixed seed, since the global one belongs to the training loop."""
+    """The fallback generator. Its seed is fixed, since the global generator belongs to the training loop."""
     return torch.Generator(device=device).manual_seed(0)
 
 
 def example_generators(device: torch.device | str, positions: Sequence[int], *key: int) -> list[torch.Generator]:
-    """One generator for each position, seeded with `(*key, position)`."""
+    """One generator per position, seeded with `(*key, position)`."""
     return [torch.Generator(device=device).manual_seed(mix_seed(*key, position)) for position in positions]
 
 
 def rand(images: torch.Tensor, generator: Generators = None) -> torch.Tensor:
-    """Uniform numbers in [0, 1) with shape, dtype and device of `images`."""
+    """Uniform numbers in [0, 1) with the shape, dtype and device of `images`."""
     return _draw(torch.rand, images, generator)
 
 
 def randn(images: torch.Tensor, generator: Generators = None) -> torch.Tensor:
-    """Standard normal numbers with shape, dtype and device of `images`."""
+    """Standard normal numbers with the shape, dtype and device of `images`."""
     return _draw(torch.randn, images, generator)
 
 
 def check_generators(generator: Generators, count: int) -> None:
-    """Refuse a list of generators that is not one for each of `count` images."""
+    """Refuse a list of generators whose length is not `count`, the number of images."""
     if generator is not None and not isinstance(generator, torch.Generator) and len(generator) != count:
         raise ValueError(f"`generator` holds {len(generator)} generators for a batch of {count} images.")
 
