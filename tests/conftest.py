@@ -135,7 +135,7 @@ def make_trainer(tmp_path, processor):
             "logging_steps": 1,
         }
         model = make_model(model) if isinstance(model, str) else model
-        dtype = next(model.parameters()).dtype
+        dtype = torch.float32 if model is None else next(model.parameters()).dtype  # None: made by `model_init`
         datasets = {"train_dataset": Images(count, dtype=dtype), "eval_dataset": Images(13, seed=1, dtype=dtype)}
         options = {**datasets, "processing_class": processor}
         return trainer_class(

@@ -191,12 +191,12 @@ def test_logits_are_those_of_the_normalised_pixels(pixels, output):
     torch.testing.assert_close(logits, normalised(pixels).mean(dim=(2, 3)) @ model.weight)
 
 
-def test_models_of_transformers_get_their_inputs_by_name(pixels):
+def test_images_go_by_name_if_that_is_asked_for(pixels):
     model, keywords = make_model("vit").eval(), []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: keywords.append((args, set(kwargs))), with_kwargs=True
     )
-    logits = PixelClassifier(model, NORMALIZATION)(pixels, interpolate_pos_encoding=True)
+    logits = PixelClassifier(model, NORMALIZATION, by_name=True)(pixels, interpolate_pos_encoding=True)
     assert keywords == [((), {"pixel_values", "interpolate_pos_encoding"})]
     torch.testing.assert_close(logits, model(pixel_values=normalised(pixels)).logits)
 
