@@ -229,7 +229,7 @@ def check_parallelism(trainer: Any) -> None:
         raise ValueError(
             "DeepSpeed `zero_stage: 3` is not supported: all processes gather the weights in each pass together, but "
             "an attack may take more passes on one process than on another. Set `zero_stage: 2`, or use FSDP2 "
-            "(recipes/accelerate_configs/fsdp.yaml)."
+            "(`hf-rft train --accelerate_config fsdp`)."
         )
     if trainer.is_fsdp_enabled:
         _check_fsdp(trainer, state.fsdp_plugin)
@@ -266,7 +266,7 @@ def _check_fsdp(trainer: Any, plugin: Any) -> None:
         except NotImplementedError:
             problem = (
                 f"accelerate cannot divide a {type(trainer.model).__name__}, which has no `get_input_embeddings`; use "
-                "DDP (recipes/accelerate_configs/multi_gpu.yaml)"
+                "DDP (`hf-rft train --accelerate_config multi_gpu`)"
             )
     if problem is not None:
         raise ValueError(f"FSDP: {problem}.")

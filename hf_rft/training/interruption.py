@@ -15,6 +15,10 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 class TrainingInterrupted(RuntimeError):
@@ -36,11 +40,15 @@ class TrainingPreempted(TrainingInterrupted):
     """The process was asked to end (SIGTERM), as clusters do before they take a machine away."""
 
 
+class TrainingCancelled(TrainingInterrupted):
+    """Somebody pressed Ctrl-C (SIGINT), inside [`cancellation_requests`]."""
+
+
 class AlarmRaised(TrainingInterrupted):
     """An alarm went off and `abort_on_alarm` is set."""
 
 
-_KINDS = (TrainingPreempted, AlarmRaised)
+_KINDS = (TrainingPreempted, AlarmRaised, TrainingCancelled)
 
 
 class InterruptionCallback(TrainerCallback):
@@ -120,21 +128,36 @@ def with_workers_in_own_group(dataloader: Any) -> Any:
     return dataloader
 
 
-@contextlib.contextmanager
-def preemption_requests(interruption: InterruptionCallback) -> Iterator[None]:
+def preemption_requests(interruption: InterruptionCallback) -> contextlib.AbstractContextManager[None]:
     """While the block runs, SIGTERM is a request to stop; the handler that was there before comes back afterwards.
 
     Only the main thread of a process can receive signals; in another one nothing changes.
     """
+    reason = TrainingPreempted("Training was asked to end (SIGTERM) and stopped after this step.")
+    return _handling(signal.SIGTERM, lambda *_: interruption.request(reason))
+
+
+def cancellation_requests(interruption: InterruptionCallback) -> contextlib.AbstractContextManager[None]:
+    """While the block runs, Ctrl-C is a request to stop, and a second one a `KeyboardInterrupt`.
+
+    For programs: in a notebook, and by default, Ctrl-C ends training at once, without a checkpoint.
+    """
+
+    def on_sigint(*_):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        logger.warning("Stopping after this step, with a checkpoint. Ctrl-C again stops at once, without one.")
+        interruption.request(TrainingCancelled("Training was interrupted (Ctrl-C) and stopped after this step."))
+
+    return _handling(signal.SIGINT, on_sigint)
+
+
+@contextlib.contextmanager
+def _handling(number: signal.Signals, handler: Callable[..., Any]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def on_sigterm(signal_number, frame):
-        interruption.request(TrainingPreempted("Training was asked to end (SIGTERM) and stopped after this step."))
-
-    previous = signal.signal(signal.SIGTERM, on_sigterm)
+    previous = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+        signal.signal(number, signal.SIG_DFL if previous is None else previous)
