@@ -82,7 +82,7 @@ def launch(flags: Sequence[str], program: Sequence[str]) -> NoReturn:
     # it anyway. (Several are started by torch, which handles signals itself.)
     signal.signal(signal.SIGTERM, lambda *_: [child.terminate() for child in psutil.Process().children()])
     signal.signal(signal.SIGINT, lambda *_: None)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # repeats the statuses, at length
+    logging.disable(logging.ERROR)  # torch repeats the statuses, at length
     try:
         _run(flags, program)
     except ChildFailedError as error:

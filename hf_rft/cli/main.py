@@ -56,6 +56,5 @@ def run(name: str, words: list[str]) -> None:
     extra, package = EXTRAS.get(name, ("", ""))
     if package and importlib.util.find_spec(package) is None:
         exit_with(f'it needs {package}: pip install "hf_rft[{extra}]"', program)
-    command = importlib.import_module(f"..{name.replace('-', '_')}", __name__)
     sys.argv = [program, *words]
-    run_program(command.main)
+    run_program(lambda: importlib.import_module(f"..{name.replace('-', '_')}", __name__).main())
