@@ -167,13 +167,10 @@ class RobustnessReport:
 
     @property
     def accuracy_intervals(self) -> list[tuple[float, float]]:
-        """95 % binomial (Wilson) interval of the accuracy at each epsilon."""
-        # Imported late: it takes a tenth as long as all of `Trainer`.
-        from scipy.stats import binomtest
+        """95 % interval of the accuracy at each epsilon over examples (Clopper-Pearson)."""
+        from ..metrics.expected_robustness.expected_robustness import confidence_interval
 
-        rights = self._is_right.sum(axis=0)
-        intervals = [binomtest(int(right), len(self)).proportion_ci(method="wilson") for right in rights]
-        return [(float(interval.low), float(interval.high)) for interval in intervals]
+        return [confidence_interval(accuracy, len(self)) for accuracy in self.accuracies]
 
     @property
     def per_example(self) -> list[Fraction | None]:
