@@ -44,7 +44,7 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     elif image.mode in _WITHOUT_WHITE:
         raise ValueError(
             f"its pixels have the mode {image.mode!r} (32 bits), which does not say which value is white; save it "
-            "with 8 or 16 bits a channel"
+            "with 8 or 16 bits per channel"
         )
     try:
         if image.has_transparency_data:
@@ -84,7 +84,7 @@ def check_images(where: str, dataset: datasets.Dataset, column: str, positions: 
             animated += found
     if animated:
         logger.warning(
-            "%s: %d images have several frames (example %d first); their first frame counts.",
+            "%s: %d images have several frames (example %d first); only their first frame is used.",
             where,
             len(animated),
             animated[0],
@@ -97,7 +97,7 @@ def _look_at(where: str, images: datasets.Dataset, column: str, positions: list[
         try:
             image = read_example(images, position)[column]
             if image is None:
-                raise ValueError("there is none")
+                raise ValueError("it is missing")
             frames = num_frames(image)
             to_mode(image, "RGB")
         except Exception as error:  # decoders may raise anything

@@ -136,8 +136,8 @@ def _gradient_flags(forward: Forward, pixels: torch.Tensor, labels: torch.Tensor
     return {
         "zero_gradients": (
             f"The gradient is exactly zero for {share:.0%} of the images: quantisation, a dead activation or another "
-            "operation without a derivative masks it, and no gradient attack can work. Attack a differentiable "
-            'stand-in of that operation, and run `tier="full"`, whose Square Attack needs no gradient.'
+            "operation without a derivative masks it, and no gradient attack can work. Replace that operation with a "
+            'differentiable approximation, and run `tier="full"`, whose Square Attack needs no gradient.'
         )
     }
 

@@ -240,7 +240,7 @@ class RobustnessReport:
         """Read a file written by `save`. Numbers are recomputed from the examples, not taken from the file.
 
         Raises:
-            ValueError: if the file is not a report, or has another schema version.
+            ValueError: if the file is not a complete report, or has another schema version.
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -258,7 +258,7 @@ class RobustnessReport:
             broken_at = [len(epsilons) if epsilon is None else index[epsilon] for epsilon in columns["broken_at"]]
             distances = [np.inf if distance is None else distance for distance in columns["distances"]]
             if len({len(column) for column in columns.values()}) != 1:
-                raise ValueError(f"{path} is no whole robustness report: its columns have different lengths.")
+                raise ValueError(f"{path} is not a complete robustness report: its columns have different lengths.")
             return cls(
                 norm=values["norm"],
                 epsilons=epsilons,

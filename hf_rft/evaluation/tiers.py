@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ..attacks import ATTACKS, Attack
 from ..attacks.base import attack_name, checked
 from ..threat_model import NORMS
+from ..utils.values import COUNT
 
 
 class AttackRun(NamedTuple):
@@ -125,12 +126,12 @@ def make_tier(tier: str | Sequence, norm: str | None = None) -> Tier:
                 raise ValueError(f"`tier` holds the unknown attack {run.attack!r}; choose among {list(ATTACKS)}.")
             run = run._replace(attack=ATTACKS[run.attack])
         elif not callable(run.attack):
-            raise ValueError(f"`tier` holds {run.attack!r}, which is no attack; give a callable or its name.")
+            raise ValueError(f"`tier` holds {run.attack!r}, which is not an attack; give a callable or a name.")
         elif run.attack not in ATTACKS.values():
             run = run._replace(attack=checked(run.attack))
         for name, value in (("steps", run.steps), ("restarts", run.restarts)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`tier` holds {name} {value!r} for {attack_name(run.attack)}; give a number from 1.")
+            if value not in COUNT:
+                raise ValueError(f"`tier` holds {name} {value!r} for {attack_name(run.attack)}; give {COUNT}.")
         runs.append(run)
     if not runs:
         raise ValueError("`tier` is an empty list; an evaluation needs at least one attack.")
