@@ -97,20 +97,12 @@ def apgd(
     phases = [(ThreatModel(norm, threat_model.epsilon * factor), count) for factor, count in _phases(steps, norm)]
     start = RULES[norm].start if steps >= MIN_STEPS_FOR_PHASES else ThreatModel.random_start
     adversarial = start(phases[0][0], pixels, generator) if random_start else pixels
-    for number, (ball, phase_steps) in enumerate(phases, start=1):
+    step_size = RULES[norm].first_step if step_size is None else step_size
+    for number, (ball, count) in enumerate(phases, start=1):
         if number > 1:
             adversarial = ball.project(adversarial, pixels)
-        adversarial = _ascend(
-            forward,
-            pixels,
-            labels,
-            adversarial,
-            ball,
-            phase_steps,
-            step_size=RULES[norm].first_step if step_size is None else step_size,
-            objective=objective,
-            early_stop=early_stop and number == len(phases),  # fooling in a wider ball does not count
-        )
+        stops = early_stop and number == len(phases)  # fooling in a wider ball does not count
+        adversarial = _ascend(forward, pixels, labels, adversarial, ball, count, step_size, objective, stops)
     return adversarial
 
 
@@ -135,7 +127,6 @@ def _ascend(
     start: torch.Tensor,
     threat_model: ThreatModel,
     steps: int,
-    *,
     step_size: float,
     objective: Objective,
     early_stop: bool,
