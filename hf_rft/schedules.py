@@ -253,11 +253,7 @@ class EpsilonScheduleCallback(TrainerCallback):
         return min(math.floor(state.epoch or 0.0) / epochs, 1.0)
 
     def multiplier(self, state: TrainerState) -> float:
-        """The schedule's value for the next step.
-
-        Raises:
-            ValueError: if the schedule returns anything but a number in [0, 1].
-        """
+        """The schedule's value for the next step, checked."""
         progress = self.progress(state)
         return checked_multiplier(self.schedule(progress), progress)
 

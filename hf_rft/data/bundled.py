@@ -48,8 +48,8 @@ def _dataset_folder() -> Path:
     folder = Path(__file__).parents[2] / "recipes" / "data" / DATASET.removeprefix(PREFIX)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{DATASET!r} lies in the folder recipes/data of the repository, which is not beside this installation of "
-            "hf_rft; run from a clone installed with `pip install -e .`, or name a dataset of your own."
+            f"{DATASET!r} is in recipes/data of the repository, which this installation of hf_rft lacks; install "
+            "a clone with `pip install -e .`, or name a dataset of your own."
         )
     return folder
 

@@ -129,7 +129,7 @@ class Examples:
             except (TypeError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{where} is not numeric ({error}); give what the processor returns.") from error
             if tensor.dim() != 3 or (tensors and tensor.shape != tensors[0].shape):
-                expected = "(channels, height, width)" if not tensors else f"{tuple(tensors[0].shape)} as before it"
+                expected = "(channels, height, width)" if not tensors else f"{tuple(tensors[0].shape)} like the others"
                 raise ValueError(f"{where} has the shape {tuple(tensor.shape)}, not {expected}.")
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise ValueError(f"{where} holds NaN or infinite values; repair it, or leave it out.")

@@ -135,12 +135,9 @@ def load_splits(
             ) from error
         splits["train"], splits["validation"] = parts["train"], parts["test"]
     splits["test"] = splits[data_args.test_split]
-    limits = {
-        "train": data_args.max_train_samples,
-        "validation": data_args.max_eval_samples,
-        "test": data_args.max_test_samples,
-    }
-    return DatasetDict({split: subset(splits[split], limit, seed) for split, limit in limits.items()})
+    limits = (data_args.max_train_samples, data_args.max_eval_samples, data_args.max_test_samples)
+    named = zip(("train", "validation", "test"), limits, strict=True)
+    return DatasetDict({split: subset(splits[split], limit, seed) for split, limit in named})
 
 
 def split_folders(flag: str, folder: str) -> dict[str, str]:
@@ -209,8 +206,7 @@ def checked_columns(split: str, dataset: Dataset, image_column: str, label_colum
         ValueError: if one is missing or has the wrong type, or the split is empty.
     """
     for flag, column in (("image_column_name", image_column), ("label_column_name", label_column)):
-        columns = dataset.column_names
-        if column not in columns:
+        if column not in (columns := dataset.column_names):
             raise ValueError(
                 f"--{flag} {column!r} is not a column of the dataset; its columns are {columns} (split {split!r}). "
                 "Image folders (--train_dir, --validation_dir, --test_dir, --image_dir) need one folder per class."
@@ -251,8 +247,7 @@ def encode_labels(splits: DatasetDict, column: str) -> DatasetDict:
         classes = sorted(splits["train"].unique(column))
         feature = ClassLabel(names=[str(name) for name in classes])
         for split, dataset in splits.items():
-            unknown = sorted(set(dataset.unique(column)) - set(classes), key=str)
-            if unknown:
+            if unknown := sorted(set(dataset.unique(column)) - set(classes), key=str):
                 raise ValueError(f"Split {split!r} has labels {unknown} that the training split lacks: {classes}.")
         features = Features({**splits["train"].features, column: feature})
         splits = splits.map(lambda example: {column: feature.str2int(str(example[column]))}, features=features)

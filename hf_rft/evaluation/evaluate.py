@@ -103,8 +103,8 @@ def evaluate_robustness(
         check_writable("cache_dir", cache_dir)
     if cache_dir is not None and any(run.attack not in ATTACKS.values() for run in evaluator.tier.attacks):
         raise ValueError(
-            "`cache_dir` cannot tell one attack of your own from another by its code; leave it out, or use the "
-            f"attacks {list(ATTACKS)}."
+            "`cache_dir` cannot distinguish attacks of your own by their code; leave it out, or use the attacks "
+            f"{list(ATTACKS)}."
         )
     examples = Examples(
         dataset,
@@ -114,20 +114,16 @@ def evaluate_robustness(
         label_column=label_column,
     )
     normalization = PixelNormalization.from_processor(processor, argument="processor")
-    if isinstance(dataset, datasets.Dataset):
-        class_names = getattr(dataset.features.get(examples.label_column), "names", None)
-        if class_names is not None:
-            check_class_order("`dataset`", class_names, getattr(model, "config", None))
-            class_numbers("`dataset`", class_names, getattr(model, "config", None))
+    config = getattr(model, "config", None)
+    features = dataset.features if isinstance(dataset, datasets.Dataset) else {}
+    if (class_names := getattr(features.get(examples.label_column), "names", None)) is not None:
+        check_class_order("`dataset`", class_names, config)
+        class_numbers("`dataset`", class_names, config)
     classifier = PixelClassifier(model, normalization)
     described_model = describe_model(model)
     dtype = None if autocast_dtype is None else str(autocast_dtype).removeprefix("torch.")
     asked = {**evaluator.describe(), "autocast_dtype": dtype}
-    evaluated = {
-        "model": described_model["sha256"],
-        "normalization": [normalization.mean, normalization.std],
-        **asked,
-    }
+    evaluated = {"model": described_model["sha256"], "normalization": [normalization.mean, normalization.std], **asked}
     # Without `cpu`, accelerate ignores the launcher's processes on a machine without an accelerator.
     state = PartialState(cpu=not torch.accelerator.is_available())
     was_training = any(module.training for module in model.modules())

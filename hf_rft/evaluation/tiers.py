@@ -42,14 +42,7 @@ class Tier:
         return {
             "tier": self.name,
             "attacks": [
-                {
-                    "attack": attack_name(run.attack),
-                    "steps": run.steps,
-                    "restarts": run.restarts,
-                    **_targets(run.attack),
-                    **_bound_options(run.attack),
-                }
-                for run in self.attacks
+                {**run._asdict(), "attack": attack_name(run.attack), **_options(run.attack)} for run in self.attacks
             ],
             "guess_steps": self.guess_steps,
         }
@@ -80,20 +73,16 @@ TIERS = {
 }
 
 
-def _targets(attack: Attack) -> dict[str, int]:
-    """`{"targets": ...}` for an attack that aims at several classes in turn."""
+def _options(attack: Any) -> dict[str, Any]:
+    """`targets` of an attack that aims at several classes in turn; `options` that `functools.partial` binds to it."""
     targets = inspect.signature(attack).parameters.get("targets")
-    return {"targets": targets.default} if targets and isinstance(targets.default, int) else {}
-
-
-def _bound_options(attack: Any) -> dict[str, Any]:
-    """`{"options": ...}` with the arguments bound to an attack by `functools.partial`, if any."""
+    found = {"targets": targets.default} if targets and isinstance(targets.default, int) else {}
     options = {}
     attack = inspect.unwrap(attack)
     while isinstance(attack, partial):
         options = {**{name: str(value) for name, value in attack.keywords.items()}, **options}
         attack = inspect.unwrap(attack.func)
-    return {"options": options} if options else {}
+    return {**found, "options": options} if options else found
 
 
 def make_tier(tier: str | Sequence, norm: str | None = None) -> Tier:

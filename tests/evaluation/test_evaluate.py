@@ -704,7 +704,7 @@ def pictures_with(**columns):
         ({"epsilons": ["1/255", "2/255"]}, r"`epsilons=\['1/255', '2/255'\]` must start with 0 and increase strictly"),
         ({"epsilons": ["0", "2/255", "2/255"]}, "must start with 0 and increase strictly"),
         ({"epsilons": ["0", "2/255", "1/255"]}, "must start with 0 and increase strictly"),
-        ({"epsilons": [0]}, r"`epsilons=\['0'\]` must start with 0 and increase strictly to at least one more"),
+        ({"epsilons": [0]}, r"`epsilons=\['0'\]` must start with 0 and increase strictly, with at least two values"),
         ({"epsilons": []}, "must start with 0"),
         ({"epsilons": [0, -0.1]}, "`epsilon=-0.1` is negative"),
         ({"epsilons": [0, "eight"]}, "`epsilon='eight'` is not a number"),
@@ -778,7 +778,7 @@ def test_own_attack_is_run_and_named_but_not_cached(linear, tmp_path):
     report = evaluate(linear, tier=[(mine, 5)])
     assert numbers(report) == numbers(evaluate(linear))
     assert report.settings["attacks"] == [{"attack": "mine", "steps": 5, "restarts": 1}]
-    with pytest.raises(ValueError, match="`cache_dir` cannot tell one attack of your own from another"):
+    with pytest.raises(ValueError, match="`cache_dir` cannot distinguish attacks of your own"):
         evaluate(linear, tier=[(mine, 5)], cache_dir=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 

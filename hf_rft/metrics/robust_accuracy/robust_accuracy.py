@@ -57,21 +57,15 @@ def robust_accuracy_summary(predictions, references, clean_predictions=None, *, 
     _check_num_classes(num_classes)
     columns = _as_examples(predictions, references, clean_predictions, num_classes)
     robust = columns["predictions"] == columns["references"]
-    if clean_predictions is None:
-        return _share_with_interval(robust)
-    clean = columns["clean_predictions"] == columns["references"]
-    fooled = clean & ~robust
-    return {
-        **_share_with_interval(clean & robust),
-        "clean_accuracy": float(clean.mean()),
-        "attack_success_rate": float(fooled.sum() / max(clean.sum(), 1)),
-    }
-
-
-def _share_with_interval(robust: np.ndarray) -> dict:
+    on_clean = {}
+    if clean_predictions is not None:
+        clean = columns["clean_predictions"] == columns["references"]
+        on_clean["clean_accuracy"] = float(clean.mean())
+        on_clean["attack_success_rate"] = float((clean & ~robust).sum() / max(clean.sum(), 1))
+        robust &= clean
     # scipy's default is the exact interval at 95 %, as in the metric expected robustness.
-    interval = binomtest(int(robust.sum()), robust.size).proportion_ci()
-    return {"robust_accuracy": float(robust.mean()), "confidence_interval": [float(bound) for bound in interval]}
+    low, high = binomtest(int(robust.sum()), robust.size).proportion_ci()
+    return {"robust_accuracy": float(robust.mean()), "confidence_interval": [float(low), float(high)], **on_clean}
 
 
 def _check_num_classes(num_classes) -> None:
