@@ -92,8 +92,8 @@ def load_splits(
         ValueError: naming the flag, split or column at fault, and the remedy.
     """
     if data_args.train_dir is not None:
-        given = {flag: getattr(data_args, flag) for flag in ("train_dir", "validation_dir", "test_dir")}
-        folders = {flag: folder for flag, folder in given.items() if folder is not None}
+        flags = ("train_dir", "validation_dir", "test_dir")
+        folders = {flag: folder for flag in flags if (folder := getattr(data_args, flag)) is not None}
         if "train" in (inside := split_folders("train_dir", data_args.train_dir)):
             folders["train_dir"] = inside.pop("train")
             folders = {**{f"{split}_dir": folder for split, folder in inside.items()}, **folders}

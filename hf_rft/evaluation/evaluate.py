@@ -106,15 +106,10 @@ def evaluate_robustness(
             "`cache_dir` cannot distinguish attacks of your own by their code; leave it out, or use the attacks "
             f"{list(ATTACKS)}."
         )
-    examples = Examples(
-        dataset,
-        processor,
-        num_channels=num_image_channels(getattr(model, "config", None)),
-        image_column=image_column,
-        label_column=label_column,
-    )
-    normalization = PixelNormalization.from_processor(processor, argument="processor")
     config = getattr(model, "config", None)
+    columns = {"image_column": image_column, "label_column": label_column}
+    examples = Examples(dataset, processor, num_channels=num_image_channels(config), **columns)
+    normalization = PixelNormalization.from_processor(processor, argument="processor")
     features = dataset.features if isinstance(dataset, datasets.Dataset) else {}
     if (class_names := getattr(features.get(examples.label_column), "names", None)) is not None:
         check_class_order("`dataset`", class_names, config)
@@ -219,16 +214,10 @@ def _evaluate_batch(
         )
         is_shown = (found.broken_at > 0) & (found.broken_at < len(evaluator.epsilons))
         shown = is_shown.nonzero().flatten()[:SHOWN_EXAMPLES]
-        record = {
-            "labels": labels,
-            "clean_predictions": found.clean_predictions,
-            "broken_at": found.broken_at,
-            "distances": found.distances,
-            "adversarial_predictions": found.adversarial_predictions,
-            "shown_positions": shown + positions[0],
-            "shown_adversarial": found.adversarial[shown],
-            "passes": torch.tensor(passes),
-        }
+        record = found._asdict()
+        record["shown_positions"] = shown + positions[0]
+        record["shown_adversarial"] = record.pop("adversarial")[shown]
+        record["passes"] = torch.tensor(passes)
         record = {name: tensor.cpu() for name, tensor in record.items()}
         cache.save(key, record, batch.logits)
     show("", len(positions))

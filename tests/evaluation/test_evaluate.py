@@ -655,7 +655,7 @@ def test_other_code_with_the_same_weights_is_told_by_its_predictions(linear, tmp
     linear.scale = -1.0
     attacked.clear()
     other = evaluate(linear, cache_dir=tmp_path, batch_size=6)
-    assert len(attacked) == 2 and caplog.text.count("is of a model with other predictions") == 2
+    assert len(attacked) == 2 and caplog.text.count("is from a model with other predictions") == 2
     assert other.to_dict() == evaluate(linear, batch_size=6).to_dict()
 
 

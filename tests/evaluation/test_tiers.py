@@ -130,7 +130,10 @@ def test_own_attack_must_stay_in_the_ball(norm):
         ([("apgd", "10")], "`tier` holds steps '10' for apgd; give a whole number from 1"),
         ([("apgd", None)], "`tier` holds steps None for apgd; give a whole number from 1"),
         ([("apgd", 10, 0)], "`tier` holds restarts 0 for apgd; give a whole number from 1"),
-        ([("pgd", 10), (leaves_the_ball, 10, 1.0)], "`tier` holds restarts 1.0 for leaves_the_ball; give a whole number"),
+        (
+            [("pgd", 10), (leaves_the_ball, 10, 1.0)],
+            "`tier` holds restarts 1.0 for leaves_the_ball; give a whole number",
+        ),
         ([("apgd", True)], "`tier` holds steps True for apgd; give a whole number from 1"),
         ([("apgd", 10, True)], "`tier` holds restarts True for apgd; give a whole number"),
         (["pgd"], r"`tier` holds 'pgd'; an attack is given as \(attack, steps\) or"),
