@@ -28,8 +28,9 @@ from ..models.classifier import PixelClassifier, batch_norm_frozen, check_batch
 from ..models.pixel_space import PixelNormalization
 from ..schedules import EpsilonSchedule, EpsilonScheduleCallback
 from ..threat_model import ThreatModel
+from . import sharing
 from .adversary import AdversarialAccuracy, Adversary
-from .alarm_callback import make_alarm_callback
+from .alarm_callback import AlarmCallback
 from .arguments import RobustTrainingArguments
 from .callbacks import AttackCheckCallback, BestCheckpointCallback, DatasetEpochCallback, DataWaitCallback
 from .card import write_card
@@ -50,7 +51,6 @@ from .distributed import (
 from .evaluation import check_can_evaluate, make_report, on_clean_logits, with_robust_metrics
 from .interruption import InterruptionCallback, preemption_requests, with_workers_in_own_group
 from .resuming import checkpoint_to_resume, saved_whole, stream_position
-from .sharing import Publisher, logged_push_errors, save_arguments_without_tokens
 
 
 class RobustTrainer(Trainer):
@@ -103,7 +103,6 @@ class RobustTrainer(Trainer):
         args = RobustTrainingArguments(output_dir="tmp_trainer") if args is None else args
         if not isinstance(args, RobustTrainingArguments):
             raise ValueError(f"`args` must be RobustTrainingArguments, got {type(args).__name__}.")
-        self.publisher = Publisher(self)  # before `Trainer.__init__`, which makes the repository
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
         check_setup(self)
         robust_loss = robust_loss or LOSSES[args.robust_loss]
@@ -134,7 +133,7 @@ class RobustTrainer(Trainer):
             BestCheckpointCallback(),
             DataWaitCallback(lambda: self._seconds_for_data),
             AttackCheckCallback(self),
-            make_alarm_callback(self),
+            AlarmCallback(self),
             self.interruption,  # the last one: others may have requests
         ):
             self.add_callback(callback)
@@ -331,20 +330,14 @@ class RobustTrainer(Trainer):
         if self.is_world_process_zero():
             write_card(self, *args, **kwargs)
 
-    def init_hf_repo(self, token=None, private=None):
-        self.publisher.create_repo(token, private)
+    init_hf_repo = sharing.init_hf_repo
+    push_to_hub = sharing.push_to_hub
+    _push_from_checkpoint = sharing.push_from_checkpoint
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        save_arguments_without_tokens(self.args, output_dir)
+        sharing.save_arguments_without_tokens(self.args, output_dir)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        with logged_push_errors("The model is saved."):  # with `args.push_to_hub` the parent pushes what it saved
+        with sharing.logged_push_errors("The model is saved."):  # with `args.push_to_hub` the parent pushes it
             super().save_model(output_dir, _internal_call)
-
-    @wraps(Publisher.push)
-    def push_to_hub(self, *args, **kwargs):
-        return self.publisher.push(*args, **kwargs)
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        self.publisher.push_checkpoint(checkpoint_folder)
