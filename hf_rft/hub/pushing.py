@@ -150,8 +150,8 @@ def _run_upload_process(
         )
     except subprocess.TimeoutExpired as error:
         raise _UploadError(
-            f"it had not finished after {timeout:.0f} seconds. The connection is slow or stalled; allow more time with "
-            "`timeout`, or set HF_HUB_DISABLE_XET=1 if the server does not support Xet."
+            f"it had not finished after {timeout:.0f} seconds. The connection is slow or stalled; allow more time "
+            "with `timeout`, or set HF_HUB_DISABLE_XET=1 if the server does not support Xet."
         ) from error
     try:
         answer = json.loads(process.stdout.splitlines()[-1])

@@ -72,8 +72,8 @@ def transfer_failure(history: History, run: Run) -> Alarm | None:
     """The model does not begin to learn the task (paper, section 3): after 20 % of the epochs, rounded up, the loss is
     still near that of guessing, or no evaluation has passed the threshold of adaptation.
 
-    A loss near that of guessing is not a failure while the latest clean accuracy, of an evaluation or a probe, is above
-    the threshold: then the attack is merely too strong. Runs of fewer than 20 steps raise no alarm.
+    A loss near that of guessing is not a failure while the latest clean accuracy, of an evaluation or a probe, is
+    above the threshold: then the attack is merely too strong. Runs of fewer than 20 steps raise no alarm.
     """
     if run.max_steps < FEW_STEPS:
         return None
@@ -108,9 +108,7 @@ def transfer_failure(history: History, run: Run) -> Alarm | None:
 def _remedy(losses: History, run: Run) -> str:
     """What to try when a model does not learn, given the epsilons it has been trained with."""
     if losses and all(entry.get("epsilon") == 0 for entry in losses):
-        return (
-            "Epsilon has been 0 so far, so no attack is to blame: try another `learning_rate`, and check the labels."
-        )
+        return "Epsilon has been 0 so far, so no attack is to blame: try another `learning_rate` and check the labels."
     remedy = "Let epsilon grow from 0 (`epsilon_schedule_type='hinge'`), or try a smaller `epsilon`"
     if run.epsilon_grows:
         remedy = "Try a smaller `epsilon`, a later ramp (`start` and `end` of `epsilon_schedule_kwargs`)"

@@ -8,8 +8,8 @@ from typing import Any
 def onset_threshold(num_classes: int) -> float:
     """The accuracy above which a model has begun to learn the task.
 
-    The paper's threshold is 5 %. With few classes that is below chance, so the threshold is the larger of 5 % and twice
-    chance; with two classes, where twice chance is 100 %, half-way between chance and 100 %.
+    The paper's threshold is 5 %. With few classes that is below chance, so the threshold is the larger of 5 % and
+    twice chance; with two classes, where twice chance is 100 %, half-way between chance and 100 %.
     """
     chance = 1 / num_classes
     return max(0.05, min(2 * chance, (1 + chance) / 2))

@@ -55,20 +55,20 @@ def logged_push_errors(before: str) -> Iterator[None]:
         logger.error("%s %s", before, error)
 
 
-def init_hf_repo(trainer: Any, token: str | None = None, private: bool | None = None) -> None:
-    if not trainer.is_world_process_zero():
+def init_hf_repo(self: Any, token: str | None = None, private: bool | None = None) -> None:
+    if not self.is_world_process_zero():
         return
-    trainer.hub_model_id = create_repo(
-        trainer.args.hub_model_id or Path(trainer.args.output_dir).absolute().name,
-        token=token if token is not None else trainer.args.hub_token,
-        private=private if private is not None else trainer.args.hub_private_repo,
-        revision=trainer.args.hub_revision,
+    self.hub_model_id = create_repo(
+        self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+        token=token if token is not None else self.args.hub_token,
+        private=private if private is not None else self.args.hub_private_repo,
+        revision=self.args.hub_revision,
     )
-    trainer.push_in_progress = None
+    self.push_in_progress = None
 
 
 def push_to_hub(
-    trainer: Any,
+    self: Any,
     commit_message: str | None = "End of training",
     blocking: bool = True,
     token: str | None = None,
@@ -93,62 +93,59 @@ def push_to_hub(
     Raises:
         PushError: if the upload failed; it says why, and how to try again.
     """
-    trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
-    if trainer.hub_model_id is None:
-        trainer.init_hf_repo(token=token, private=private)
-    trainer._finish_current_push()
-    trainer.save_model(_internal_call=True)
-    if not trainer.is_world_process_zero():
+    self.callback_handler.on_push_begin(self.args, self.state, self.control)
+    if self.hub_model_id is None:
+        self.init_hf_repo(token=token, private=private)
+    self._finish_current_push()
+    self.save_model(_internal_call=True)
+    if not self.is_world_process_zero():
         return None
-    own_tags = kwargs.pop("tags", None) or []
-    # As in `Trainer`, the model's tags are added.
-    tags = [
-        *([own_tags] if isinstance(own_tags, str) else own_tags),
-        *(getattr(trainer.model, "model_tags", None) or []),
-    ]
-    name = kwargs.pop("model_name", None) or str(trainer.hub_model_id).split("/")[-1]
+    tags = kwargs.pop("tags", None) or []
+    tags = [tags] if isinstance(tags, str) else list(tags)
+    tags += getattr(self.model, "model_tags", None) or []  # as `Trainer` does
+    name = kwargs.pop("model_name", None) or str(self.hub_model_id).split("/")[-1]
     try:
-        trainer.create_model_card(model_name=name, tags=list(dict.fromkeys(tags)), **kwargs)
+        self.create_model_card(model_name=name, tags=list(dict.fromkeys(tags)), **kwargs)
     except OSError as error:
         raise PushError(
-            f"The model is saved in {trainer.args.output_dir}, but its card could not be written ({error}). "
+            f"The model is saved in {self.args.output_dir}, but its card could not be written ({error}). "
             "Nothing was pushed; call `push_to_hub` again."
         ) from error
     push = functools.partial(
         push_folder,
-        trainer.args.output_dir,
-        trainer.hub_model_id,
+        self.args.output_dir,
+        self.hub_model_id,
         commit_message=commit_message or "End of training",
-        token=token if token is not None else trainer.args.hub_token,
-        revision=revision if revision is not None else trainer.args.hub_revision,
-        timeout=trainer.args.hub_timeout,
-        progress_bar=blocking and not trainer.args.disable_tqdm,
+        token=token if token is not None else self.args.hub_token,
+        revision=revision if revision is not None else self.args.hub_revision,
+        timeout=self.args.hub_timeout,
+        progress_bar=blocking and not self.args.disable_tqdm,
     )
     return push() if blocking else run_as_future(_logging_failure, push)
 
 
-def push_from_checkpoint(trainer: Any, checkpoint_folder: str) -> None:
-    if not trainer.is_world_process_zero() or trainer.args.hub_strategy == HubStrategy.END:
+def push_from_checkpoint(self: Any, checkpoint_folder: str) -> None:
+    if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
         return
-    is_pushing = trainer.push_in_progress is not None and not trainer.push_in_progress.is_done()
-    if is_pushing and not trainer.args.hub_always_push:
+    is_pushing = self.push_in_progress is not None and not self.push_in_progress.is_done()
+    if is_pushing and not self.args.hub_always_push:
         return
-    trainer.callback_handler.on_push_begin(trainer.args, trainer.state, trainer.control)
-    message = f"Training in progress, step {trainer.state.global_step}"
-    if trainer.args.save_strategy != SaveStrategy.STEPS:
-        message = f"Training in progress, epoch {int(trainer.state.epoch or 0)}"
+    self.callback_handler.on_push_begin(self.args, self.state, self.control)
+    message = f"Training in progress, step {self.state.global_step}"
+    if self.args.save_strategy != SaveStrategy.STEPS:
+        message = f"Training in progress, epoch {int(self.state.epoch or 0)}"
     path_in_repo = {
         HubStrategy.CHECKPOINT: "last-checkpoint",
         HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name,
-    }.get(trainer.args.hub_strategy)
+    }.get(self.args.hub_strategy)
     try:
         snapshot = _snapshot(Path(checkpoint_folder))
     except OSError as error:
         logger.error("%s is not pushed: %s", checkpoint_folder, error)
         return
-    push = functools.partial(_push_snapshot, trainer, snapshot, message, path_in_repo)
+    push = functools.partial(_push_snapshot, self, snapshot, message, path_in_repo)
     # Uploads run one after the other: when the last is done, all are.
-    trainer.push_in_progress = PushInProgress([run_as_future(_logging_failure, push)])
+    self.push_in_progress = PushInProgress([run_as_future(_logging_failure, push)])
 
 
 def _push_snapshot(trainer: Any, snapshot: TemporaryDirectory, message: str, path_in_repo: str | None) -> None:

@@ -203,7 +203,7 @@ def other_processor(folder):
     [
         (tampered_weights, r"model\.safetensors of here has the SHA-256 \w{12}, but robustness\.json is about \w{12}"),
         (report_of_another_model, "the weights have changed since, or the report is another model's"),
-        (report_without_hashes, r"does not hold their SHA-256\. `hf_rft\.hub\.attach_report` compares"),
+        (report_without_hashes, r"does not hold the SHA-256 of .*`hf_rft\.hub\.attach_report` checks"),
         (truncated_report, "not a robustness report"),
         (old_schema, "schema"),
         (report_without_a_norm, "norm"),
@@ -211,7 +211,7 @@ def other_processor(folder):
         (no_report, r"here has no robustness\.json, so nothing is known about its robustness"),
         (
             no_card,
-            r"here has no model card \(README\.md\), which states the threat model .*`hf_rft\.hub\.attach_report",
+            r"here has no model card \(README\.md\) that states the threat model .*`hf_rft\.hub\.attach_report",
         ),
         (card_without_a_threat_model, "without a threat model"),
         (other_processor, "here was evaluated with the processor values"),

@@ -92,7 +92,7 @@ def test_bad_arguments(arguments, message):
 
 
 def test_a_folder_has_no_revisions(folder):
-    with pytest.raises(ValueError, match="`revision='v1'` is of a repository"):
+    with pytest.raises(ValueError, match="`revision='v1'` needs a repository"):
         load_robust_model(folder, revision="v1")
 
 
@@ -164,7 +164,7 @@ def test_private_gated_and_missing_repositories(hub, folder, tmp_path):
     assert "RevisionNotFoundError" in run(hub, tmp_path / "3", REFUSED, REPO, "v9")
 
 
-TYPO = "^outputs/typo is no folder .looked for in .*correct the path"
+TYPO = "^outputs/typo is not a folder .looked for in .*correct the path"
 
 
 def test_a_mistyped_path_is_called_one_by_a_hub_that_lacks_it(hub, tmp_path):
