@@ -119,9 +119,9 @@ class RobustTrainingArguments(TrainingArguments):
     > Defaults that differ from [`~transformers.TrainingArguments`]: `remove_unused_columns` is `False`, since images
     > are transformed on the fly from a column that the model does not know. With `load_best_model_at_end`,
     > `metric_for_best_model` is `"robust_accuracy"` instead of the clean `"loss"`, since a model that overfits loses
-    > its robustness first. (It stays `"loss"` with `eval_attack_during_training=False`, and for learning rate schedules
-    > that follow the metric.) If left at None, `ddp_find_unused_parameters` is on only for models that have unused
-    > parameters, and `ddp_broadcast_buffers` only if BatchNorm is not frozen.
+    > its robustness first. (It stays `"loss"` with `eval_attack_during_training=False`, and for learning rate
+    > schedules that follow the metric.) If left at None, `ddp_find_unused_parameters` is on only for models that have
+    > unused parameters, and `ddp_broadcast_buffers` only if BatchNorm is not frozen.
 
     Raises:
         ValueError: naming the argument, its value and the remedy.

@@ -5,13 +5,11 @@ without a time limit, and loses the errors of background uploads. These methods 
 upload with hub/pushing.py.
 """
 
-import contextlib
 import copy
 import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import fields
 from pathlib import Path
@@ -44,15 +42,6 @@ def save_arguments_without_tokens(args: Any, folder: str | None) -> None:
         if field.name.endswith("token"):
             setattr(public, field.name, None)
     torch.save(public, Path(folder or args.output_dir, TRAINING_ARGS_NAME))
-
-
-@contextlib.contextmanager
-def logged_push_errors(before: str) -> Iterator[None]:
-    """Log a failed push, which must not stop training; `before` starts the message."""
-    try:
-        yield
-    except PushError as error:
-        logger.error("%s %s", before, error)
 
 
 def init_hf_repo(self: Any, token: str | None = None, private: bool | None = None) -> None:

@@ -23,6 +23,7 @@ from ..attacks.base import Passes
 from ..evaluation.evaluator import Evaluator
 from ..evaluation.report import RobustnessReport
 from ..evaluation.tiers import make_tier
+from ..hub.pushing import PushError
 from ..losses import LOSSES, RobustLoss
 from ..models.classifier import PixelClassifier, batch_norm_frozen, check_batch
 from ..models.pixel_space import PixelNormalization
@@ -339,5 +340,7 @@ class RobustTrainer(Trainer):
         sharing.save_arguments_without_tokens(self.args, output_dir)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        with sharing.logged_push_errors("The model is saved."):  # with `args.push_to_hub` the parent pushes it
+        try:
             super().save_model(output_dir, _internal_call)
+        except PushError as error:  # with `args.push_to_hub`, `Trainer` pushes the saved model; training must go on
+            sharing.logger.error("The model is saved. %s", error)

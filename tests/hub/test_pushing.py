@@ -277,7 +277,7 @@ def test_a_short_interruption_is_nothing_to_report(hub, folder, impatient):
 
 
 def test_a_stalled_transfer_is_given_up(hub, folder):
-    hub.stall("lfs_put")
+    hub.fail("lfs_put", stall=True)
     with pytest.raises(PushError, match="it had not finished after 3 seconds. The connection is slow or stalled"):
         push_folder(folder, REPO, timeout=3, progress_bar=False)
 

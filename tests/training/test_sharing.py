@@ -310,7 +310,7 @@ def test_a_hub_that_refuses_is_an_error_before_training(hub, make_trainer):
 
 def test_a_stalled_push_ends_after_hub_timeout(hub, trained):
     trainer = trained(hub_model_id=REPO, hub_timeout=4.0)
-    hub.stall("lfs_put")
+    hub.fail("lfs_put", stall=True)
     with pytest.raises(PushError, match="it had not finished after 4 seconds"):
         trainer.push_to_hub()
 
