@@ -125,10 +125,7 @@ def download(
 def check_requirements(
     report: RobustnessReport, name: str, threat_model: ThreatModel | None, min_expected_robustness: float | None
 ) -> None:
-    """
-    Raises:
-        ValueError: naming what is required and what was measured.
-    """
+    """Refuse a model whose report does not meet the requirements, naming them and what was measured."""
     if threat_model is not None:
         grid = [format_epsilon(epsilon) for epsilon in report.epsilons]
         required = format_epsilon(threat_model.epsilon)

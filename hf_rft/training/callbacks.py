@@ -1,7 +1,4 @@
-"""Small callbacks of every run: epochs of the dataset, waiting for data, missing attacks, and the best checkpoint.
-
-Those for alarms and interruptions have modules of their own; that for epsilon is in schedules.py.
-"""
+"""Callbacks for the epochs of the dataset, waiting for data, steps without an attack, and the best checkpoint."""
 
 import math
 import time

@@ -148,7 +148,7 @@ class RobustTrainer(Trainer):
 
     def call_model_init(self, trial=None):
         model = cast(PreTrainedModel, super().call_model_init(trial))
-        if hasattr(self, "adversary"):  # a hyperparameter search starts with a new model
+        if hasattr(self, "adversary"):  # `train` begins with a new model
             self.model = model
             self._set_up_attack()
         return model
@@ -332,7 +332,7 @@ class RobustTrainer(Trainer):
             write_card(self, *args, **kwargs)
 
     init_hf_repo = sharing.init_hf_repo
-    push_to_hub = sharing.push_to_hub
+    push_to_hub = sharing.push_to_hub  # pyright: ignore[reportAssignmentType] (may return a Future)
     _push_from_checkpoint = sharing.push_from_checkpoint
 
     def _save(self, output_dir=None, state_dict=None):
