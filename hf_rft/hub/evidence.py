@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 from transformers import AutoImageProcessor
@@ -43,24 +44,19 @@ def hash_weight_files(folder: str | os.PathLike) -> dict[str, str]:
 
 
 def write_evidence(
-    folder: str | os.PathLike, report: RobustnessReport, *, name: str | None = None, trust_remote_code: bool = False
+    folder: str | os.PathLike, report: RobustnessReport, *, name: str | None = None
 ) -> RobustnessReport:
-    """Write robustness.json and robustness_curve.png beside the evaluated weights. See [`attach_report`], which also
-    writes the card.
-    """
+    """[`attach_report`] without the card: write robustness.json and robustness_curve.png beside the weights."""
     hashes = hash_weight_files(folder)
     if not Path(folder, CONFIG_NAME).is_file():
         raise ValueError(f"{folder} has no {CONFIG_NAME}, so it is not a model that transformers can load.")
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    model = load_classifier(folder, config, trust_remote_code=trust_remote_code)
-    evaluated, found = report.settings["model"]["sha256"], hash_model(model)
+    evaluated, found = report.settings["model"]["sha256"], hash_model(load_classifier(folder, load_config(folder)))
     if evaluated != found:
         raise ValueError(
             f"The report is about the model {evaluated[:12]}, but {folder} holds {found[:12]}: another model, or one "
             "trained further after the evaluation. Evaluate the model in the folder."
         )
-    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    _check_processor(report, PixelNormalization.from_processor(processor), str(folder))
+    _check_processor(report, AutoImageProcessor.from_pretrained(folder), str(folder))
     described = {**report.settings["model"], "name": name or Path(folder).resolve().name, "files": hashes}
     report = dataclasses.replace(report, settings={**report.settings, "model": described})
     report.save(Path(folder, REPORT_NAME))
@@ -138,7 +134,7 @@ def read_evidence(
     if missing := set(hashes) - set(os.listdir(folder)):
         raise ValueError(f"{name} lacks the weights {sorted(missing)} that {REPORT_NAME} is about.")
     processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    _check_processor(report, PixelNormalization.from_processor(processor), name)
+    _check_processor(report, processor, name)
     card_path = folder / CARD_NAME
     if not card_path.is_file():
         raise ValueError(
@@ -173,8 +169,9 @@ def read_report(path: str | os.PathLike, *, name: str | None = None) -> Robustne
     return report
 
 
-def _check_processor(report: RobustnessReport, normalization: PixelNormalization, name: str) -> None:
-    evaluated, found = report.settings["processor"], describe_normalization(normalization)
+def _check_processor(report: RobustnessReport, processor: Any, name: str) -> None:
+    evaluated = report.settings["processor"]
+    found = describe_normalization(PixelNormalization.from_processor(processor))
     if any(evaluated.get(key) != found[key] for key in ("mean", "std")):
         raise ValueError(
             f"{name} was evaluated with the processor values {evaluated.get('source')}, but now has "
