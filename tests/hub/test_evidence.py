@@ -128,7 +128,7 @@ def test_a_report_saved_by_hand_is_accepted_after_the_call_that_the_refusal_name
     report.save(tmp_path / "robustness.json")
     with pytest.raises(ValueError) as refusal:
         load_robust_model(tmp_path)
-    call = re.search("`(hf_rft.*?)` compares", str(refusal.value))
+    call = re.search("`(hf_rft.*?)` checks", str(refusal.value))
     eval(call[1], {"hf_rft": hf_rft})
     assert load_robust_model(tmp_path).report.accuracies == report.accuracies
 
