@@ -8,7 +8,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import FullyShardedDataParallelPlugin
 from conftest import make_model
 
-from hf_rft.training.distributed import check_parallelism
+from hf_rft.training.checks import check_parallelism
 
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate_configs"

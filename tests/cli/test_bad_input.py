@@ -287,7 +287,7 @@ COMMAND_LINES = [
     (
         "evaluate",
         f"{DATA}good --split train --model_name_or_path {{root}}/models/headless",
-        r"--model_name_or_path .* holds no weights \['classifier.bias'.*random",
+        r"--model_name_or_path .* has no weights \['classifier.bias'.*random",
     ),
     (
         "evaluate",

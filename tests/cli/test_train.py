@@ -287,7 +287,7 @@ def test_failing_runs_have_a_status_of_their_own(small_run, tmp_path, monkeypatc
 
 def test_what_cannot_be_resumed_is_refused_before_anything_is_loaded(small_run, tmp_path, monkeypatch):
     monkeypatch.setattr(run_rft, "load_splits", None)
-    with pytest.raises(ValueError, match=r"`resume_from_checkpoint='.*nowhere'` is no checkpoint"):
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint='.*nowhere'` is not a checkpoint"):
         run_rft.main([*small_run, "--resume_from_checkpoint", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit):
         run_rft.main([*small_run, "--resume", "auto", "--resume_from_checkpoint", "x"])
