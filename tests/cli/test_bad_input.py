@@ -39,7 +39,7 @@ from hf_rft.cli import compare, leaderboard, push_metric
 from hf_rft.cli import evaluate as evaluation_recipe
 from hf_rft.cli import push as push_robust_model
 from hf_rft.cli import train as run_rft
-from hf_rft.cli.parsing import run_program
+from hf_rft.cli.exits import run_program
 from hf_rft.evaluation import evaluate as evaluation
 from hf_rft.evaluation import evaluator
 from hf_rft.metrics.expected_robustness.expected_robustness import mean_breaking_share, robustness_summary
@@ -141,7 +141,7 @@ COMMAND_LINES = [
     ("run_rft", "--epsilom 8/255", "Unknown flag --epsilom. Did you mean --epsilon?"),
     ("run_rft", "--seed 1 2", r"Values \['2'\] belong to no flag"),
     ("run_rft", "stray", r"Values \['stray'\] belong to no flag"),
-    ("run_rft", "--config missing.yaml", "missing.yaml"),
+    ("run_rft", "--config missing.yaml", "--config missing.yaml is neither a file nor the name of one"),
     ("run_rft", "--config {root}", "Is a directory: "),
     # Numbers of the wrong type and size
     ("run_rft", "--attack_steps many", "--attack_steps.*: invalid int value: 'many'"),
@@ -295,7 +295,7 @@ COMMAND_LINES = [
         "--model_name_or_path .*cut'.*load",
     ),
     # The other recipes
-    ("compare", "missing.yaml", "configs: 'missing.yaml' is not a file; give YAML files"),
+    ("compare", "missing.yaml", "configs: missing.yaml is neither a file nor the name of one"),
     ("compare", "{root}/images/a_file --jobs 0", "--jobs 0 must be at least 1"),
     ("compare", "{root}/images/a_file --seeds -1", "--seeds -1 must be a whole number from 0"),
     ("compare", "{root}/images/a_file --seeds 1 1", r"--seeds \[1, 1\] holds one seed twice"),
@@ -663,7 +663,7 @@ SMALL_FILES = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from hf_rft.cli import {module} as recipe
-from hf_rft.cli.parsing import run_program
+from hf_rft.cli.exits import run_program
 resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
 sys.argv[0] = "{module}.py"
 run_program(recipe.main)
@@ -744,5 +744,5 @@ def test_a_recipe_as_a_program(place, tmp_path):
     command += ["--train_val_split", "0.5", "--use_cpu", "True"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
-    assert ended.stderr.splitlines()[-1].startswith("run_rft.py: error: Split 'train': example ")
+    assert ended.stderr.splitlines()[-1].startswith("hf-rft train: error: Split 'train': example ")
     assert not (tmp_path / "x").exists()

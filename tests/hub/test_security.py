@@ -593,10 +593,10 @@ def test_no_token_in_an_error_of_the_command_line(tmp_path, capsys, text, flags)
 
 def test_a_comparison_takes_no_token(monkeypatch, capsys, tmp_path):
     """It would print it, keep it in a file, and show it in the list of processes."""
-    config = Path(__file__).parents[2] / "recipes" / "fashion_mnist" / "efficientnet_lite0_hinge.yaml"
+    config = "fashion_mnist/efficientnet_lite0_hinge"
     monkeypatch.setattr(compare, "run", lambda *_: pytest.fail("a run was started"))
     for flags in (["--token", TOKEN], [f"--hub-token={TOKEN}"], ["--hub_token", TOKEN]):
-        monkeypatch.setattr(sys, "argv", ["compare.py", str(config), "--output_dir", str(tmp_path / "out"), *flags])
+        monkeypatch.setattr(sys, "argv", ["hf-rft compare", config, "--output_dir", str(tmp_path / "out"), *flags])
         with pytest.raises(SystemExit) as stop:
             compare.main()
         captured = capsys.readouterr()
