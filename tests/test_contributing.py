@@ -1,6 +1,7 @@
 """CONTRIBUTING.md, followed: a schedule, a loss and an attack are added to their tables, and to nothing else."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,3 +86,11 @@ def test_a_model_is_trained_with_them_and_its_card_says_so(plugged_in, make_trai
         text = card.read()
     for name in NAMES.values():
         assert f"`{name}`" in text
+
+
+def test_the_table_of_folders_is_complete():
+    table = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text().split("## The house")[1].split("\n## ")[0]
+    package = Path(__file__).parents[1] / "hf_rft"
+    entries = {f"{path.name}/" if path.is_dir() else path.name for path in package.iterdir()}
+    missing = {name for name in entries if not name.startswith("__") and f"`{name}`" not in table}
+    assert not missing

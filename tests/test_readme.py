@@ -11,7 +11,8 @@ from PIL import Image
 from published import publish, save_model
 
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 @pytest.fixture
@@ -77,21 +78,23 @@ def test_load_robust_model(tmp_path, capsys):
 
 def test_metrics(monkeypatch):
     code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "evaluate.load" in block)
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(ROOT)
     names = {}
     exec(compile(code.replace("metric.compute", "results = metric.compute"), "README.md", "exec"), names)
     # The first example is right throughout, the second up to 4/255: accuracies 1, 1 and 1/2.
     assert names["results"]["expected_robustness"] == pytest.approx(0.875)
 
 
-def test_file_tree_is_complete():
-    tree = README.split("## Where things are")[1].split("## ")[0]
-    package = Path(__file__).parents[1] / "hf_rft"
-    for path in package.iterdir():
-        name = f"{path.name}/" if path.is_dir() else path.name
-        assert name.startswith("__") or name in tree, name
-    for name in re.findall(r"(\w+)/ ", tree.split("recipes/")[0].split("hf_rft/")[1]):
-        assert (package / name).is_dir(), name
+def test_it_fits_two_screens_and_its_commands_are_one_line_each():
+    assert len(README.splitlines()) <= 150
+    for tag in ("main-job", "tests"):
+        (command,) = re.findall(rf"<!-- run: {tag} -->\n```bash\n(.*?)\n```", README, re.S)
+        assert command.startswith("python3 -m venv .venv && ") and "\n" not in command
+
+
+def test_links_lead_to_files():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (ROOT / target).is_file(), target
 
 
 def test_nothing_is_left_to_fill_in():
