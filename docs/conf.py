@@ -1,0 +1,47 @@
+"""Sphinx configuration: `sphinx-build --fail-on-warning docs docs/_build`, without network."""
+
+import re
+from importlib.metadata import version as installed_version
+
+
+project = "hf_rft"
+author = "the hf_rft authors"
+version = release = installed_version("hf_rft")
+
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = f"hf_rft {version}"
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "off"  # tests/docs/test_notebooks.py runs them
+
+autodoc_typehints = "none"  # the docstrings state types
+autodoc_preserve_defaults = True
+autodoc_member_order = "bysource"
+napoleon_use_rtype = False
+nitpicky = True
+nitpick_ignore_regex = [(r"py:(class|exc|obj)", r"(?!hf_rft).*")]  # of other packages; no network to look them up
+
+
+def markdown_to_rest(app, what, name, obj, options, lines):
+    """Our docstrings are the Markdown that Hugging Face's own documentation builder reads."""
+    text = "\n".join(line for line in lines if not re.match(r"\s*(> Parameters that control|```)", line))
+    text = re.sub(r"^> \[!NOTE\]$", ".. note::\n", text, flags=re.M)
+    text = re.sub(r"^> ", "   ", text, flags=re.M)
+    text = re.sub(r"(?<![`\w])`([^`]+)`(?!`)", r"``\1``\\ ", text)
+    text = re.sub(r"\[``(~?)([\w.]+)``\\ \]", _reference, text)
+    lines[:] = text.splitlines()
+
+
+def _reference(match):
+    tilde, target = match.groups()
+    if target.startswith("transformers"):
+        return f"``{target.split('.')[-1]}``\\ "
+    return f":py:obj:`{tilde}{target}`" if "." in target else f":py:obj:`.{target}`"
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", markdown_to_rest, priority=100)  # before napoleon
