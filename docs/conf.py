@@ -22,7 +22,9 @@ autodoc_typehints = "none"  # the docstrings state types
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 napoleon_use_rtype = False
+napoleon_use_param = False
 nitpicky = True
+nitpick_ignore = [("py:obj", "hf_rft.training.probe.Probe")]  # internal
 nitpick_ignore_regex = [(r"py:(class|exc|obj)", r"(?!hf_rft).*")]  # of other packages; no network to look them up
 
 
