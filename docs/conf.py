@@ -1,4 +1,4 @@
-"""Sphinx configuration: `sphinx-build --fail-on-warning docs docs/_build`, without network."""
+"""Sphinx configuration: `sphinx-build --fail-on-warning docs docs/_build/html`, without network."""
 
 import re
 from importlib.metadata import version as installed_version

@@ -88,11 +88,6 @@ def folder(tmp_path, monkeypatch, processor):
 def test_python_runs(folder, request, page):
     if page == "how_to/sharing.md":
         request.getfixturevalue("hub")
-    if page == "how_to/hyperparameter_search.md":
-        pytest.importorskip("optuna")
-    if page == "how_to/tracking.md":
-        pytest.importorskip("tensorboard")
-        pytest.importorskip("trackio")
     run(page, {} if page in FROM_THE_START else run("how_to/own_images.md", {}))
     if page == "how_to/tracking.md":
         assert list(folder.glob("my_robust_model/**/events.out.tfevents*"))
@@ -146,7 +141,6 @@ def index() -> str:
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_asks_nobody_else(tmp_path):
-    pytest.importorskip("furo")
     options = ["--fail-on-warning", "--keep-going", "--quiet", "--doctree-dir", str(tmp_path / "doctrees")]
     command = [sys.executable, "-m", "sphinx", *options, str(DOCS), str(tmp_path / "site")]
     build = subprocess.run(command, capture_output=True, text=True)
