@@ -13,8 +13,10 @@ exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = f"hf_rft {version}"
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
+html_show_copyright = False
 
-myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # tests/docs/test_notebooks.py runs them
 
