@@ -27,17 +27,20 @@ napoleon_use_rtype = False
 napoleon_use_param = False
 nitpicky = True
 nitpick_ignore = [("py:obj", "hf_rft.training.probe.Probe")]  # internal
-nitpick_ignore_regex = [(r"py:(class|exc|obj)", r"(?!hf_rft).*")]  # of other packages; no network to look them up
+# Other packages, which only a network could look up.
+nitpick_ignore_regex = [(r"py:(class|exc|obj)", r"(?!hf_rft).*")]
 
 
 def markdown_to_rest(app, what, name, obj, options, lines):
     """Our docstrings are the Markdown that Hugging Face's own documentation builder reads."""
-    text = "\n".join(line for line in lines if not re.match(r"\s*(> Parameters that control|```)", line))
+    dropped = re.compile(r"\s*(> Parameters that control|```)")
+    text = "\n".join(line for line in lines if not dropped.match(line))
     text = re.sub(r"^> \[!NOTE\]$", ".. note::\n", text, flags=re.M)
     text = re.sub(r"^> ", "   ", text, flags=re.M)
     text = re.sub(r"(?<![`\w])`([^`]+)`(?!`)", r"``\1``\\ ", text)
     text = re.sub(r"\[``(~?)([\w.]+)``\\ \]", _reference, text)
-    lines[:] = text.splitlines()
+    # Of a property, napoleon would take what is before a colon in the first line for its type.
+    lines[:] = [""] * (what == "property") + text.splitlines()
 
 
 def _reference(match):
@@ -48,4 +51,6 @@ def _reference(match):
 
 
 def setup(app):
-    app.connect("autodoc-process-docstring", markdown_to_rest, priority=100)  # before napoleon
+    app.connect(
+        "autodoc-process-docstring", markdown_to_rest, priority=100
+    )  # before napoleon

@@ -96,7 +96,8 @@ def test_python_runs(folder, request, page):
 
 def commands() -> list[list[str]]:
     text = "\n".join(block for page in PAGES for block in blocks(page, "bash"))
-    return [shlex.split(line) for line in text.splitlines() if line.startswith("hf-rft ")]
+    lines = text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("hf-rft ")]
 
 
 def test_every_replacement_is_needed():
@@ -126,17 +127,14 @@ def test_recipes_and_settings_that_are_named_exist():
 
 
 def test_every_attack_loss_and_schedule_is_in_the_paper_index():
-    rows = re.findall(r"^\| (.*?) \|.*?\| `(hf_rft/.*?)` \| `(tests/.*?)` \|$", index(), re.M)
-    assert len(rows) == index().count("\n| ") - 2  # header and rule
+    index = (DOCS / "paper_index.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.*?) \|.*?\| `([\w/.]*)` \| `([\w/.]*)` \|$", index, re.M)
+    assert len(rows) == index.count("\n| ") - 2  # header and rule
     for _, implemented, tested in rows:
-        assert (ROOT / implemented).is_file() and (ROOT / tested).is_file(), (implemented, tested)
+        assert (ROOT / "hf_rft" / implemented).exists() and (ROOT / "tests" / tested).is_file(), (implemented, tested)
     for kind, table in (("attack", ATTACKS), ("loss", LOSSES), ("schedule", SCHEDULES)):
         named = {name for method, *_ in rows if kind in method for name in re.findall(r"`(\w+)`", method)}
         assert set(table) <= named
-
-
-def index() -> str:
-    return (DOCS / "paper_index.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
