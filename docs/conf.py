@@ -1,4 +1,7 @@
-"""Sphinx configuration: `sphinx-build --fail-on-warning docs docs/_build/html`, without network."""
+"""Sphinx configuration; no network is needed.
+
+sphinx-build --fail-on-warning docs docs/_build/html
+"""
 
 import re
 from importlib.metadata import version as installed_version
@@ -13,8 +16,6 @@ exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = f"hf_rft {version}"
-html_static_path = ["_static"]
-html_css_files = ["wide.css"]
 html_show_copyright = False
 
 myst_heading_anchors = 3
@@ -32,14 +33,14 @@ nitpick_ignore_regex = [(r"py:(class|exc|obj)", r"(?!hf_rft).*")]
 
 
 def markdown_to_rest(app, what, name, obj, options, lines):
-    """Our docstrings are the Markdown that Hugging Face's own documentation builder reads."""
+    """Our docstrings are Markdown, as Hugging Face's documentation wants."""
     dropped = re.compile(r"\s*(> Parameters that control|```)")
     text = "\n".join(line for line in lines if not dropped.match(line))
     text = re.sub(r"^> \[!NOTE\]$", ".. note::\n", text, flags=re.M)
     text = re.sub(r"^> ", "   ", text, flags=re.M)
     text = re.sub(r"(?<![`\w])`([^`]+)`(?!`)", r"``\1``\\ ", text)
     text = re.sub(r"\[``(~?)([\w.]+)``\\ \]", _reference, text)
-    # Of a property, napoleon would take what is before a colon in the first line for its type.
+    # Otherwise napoleon takes what is before a property's first colon for its type.
     lines[:] = [""] * (what == "property") + text.splitlines()
 
 

@@ -35,9 +35,8 @@ REPLACED = {
     "num_train_epochs=50": "num_train_epochs=1, use_cpu=True",
     "n_trials=20": "n_trials=2",
     'hub_model_id="my-name/my-robust-model"': 'hub_model_id="user/robust"',  # on the Hub of hub_server.py
-    '"my-name/my-robust-model", threat_model=ThreatModel("linf", "4/255")': (
-        '"published", threat_model=ThreatModel("linf", "2/255")'
-    ),
+    'load_robust_model(\n    "my-name/my-robust-model"': 'load_robust_model("published"',
+    'threat_model=ThreatModel("linf", "4/255")': 'threat_model=ThreatModel("linf", "2/255")',
     "min_expected_robustness=0.5": "min_expected_robustness=0.0",
 }
 
@@ -132,6 +131,8 @@ def test_every_attack_loss_and_schedule_is_in_the_paper_index():
     assert len(rows) == index.count("\n| ") - 2  # header and rule
     for _, implemented, tested in rows:
         assert (ROOT / "hf_rft" / implemented).exists() and (ROOT / "tests" / tested).is_file(), (implemented, tested)
+    papers = set(re.findall(r"^\* \*\*(.*?)\*\*: \*.*\*, .*\.$", index, re.M))
+    assert papers and all(any(paper in row for row in index.split("## ")[0].splitlines()) for paper in papers)
     for kind, table in (("attack", ATTACKS), ("loss", LOSSES), ("schedule", SCHEDULES)):
         named = {name for method, *_ in rows if kind in method for name in re.findall(r"`(\w+)`", method)}
         assert set(table) <= named
