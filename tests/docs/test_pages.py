@@ -127,7 +127,7 @@ def test_recipes_and_settings_that_are_named_exist():
 
 def test_every_attack_loss_and_schedule_is_in_the_paper_index():
     index = (DOCS / "paper_index.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (.*?) \|.*?\| ([\w/.]*) \| ([\w/.]*) \|$", index, re.M)
+    rows = re.findall(r"^\| (.*?) \|.*?\| `([\w/.]*)`, `([\w/.]*)` \|$", index, re.M)
     assert len(rows) == index.count("\n| ") - 2  # header and rule
     for _, implemented, tested in rows:
         assert (ROOT / "hf_rft" / implemented).exists() and (ROOT / "tests" / tested).is_file(), (implemented, tested)
