@@ -24,12 +24,14 @@ nb_execution_mode = "off"  # tests/docs/test_notebooks.py runs them
 autodoc_typehints = "none"  # the docstrings state types
 autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
+napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_param = False
 nitpicky = True
-nitpick_ignore = [("py:obj", "hf_rft.training.probe.Probe")]  # internal
-# Other packages, which only a network could look up.
-nitpick_ignore_regex = [(r"py:(class|exc|obj)", r"(?!hf_rft).*")]
+# Internal, and named in docstrings all the same.
+nitpick_ignore = [
+    ("py:obj", name) for name in ("hf_rft.training.probe.Probe", "Run", "TIERS")
+]
 
 
 def markdown_to_rest(app, what, name, obj, options, lines):
@@ -40,8 +42,8 @@ def markdown_to_rest(app, what, name, obj, options, lines):
     text = re.sub(r"^> ", "   ", text, flags=re.M)
     text = re.sub(r"(?<![`\w])`([^`]+)`(?!`)", r"``\1``\\ ", text)
     text = re.sub(r"\[``(~?)([\w.]+)``\\ \]", _reference, text)
-    # Otherwise napoleon takes what is before a property's first colon for its type.
-    lines[:] = [""] * (what == "property") + text.splitlines()
+    # Napoleon takes what is before a property's first colon for its type.
+    lines[:] = (": " * (what == "property") + text).splitlines()
 
 
 def _reference(match):
@@ -52,6 +54,5 @@ def _reference(match):
 
 
 def setup(app):
-    app.connect(
-        "autodoc-process-docstring", markdown_to_rest, priority=100
-    )  # before napoleon
+    # Before napoleon.
+    app.connect("autodoc-process-docstring", markdown_to_rest, priority=100)
