@@ -200,7 +200,12 @@ def get_epsilon_schedule(name: str, **kwargs) -> EpsilonSchedule:
         raise ValueError(
             f"The {name!r} epsilon schedule takes {list(signature.parameters)}, got {sorted(kwargs)}: {error}."
         ) from error
-    return functools.partial(factory, **bound.kwargs)()
+    schedule = functools.partial(factory, **bound.kwargs)()
+    bound.apply_defaults()
+    schedule.__qualname__ = (
+        f"{factory.__name__}({', '.join(f'{key}={value}' for key, value in bound.arguments.items())})"
+    )
+    return schedule
 
 
 def is_stream(state: TrainerState) -> bool:
@@ -243,6 +248,10 @@ class EpsilonScheduleCallback(TrainerCallback):
         check_schedule(schedule)
         self.schedule = schedule
         self.interval = interval
+
+    def __repr__(self) -> str:
+        schedule = getattr(self.schedule, "__qualname__", repr(self.schedule))
+        return f"{type(self).__name__}({schedule}, interval={self.interval!r})"
 
     def progress(self, state: TrainerState) -> float:
         """Share of training completed before the next step, in [0, 1]."""

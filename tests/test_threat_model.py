@@ -66,6 +66,10 @@ def assert_inside(adversarial, pixels, norm, radii):
         (0.1, Fraction(1, 10)),
         (2, Fraction(2)),
         (np.float64(0.3), Fraction(3, 10)),
+        (8 / 255, Fraction(8, 255)),
+        (0.5 / 255, Fraction(1, 510)),
+        (0.1234567, Fraction(1234567, 10**7)),
+        (np.float64(1 / 3), Fraction(85, 255)),
         (Fraction(1, 3), Fraction(1, 3)),
     ],
 )

@@ -44,6 +44,10 @@ class Evaluator:
     seed: int
     autocast_dtype: torch.dtype | None = None
 
+    def __repr__(self) -> str:
+        grid = ", ".join(map(format_epsilon, self.epsilons))
+        return f"Evaluator({self.norm} at {grid}; {self.tier}; seed {self.seed})"
+
     def attack(
         self,
         forward: Forward,
@@ -113,6 +117,7 @@ class Evaluator:
         normalization: PixelNormalization,
         batch_size: int,
         sha256: str | None = None,
+        image_shape: Sequence[int] | None = None,
     ) -> dict[str, Any]:
         """Everything the results depend on, as JSON values.
 
@@ -125,10 +130,12 @@ class Evaluator:
                 Total batch size of all processes.
             sha256 (`str`, *optional*):
                 Hash of the examples, if known.
+            image_shape (`Sequence[int]`, *optional*):
+                Channels, height and width, if known.
         """
         return {
             "model": model,
-            "dataset": {**describe_dataset(dataset), "sha256": sha256},
+            "dataset": {**describe_dataset(dataset), "image_shape": image_shape, "sha256": sha256},
             "processor": describe_normalization(normalization),
             **self.describe(),
             "batch_size": batch_size,

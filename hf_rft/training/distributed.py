@@ -75,7 +75,7 @@ def may_have_unused_parameters(model: PreTrainedModel) -> bool:
     with torch.enable_grad(), in_mode(model, training=False):
         try:
             logits = model(pixel_values=blank_image(model)).logits
-        except (RuntimeError, ValueError):  # an image of this size does not suit the model
+        except (RuntimeError, ValueError, AssertionError):  # an image of this size does not suit the model
             return True
         gradients = torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
     return any(gradient is None for gradient in gradients)
