@@ -202,9 +202,8 @@ def get_epsilon_schedule(name: str, **kwargs) -> EpsilonSchedule:
         ) from error
     schedule = functools.partial(factory, **bound.kwargs)()
     bound.apply_defaults()
-    schedule.__qualname__ = (
-        f"{factory.__name__}({', '.join(f'{key}={value}' for key, value in bound.arguments.items())})"
-    )
+    arguments = ", ".join(f"{key}={value}" for key, value in bound.arguments.items())
+    schedule.__qualname__ = f"{factory.__name__}({arguments})"  # for its `repr`
     return schedule
 
 

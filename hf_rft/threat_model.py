@@ -27,7 +27,7 @@ def parse_epsilon(value: str | int | float | Fraction) -> Fraction:
 
     Args:
         value (`str`, `int`, `float` or `Fraction`):
-            `"8/255"`, `"0.03"`, `"0.5/255"` or a number. A float is read as n/255 if that rounds to it, else as it prints.
+            `"8/255"`, `"0.03"`, `"0.5/255"` or a number: a float is n/255 if that rounds to it, else what it prints.
 
     Returns:
         `Fraction`: the same number, exactly.
