@@ -136,6 +136,11 @@ def test_parse_epsilon_refuses_division_by_zero():
 # --- ThreatModel ---
 
 
+def test_shown_in_a_line():
+    assert repr(ThreatModel("linf", 8 / 255)) == "ThreatModel('linf', '8/255')"
+    assert repr(ThreatModel("l2", torch.ones(3))) == "ThreatModel('l2', 'one per example')"
+
+
 @pytest.mark.parametrize("epsilon", ["8", 8, 8.0, Fraction(8)])
 def test_linf_epsilon_above_one_suggests_a_fraction_of_255(epsilon):
     with pytest.raises(ValueError, match=r"`epsilon='?.*8.*` is above 1, but pixels lie in \[0, 1\]") as error:

@@ -66,7 +66,7 @@ def evaluate_robustness(
         processor:
             The model's image processor; perturbations are measured on the pixels it produces, scaled to [0, 1]. For a
             module that has none, a [`PixelNormalization`] or its `(mean, std)`: then images are normalised but not
-            resized, and have as many channels as `mean` has values.
+            resized, and have as many channels as `mean` or `std` has values.
         norm (`str`):
             A name in `NORMS`.
         epsilons (`Sequence` of `str`, number or `Fraction`):
@@ -130,7 +130,7 @@ def evaluate_robustness(
     if isinstance(processor, tuple | list) and len(processor) == 2:
         processor = PixelNormalization(*processor)
     if isinstance(processor, PixelNormalization):
-        normalization, num_channels = processor, len(processor.mean)
+        normalization, num_channels = processor, max(len(processor.mean), len(processor.std))
     else:
         normalization = PixelNormalization.from_processor(processor, argument="processor")
         num_channels = num_image_channels(getattr(model, "config", None))

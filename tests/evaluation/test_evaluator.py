@@ -126,6 +126,10 @@ def test_every_pass_of_every_model_is_counted(evaluator, classifier, images):
     assert passes.forward == sum(seen.values()) + 6
 
 
+def test_shown_in_a_line(evaluator):
+    assert repr(evaluator) == "Evaluator(linf at 0, 2/255, 4/255, 0.5; Tier(custom: pgd 3); seed 7)"
+
+
 def test_the_description_is_complete_and_json():
     evaluator = Evaluator("linf", GRID, make_tier([("pgd", 3)]), seed=7)
     described = evaluator.describe()

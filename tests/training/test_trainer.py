@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import NUM_LABELS, SIZE, Images, make_model, weights, without_dropout
+from safetensors.torch import load_model
+from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, ViTImageProcessor
 
-from hf_rft import EpsilonScheduleCallback, RobustTrainer
+from hf_rft import EpsilonScheduleCallback, ModuleForImageClassification, RobustTrainer
 from hf_rft.attacks import pgd
 from hf_rft.evaluation.cache import hash_model
 from hf_rft.losses import LOSSES, RobustLoss, trades_loss
@@ -879,6 +881,36 @@ def test_refuses_what_is_no_classifier(make_trainer):
         model.config.problem_type = setting
         with pytest.raises(ValueError, match=f"problem_type='{setting}'"):
             make_trainer(model)
+
+
+def test_a_plain_module_is_trained_once_it_is_wrapped(make_trainer, tmp_path):
+    """Folded, evaluated, saved, resumed and its best weights loaded, like any other model."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    module = nn.Sequential(*layers, nn.Linear(8, NUM_LABELS)).double()
+    with pytest.raises(ValueError, match=r"wrap a module of your own: `hf_rft.ModuleForImageClassification\(module"):
+        make_trainer(module)
+    options = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+    }
+    start = copy.deepcopy(module)
+    trainer = make_trainer(ModuleForImageClassification(module, "abcd"), **options)
+    assert len(trainer.adversary.foldable_pairs) == 1
+    trainer.train()
+    trainer.save_model()
+    assert trainer.evaluate()["eval_robust_accuracy"] == trainer.robustness_report.robust_accuracy
+    saved = ModuleForImageClassification(copy.deepcopy(start), "abcd")
+    load_model(saved, tmp_path / "output" / "model.safetensors")
+    assert hash_model(saved.module) == hash_model(module) != hash_model(start)
+    resumed = make_trainer(ModuleForImageClassification(start, "abcd"), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "output" / "checkpoint-2"))
+    assert hash_model(start) == hash_model(module)
 
 
 def test_refuses_a_weight_the_loss_does_not_have(make_trainer):
