@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +13,21 @@ from ..attacks.base import Forward, Passes
 from ..models.classifier import CountedForward, PixelClassifier
 from ..models.pixel_space import PixelNormalization
 from ..threat_model import format_epsilon
+from .cache import hash_levels
 from .provenance import describe_dataset, describe_normalization, versions
 from .search import BreakingPoints, find_breaking_points
 
 
 if TYPE_CHECKING:
     from .tiers import Tier
+
+
+class AttackedBatch(NamedTuple):
+    """What a report states about a batch of a trainer, besides its predictions."""
+
+    passes: Passes = Passes(0, 0)
+    hashes: dict[int, str] | None = None  # of the examples, by position
+    image_shape: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +103,7 @@ class Evaluator:
 
     def attack_inputs(
         self, classifier: PixelClassifier, inputs: dict[str, Any], logits: torch.Tensor, positions: range
-    ) -> tuple[BreakingPoints, Passes]:
+    ) -> tuple[BreakingPoints, AttackedBatch]:
         """[`attack`] on the first `len(positions)` examples of a trainer's batch.
 
         Args:
@@ -107,7 +116,10 @@ class Evaluator:
         pixels = classifier.normalization.to_pixels(inputs.pop("pixel_values"))[:count]
         labels = inputs.pop("labels")[:count]
         with classifier.under_attack():
-            return self.attack(partial(classifier, **inputs), pixels, labels, positions, logits.argmax(dim=1))
+            clean_predictions = logits.argmax(dim=1)
+            found, passes = self.attack(partial(classifier, **inputs), pixels, labels, positions, clean_predictions)
+        hashes = dict(zip(positions, hash_levels(pixels, labels), strict=True))
+        return found, AttackedBatch(passes, hashes, list(pixels.shape[1:]))
 
     def settings(
         self,

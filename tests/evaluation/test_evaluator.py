@@ -4,10 +4,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from conftest import Images, make_model
+from conftest import SIZE, Images, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_rft.evaluation.cache import hash_levels
 from hf_rft.evaluation.evaluator import Evaluator, robust_metrics
 from hf_rft.evaluation.provenance import versions
 from hf_rft.evaluation.tiers import make_tier
@@ -85,10 +86,12 @@ def test_a_batch_of_a_trainer_is_attacked_like_its_pixels(evaluator, classifier,
     logits = clean_logits(classifier, pixels)
     labels[:2] = logits.argmax(dim=1)[:2]  # an untrained model is right about something
     inputs = {"pixel_values": 2 * images.pixels - 1, "labels": images.labels}
-    found, passes = evaluator.attack_inputs(classifier, inputs, logits, positions)
+    found, attacked = evaluator.attack_inputs(classifier, inputs, logits, positions)
     with classifier.under_attack():
         expected = evaluator.attack(classifier, pixels, labels, positions, logits.argmax(dim=1))
-    assert passes == expected[1] and set(inputs) == {"pixel_values", "labels"}
+    assert attacked.passes == expected[1] and set(inputs) == {"pixel_values", "labels"}
+    assert attacked.image_shape == [3, SIZE, SIZE] and list(attacked.hashes) == [10, 11, 12, 13]
+    assert list(attacked.hashes.values()) == hash_levels(pixels, labels)
     for name, one, other in zip(found._fields, found, expected[0], strict=True):
         torch.testing.assert_close(one, other, msg=name)
     assert (found.broken_at[:2] > 0).all()

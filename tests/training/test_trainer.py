@@ -12,8 +12,9 @@ from safetensors.torch import load_model
 from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, ViTImageProcessor
 
-from hf_rft import EpsilonScheduleCallback, ModuleForImageClassification, RobustTrainer
+from hf_rft import EpsilonScheduleCallback, ModuleForImageClassification, RobustTrainer, evaluate_robustness
 from hf_rft.attacks import pgd
+from hf_rft.cli.leaderboard import first_difference
 from hf_rft.evaluation.cache import hash_model
 from hf_rft.losses import LOSSES, RobustLoss, trades_loss
 from hf_rft.training.alarm_callback import AlarmCallback
@@ -430,7 +431,7 @@ def test_attack_steps_follow_epsilon(make_trainer):
 def test_attack_steps_of_the_evaluation_follow_no_schedule(make_trainer):
     def metrics(**args):
         trainer = make_trainer(epsilon_schedule_type="hinge", **args)  # epsilon is 0 as long as nothing was trained
-        return trainer.evaluate(), trainer._eval_passes
+        return trainer.evaluate(), [batch.passes for batch in trainer._eval_batches]
 
     (constant, passes), (scheduled, passes_scheduled) = metrics(), metrics(attack_steps_schedule="epsilon")
     assert passes == passes_scheduled and all(of_batch.backward > 0 for of_batch in passes)
@@ -991,6 +992,16 @@ def test_a_model_made_by_model_init_is_the_one_that_is_attacked(make_trainer):
     assert all(pair.batch_norm in made[-1].modules() for pair in trainer.adversary.foldable_pairs)
     trainer.evaluate()
     assert trainer.robustness_report.settings["model"]["sha256"] == hash_model(trainer.model)
+
+
+def test_report_is_comparable_with_an_evaluation_of_the_same_protocol(make_trainer, processor):
+    trainer = make_trainer(per_device_eval_batch_size=4)
+    trainer.evaluate()
+    options = {"norm": "linf", "epsilons": trainer.evaluator.epsilons, "tier": [("apgd", 2)], "batch_size": 5}
+    other = evaluate_robustness(trainer.model, Images(13, seed=1), processor, **options)
+    assert first_difference(trainer.robustness_report, other) is None
+    trainer.evaluate(Images(13, seed=2))
+    assert first_difference(trainer.robustness_report, other).startswith("data (SHA-256): ")
 
 
 def test_the_last_log_of_a_pass_over_a_stream_is_about_its_steps(make_trainer):
