@@ -76,7 +76,7 @@ def main() -> None:
         "--standard_model",
         type=Path,
         default=Path("outputs/efficientnet_lite0_standard"),
-        help="Folder that run_rft.py wrote with recipes/fashion_mnist/efficientnet_lite0_standard.yaml.",
+        help="Folder that `hf-rft train --config fashion_mnist/efficientnet_lite0_standard` wrote.",
     )
     args = parser.parse_args()
     robust = subject.load(args)

@@ -13,23 +13,18 @@ import argparse
 import json
 import os
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from instruments import median_and_range
 
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "recipes"))
-
-from hf_rft import get_epsilon_schedule  # noqa: E402
-from hf_rft.cli import compare  # noqa: E402  a recipe, beside which it runs others
-from hf_rft.schedules import scaled_steps  # noqa: E402
+from hf_rft import get_epsilon_schedule
+from hf_rft.cli import compare, recipes
+from hf_rft.schedules import scaled_steps
 
 
-RECIPE = str(ROOT / "recipes" / "fashion_mnist" / "efficientnet_lite0_{}.yaml")
+RECIPE = str(recipes.FOLDER / "fashion_mnist" / "efficientnet_lite0_{}.yaml")
 # Recipe, and flags that are added to it.
 ARMS: dict[str, tuple[str, list[str]]] = {
     "constant": ("constant", []),
@@ -112,7 +107,7 @@ def parse_args(arguments: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser.add_argument("--attack_steps", type=int, default=7)
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 1)))
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks/run_cost"))
-    return parser.parse_known_args(arguments)  # other flags are those of recipes/run_rft.py
+    return parser.parse_known_args(arguments)  # other flags are those of `hf-rft train`
 
 
 def main(arguments: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:

@@ -12,25 +12,18 @@ probes are timed apart, since not every schedule would meet as many; the recipe'
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from functools import partial
-from pathlib import Path
 
 from instruments import median_and_range
+from run_cost import ARMS, RECIPE, attack_at, counted_passes
 from transformers import TrainerCallback
 
 from hf_rft import RobustTrainer
+from hf_rft.cli import train as run_rft
 from hf_rft.training.alarm_callback import AlarmCallback
 from hf_rft.training.probe import LEAST_PROBES
-
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-
-from run_cost import ARMS, RECIPE, attack_at, counted_passes  # noqa: E402
-
-from hf_rft.cli import train as run_rft  # noqa: E402  a recipe
 
 
 NAMES = list(ARMS)
@@ -146,7 +139,7 @@ def main(arguments: list[str] | None = None) -> list[Stopwatch]:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=64, help="Steps of each schedule.")
     parser.add_argument("--attack_steps", type=int, default=7)
-    args, extra = parser.parse_known_args(arguments)  # other flags are those of recipes/run_rft.py
+    args, extra = parser.parse_known_args(arguments)  # other flags are those of `hf-rft train`
     runs = [run(seed, args, extra) for seed in args.seeds]
     print(
         f"\nPGD-{args.attack_steps}, {args.rounds} steps of each schedule, seeds {args.seeds}\n\n{table(runs, args)}"

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, max_samples: int) -> None:
         "--model",
         type=Path,
         default=Path("outputs/efficientnet_lite0_hinge"),
-        help="Folder that `accelerate launch recipes/run_rft.py` wrote.",
+        help="Folder that `hf-rft train` wrote.",
     )
     parser.add_argument("--max_samples", type=int, default=max_samples, help="Images of the bundled test split.")
     parser.add_argument("--seed", type=int, default=0)
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, max_samples: int) -> None:
 
 def load(args: argparse.Namespace) -> Measured:
     if not args.model.is_dir():
-        raise SystemExit(f"--model {args.model} is not there; `accelerate launch recipes/run_rft.py` makes it.")
+        raise SystemExit(f"--model {args.model} is not there; `hf-rft train` makes it.")
     model = AutoModelForImageClassification.from_pretrained(args.model).eval().requires_grad_(False)
     model = model.to(memory_format=MEMORY_FORMATS[args.memory_format])
     dataset = load_dataset(bundled.resolve(bundled.DATASET), split="test")

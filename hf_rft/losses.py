@@ -11,23 +11,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
+from .attacks.base import at_least_float32, kl_divergence, log_softmax
+
 
 # The published values, for training from scratch on CIFAR-10.
 TRADES_WEIGHT = 6.0
 MART_WEIGHT = 6.0
-
-
-def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    return F.log_softmax(at_least_float32(logits), dim=1)
-
-
-def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """`KL(p || q)` per example."""
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
 
 
 def standard_loss(

@@ -1,4 +1,4 @@
-"""Epsilon schedules: pure functions from training progress to a multiplier of the target epsilon.
+"""Epsilon schedules: pure functions from training progress to a multiplier of the target epsilon, and their callback.
 
 Progress is the share of optimizer steps already completed, in [0, 1]. A schedule has no state, so resuming, the number
 of processes and the number of accumulation steps cannot change it.
@@ -7,7 +7,6 @@ The two-hinge schedule is the Epsilon-Scheduling of "Robust Fine-Tuning from Non
 Suboptimal Transfer With Epsilon-Scheduling" (https://huggingface.co/papers/2509.23325).
 """
 
-import functools
 import inspect
 import math
 import sys
@@ -23,7 +22,6 @@ from transformers.utils.generic import ExplicitEnum
 
 
 logger = logging.get_logger(__name__)
-
 
 EpsilonSchedule = Callable[[float], float]
 
@@ -112,8 +110,8 @@ def check_schedule(schedule: Any) -> None:
     """Refuse anything that cannot be called with progress alone, as far as its signature can be read."""
     if not callable(schedule):
         raise ValueError(
-            f"`epsilon_schedule={schedule!r}` is no function; pass one that maps progress in [0, 1] to a multiplier "
-            "of epsilon, or name a built-in one with `RobustTrainingArguments(epsilon_schedule_type=...)`."
+            f"`epsilon_schedule={schedule!r}` is not a function; pass one from progress in [0, 1] to a multiplier of "
+            "epsilon, or name a built-in one with `RobustTrainingArguments(epsilon_schedule_type=...)`."
         )
     try:
         inspect.signature(schedule).bind(0.0)
@@ -200,7 +198,7 @@ def get_epsilon_schedule(name: str, **kwargs) -> EpsilonSchedule:
         raise ValueError(
             f"The {name!r} epsilon schedule takes {list(signature.parameters)}, got {sorted(kwargs)}: {error}."
         ) from error
-    schedule = functools.partial(factory, **bound.kwargs)()
+    schedule = factory(**kwargs)
     bound.apply_defaults()
     arguments = ", ".join(f"{key}={value}" for key, value in bound.arguments.items())
     schedule.__qualname__ = f"{factory.__name__}({arguments})"  # for its `repr`
@@ -263,11 +261,7 @@ class EpsilonScheduleCallback(TrainerCallback):
         return min(math.floor(state.epoch or 0.0) / epochs, 1.0)
 
     def multiplier(self, state: TrainerState) -> float:
-        """The schedule's value for the next step.
-
-        Raises:
-            ValueError: if the schedule returns anything but a number in [0, 1].
-        """
+        """The schedule's value for the next step, checked."""
         progress = self.progress(state)
         return checked_multiplier(self.schedule(progress), progress)
 

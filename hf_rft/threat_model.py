@@ -73,8 +73,8 @@ def parse_epsilons(norm: str, epsilons: Iterable[Any], *, argument: str = "epsil
         raise ValueError(f"`{argument}` holds a wrong value: {error}") from error
     if len(grid) < 2 or grid[0] != 0 or grid != sorted(set(grid)):
         raise ValueError(
-            f"`{argument}={[str(epsilon) for epsilon in epsilons]}` must start with 0 and increase strictly to at "
-            f"least one more, for example {example}."
+            f"`{argument}={[str(epsilon) for epsilon in epsilons]}` must start with 0 and increase strictly, with "
+            f"at least two values, for example {example}."
         )
     return grid
 

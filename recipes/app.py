@@ -1,8 +1,9 @@
-"""A page on which anybody attacks a model: the program is `hf_rft/cli/app.py`."""
+"""`hf-rft app` as a file."""
 
-from hf_rft.cli.app import main
-from hf_rft.cli.parsing import run_program
+import sys
+
+from hf_rft.cli.main import run
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run("app", sys.argv[1:])

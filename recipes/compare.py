@@ -1,8 +1,9 @@
-"""Several recipes and seeds in one table: the program is `hf_rft/cli/compare.py`."""
+"""`hf-rft compare` as a file."""
 
-from hf_rft.cli.compare import main
-from hf_rft.cli.parsing import run_program
+import sys
+
+from hf_rft.cli.main import run
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run("compare", sys.argv[1:])

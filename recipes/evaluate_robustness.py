@@ -1,8 +1,9 @@
-"""The accuracy-versus-epsilon curve of a classifier: the program is `hf_rft/cli/evaluate.py`."""
+"""`hf-rft evaluate` as a file, for `accelerate launch`."""
 
-from hf_rft.cli.evaluate import main
-from hf_rft.cli.parsing import run_program
+import sys
+
+from hf_rft.cli.main import run
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run("evaluate", sys.argv[1:])

@@ -1,8 +1,9 @@
-"""The reports of several models side by side: the program is `hf_rft/cli/leaderboard.py`."""
+"""`hf-rft leaderboard` as a file."""
 
-from hf_rft.cli.leaderboard import main
-from hf_rft.cli.parsing import run_program
+import sys
+
+from hf_rft.cli.main import run
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run("leaderboard", sys.argv[1:])

@@ -1,8 +1,9 @@
-"""Publish the `evaluate` modules as Spaces: the program is `hf_rft/cli/push_metric.py`."""
+"""`hf-rft push-metric` as a file."""
 
-from hf_rft.cli.parsing import run_program
-from hf_rft.cli.push_metric import main
+import sys
+
+from hf_rft.cli.main import run
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run("push-metric", sys.argv[1:])

@@ -1,8 +1,9 @@
-"""Publish a robust model with its evidence: the program is `hf_rft/cli/push.py`."""
+"""`hf-rft push` as a file."""
 
-from hf_rft.cli.parsing import run_program
-from hf_rft.cli.push import main
+import sys
+
+from hf_rft.cli.main import run
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run("push", sys.argv[1:])

@@ -1,8 +1,9 @@
-"""Robust fine-tuning, for `accelerate launch recipes/run_rft.py`: the program is `hf_rft/cli/train.py`."""
+"""`hf-rft train` as a file, for `accelerate launch`."""
 
-from hf_rft.cli.parsing import run_program
-from hf_rft.cli.train import main
+import sys
+
+from hf_rft.cli.main import run
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run("train", sys.argv[1:])

@@ -47,7 +47,7 @@ def tiff_of_floats() -> bytes:
 
 
 def make_image_folders(root: Path) -> None:
-    """`root/<name>`, each with a class a folder unless the name says otherwise."""
+    """`root/<name>`, each with one folder per class unless the name says otherwise."""
     for name in NAMES:
         (root / "good" / name).mkdir(parents=True)
         for number in range(6):

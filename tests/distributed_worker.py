@@ -153,7 +153,7 @@ def evaluate(folder: str, count: int, batch_size: int, options: dict, *trainer_c
         images.labels = trainer.model.eval()((images.pixels - 0.5) / 0.5).logits.argmax(dim=1)
     images.labels[::5] = (images.labels[::5] + 1) % 4
     if "fsdp" in options:
-        with pytest.raises(ValueError, match="FSDP2 can evaluate only a model that it has trained"):
+        with pytest.raises(ValueError, match="With FSDP2 only a trained model can be evaluated"):
             trainer.evaluate(images)
         trainer.train()  # without learning anything
     metrics = trainer.evaluate(images)

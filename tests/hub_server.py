@@ -1,17 +1,17 @@
-"""A small Hub on the loopback device, for a real, unmodified `huggingface_hub` client with HF_HUB_DISABLE_XET=1.
+"""A small Hub on the loopback interface, for the real `huggingface_hub` client with HF_HUB_DISABLE_XET=1.
 
     with HubServer() as hub:
         subprocess.run(..., env=hub.environment(home, WRITE_TOKEN))  # HF_ENDPOINT, HF_HOME, HF_TOKEN and so on
         hub.create("models", "user/name", {"config.json": b"{}"}, private=True)  # without a client
         hub.repo("models", "user/name").files(revision="main")  # {path: bytes}; see `Repository`
-        hub.fail("commit", status=500, times=1)  # answer an error: once; always without `times`
-        hub.fail("lfs_put", drop=True)  # close the connection half-way through what is sent
-        hub.fail("commit", drop="answer")  # do what is asked, then close the connection without an answer
-        hub.stall("lfs_put")  # accept, and never answer
-        hub.heal()  # forget all of these
-        hub.requests, hub.count("lfs_put")  # what was asked: [Request(stage, path)]
+        hub.fail("commit", status=500, times=1)  # answer with an error once; without `times`, always
+        hub.fail("lfs_put", drop=True)  # close the connection half-way through the request
+        hub.fail("commit", drop="answer")  # do as requested, then close the connection without an answer
+        hub.fail("lfs_put", stall=True)  # accept the request, but never answer
+        hub.heal()  # end all faults
+        hub.requests, hub.count("lfs_put")  # the requests so far: [Request(stage, path)]
 
-The stages are the keys of `ROUTES`; what they do not know is answered with 404. One user owns everything.
+The stages are the keys of `ROUTES`; other requests are answered with 404. One user owns everything.
 """
 
 import base64
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import yaml
 from huggingface_hub import ModelCard
@@ -45,7 +45,6 @@ ROUTES = {  # stage -> methods and path
     "commit": f"POST {_API}/commit/(?P<revision>[^/]+)",
     "branch": f"POST {_API}/branch/(?P<name>[^/]+)",
     "tree": f"GET {_API}/tree/(?P<revision>[^/]+)",
-    "paths_info": f"POST {_API}/paths-info/(?P<revision>[^/]+)",
     "info": f"GET {_API}(?:/revision/(?P<revision>[^/]+))?",
     "resolve": f"(?:GET|HEAD) {_PAGE}/resolve/(?P<revision>[^/]+)/(?P<path>.+)",
     "unknown": ".*",
@@ -53,7 +52,7 @@ ROUTES = {  # stage -> methods and path
 
 
 class HubError(Exception):
-    """An answer other than success. `code` tells the client which of its exceptions to raise."""
+    """An error to answer with. `code` tells the client which exception to raise."""
 
     def __init__(self, status: int, message: str, code: str = "", **body):
         super().__init__(message)
@@ -69,16 +68,14 @@ class File(NamedTuple):
     is_lfs: bool = False
 
     def entry(self, path: str) -> dict:
-        """The file in listings. What git holds in place of a large file is a pointer."""
+        """The file in listings."""
         size, sha256 = len(self.content), hashlib.sha256(self.content).hexdigest()
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {size}\n".encode()
-        blob_id = git_hash(pointer if self.is_lfs else self.content)
-        lfs = {"lfs": {"oid": sha256, "size": size, "pointerSize": len(pointer)}} if self.is_lfs else {}
-        return {"type": "file", "path": path, "size": size, "oid": blob_id, **lfs}
+        lfs = {"lfs": {"oid": sha256, "size": size, "pointerSize": 0}} if self.is_lfs else {}
+        return {"type": "file", "path": path, "size": size, "oid": git_hash(self.content), **lfs}
 
     @property
     def oid(self) -> str:
-        """What the client compares before it sends a file again."""
+        """What the client compares before it uploads a file again."""
         entry = self.entry("")
         return entry.get("lfs", entry)["oid"]
 
@@ -91,16 +88,16 @@ class Commit(NamedTuple):
 
 @dataclass
 class Repository:
-    """A model or Space (`kind`: `"models"`, `"spaces"`). A new one holds one commit with one file, as on the Hub."""
+    """A model or Space (`kind`: `"models"`, `"spaces"`), at first with one commit of one file, as on the Hub."""
 
     kind: str
     id: str
     private: bool = False
-    gated: str | bool = False  # whoever has a token was let in
+    gated: str | bool = False  # users with a token have access
     sdk: str | None = None
-    commits: dict[str, Commit] = field(default_factory=dict)  # by id, the oldest first
+    commits: dict[str, Commit] = field(default_factory=dict)  # by id, oldest first
     branches: dict[str, str] = field(default_factory=dict)  # name -> commit id
-    objects: dict[str, bytes] = field(default_factory=dict)  # large files that have arrived: sha256 -> content
+    objects: dict[str, bytes] = field(default_factory=dict)  # uploaded large files: sha256 -> content
     _numbers = itertools.count()
 
     def __post_init__(self):
@@ -116,11 +113,6 @@ class Repository:
         if commit is None:
             raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
         return commit
-
-    def add(self, files: dict[str, bytes], branch: str = "main") -> None:
-        """What a test puts there without a client."""
-        new = {path: File(content, path.endswith(LFS_SUFFIXES)) for path, content in files.items()}
-        self.record(branch, "Upload files", self.resolve(branch).files | new)
 
     def record(self, branch: str, title: str, files: dict[str, File]) -> str:
         id = hashlib.sha1(f"{self.kind} {self.id} {next(self._numbers)}".encode()).hexdigest()
@@ -138,7 +130,7 @@ class Request(NamedTuple):
 
 @dataclass
 class Fault:
-    """What goes wrong with requests of one stage: an error, a lost connection, or no answer at all."""
+    """What goes wrong with the requests of a stage: an error, a lost connection, or no answer at all."""
 
     status: int | None = None
     drop: bool | str = False
@@ -147,7 +139,7 @@ class Fault:
 
 
 class HubServer:
-    """The server, in threads of its own from `with` on until its end. `user` owns `WRITE_TOKEN` and `READ_TOKEN`."""
+    """The server, which runs in the background inside `with`. `user` owns `WRITE_TOKEN` and `READ_TOKEN`."""
 
     def __init__(self, user: str = "user"):
         self.user = user
@@ -168,19 +160,20 @@ class HubServer:
         self.listener.server_close()
 
     def environment(self, home: Path | str, token: str | None = None) -> dict[str, str]:
-        """For a new process that knows this Hub only, and keeps its caches in `home`."""
+        """Environment of a new process that uses this Hub, and keeps its caches in `home`."""
         others = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        # `evaluate` counts downloads at an address of its own.
+        # `evaluate` counts downloads at another address.
         off = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_UPDATE_DOWNLOAD_COUNTS": "0"}
         off |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
         known = {"HF_ENDPOINT": self.endpoint, "HF_HOME": str(home), **({"HF_TOKEN": token} if token else {})}
         return others | off | known | {"OMP_NUM_THREADS": "1"}
 
     def create(self, kind: str, id: str, files: dict[str, bytes] | None = None, **settings) -> Repository:
-        """A repository that nobody has to push. `settings`: those of `Repository`."""
+        """Create a repository without a client. `settings`: fields of `Repository`."""
         repository = self.repositories[kind, id] = Repository(kind, id, **settings)
         if files:
-            repository.add(files)
+            new = {path: File(content, path.endswith(LFS_SUFFIXES)) for path, content in files.items()}
+            repository.record("main", "Upload files", repository.resolve("main").files | new)
         return repository
 
     def repo(self, kind: str, id: str) -> Repository:
@@ -190,19 +183,16 @@ class HubServer:
         return sum(request.stage == stage for request in self.requests)
 
     def fail(self, stage: str, **how) -> None:
-        """See the module. `how`: fields of `Fault`."""
+        """See above. `how`: fields of `Fault`."""
         if stage not in ROUTES:
             raise ValueError(f"There is no stage {stage!r}; stages are {', '.join(ROUTES)}.")
         self.faults[stage] = Fault(**how)
-
-    def stall(self, stage: str) -> None:
-        self.fail(stage, stall=True)
 
     def heal(self) -> None:
         self.faults.clear()
 
     def receive(self, request: Request) -> Fault:
-        """Record a request; what is to go wrong with it."""
+        """Record a request, and return what should go wrong with it."""
         with self.lock:
             self.requests.append(request)
             fault = self.faults.get(request.stage, Fault())
@@ -211,11 +201,11 @@ class HubServer:
 
 
 class _Connection(BaseHTTPRequestHandler):
-    """Answers a client. The method of a stage gets the groups of its route, and returns bytes or what becomes JSON."""
+    """Answers a client. A stage's method takes the groups of its route, and returns bytes or a JSON value."""
 
     hub: HubServer
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # headers and body are sent apart, and the second would wait for 40 ms
+    disable_nagle_algorithm = True  # otherwise the body waits 40 ms after the headers
 
     def answer(self) -> None:
         path = urlsplit(self.path).path
@@ -294,7 +284,7 @@ class _Connection(BaseHTTPRequestHandler):
         return {"url": self.url(kind, id), "name": id}
 
     def validate(self):
-        """By the client's own rules. The Hub is stricter: it knows many more fields."""
+        """By the client's own rules; the Hub checks more fields."""
         try:
             ModelCard(json.loads(self.body)["content"])
         except (ValueError, yaml.YAMLError) as error:
@@ -318,14 +308,14 @@ class _Connection(BaseHTTPRequestHandler):
         return {"transfer": "basic", "objects": objects}
 
     def lfs_put(self, kind: str, id: str, oid: str):
-        """Nobody is asked for a token: on the Hub, this is a signed address in a bucket."""
+        """Needs no token: on the Hub, this is a signed URL."""
         if hashlib.sha256(self.body).hexdigest() != oid:
-            raise HubError(400, f"The {len(self.body)} bytes that arrived are not those of {oid}.")
+            raise HubError(400, f"The {len(self.body)} bytes received are not those of {oid}.")
         self.hub.repo(kind, id).objects[oid] = self.body
         return b""
 
     def commit(self, kind: str, id: str, revision: str):
-        """All operations or, if one is wrong, none."""
+        """Either all operations or, if one is invalid, none."""
         repository = self.find(kind, id, write=True)
         files, title = dict(repository.resolve(revision).files), ""
         for operation in map(json.loads, self.body.splitlines()):
@@ -337,7 +327,7 @@ class _Connection(BaseHTTPRequestHandler):
                 case {"key": "lfsFile", "value": {"path": path, "oid": oid}} if oid in repository.objects:
                     files[path] = File(repository.objects[oid], is_lfs=True)
                 case _:
-                    raise HubError(400, f"This cannot be done, or a large file has not arrived: {operation}")
+                    raise HubError(400, f"Invalid operation, or large file not uploaded: {operation}")
         commit = repository.record(revision, title, files)
         return {"success": True, "commitOid": commit, "commitUrl": f"{self.url(kind, id)}/commit/{commit}"}
 
@@ -357,10 +347,6 @@ class _Connection(BaseHTTPRequestHandler):
 
     def tree(self, kind: str, id: str, revision: str):
         return [file.entry(path) for path, file in self.find(kind, id).resolve(revision).files.items()]
-
-    def paths_info(self, kind: str, id: str, revision: str):
-        paths = parse_qs(self.body.decode())["paths"]
-        return [entry for entry in self.tree(kind, id, revision) if entry["path"] in paths]
 
     def resolve(self, kind: str | None, id: str, revision: str, path: str):
         repository = self.find(kind, id)

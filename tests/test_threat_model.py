@@ -87,8 +87,8 @@ def test_a_grid_is_read_exactly():
     [
         ("linf", "0", r"`grid='0'` must be a list, for example \['0', '2/255', '4/255'\]"),
         ("linf", 0.1, "`grid=0.1` must be a list"),
-        ("linf", [], r"`grid=\[\]` must start with 0 and increase strictly to at least one more, for example"),
-        ("linf", [0], r"`grid=\['0'\]` must start with 0 and increase strictly to at least one more"),
+        ("linf", [], r"`grid=\[\]` must start with 0 and increase strictly, with at least two values, for example"),
+        ("linf", [0], r"`grid=\['0'\]` must start with 0 and increase strictly, with at least two values"),
         ("linf", ["1/255", "2/255"], "must start with 0"),
         ("linf", [0, 0.2, 0.2], "increase strictly"),
         ("linf", [0, 0.2, 0.1], "increase strictly"),

@@ -5,29 +5,40 @@ Croce and Hein 2020, "Reliable evaluation of adversarial robustness with an ense
 (https://huggingface.co/papers/2103.01208), algorithm 1.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 from ..threat_model import ThreatModel
 from ..utils.noise import Generators, randn
-from .base import Forward, Objective, Passes, check_inputs, dlr, evaluate, log_odds, per_example, states_passes, where
+from .base import (
+    Forward,
+    Objective,
+    Passes,
+    PerNorm,
+    check_inputs,
+    dlr,
+    evaluate,
+    log_odds,
+    per_example,
+    states_passes,
+    where,
+)
 
 
 MOMENTUM = 0.75
 # A step size is kept only if more than this share of the steps since the last checkpoint increased the objective.
 MIN_INCREASE = 0.75
-# Phases: (multiple of the target epsilon, share of the steps). In L1, wider balls lead out of flat regions.
-PHASES = {"linf": ((1, 1.0),), "l2": ((1, 1.0),), "l1": ((3, 0.3), (2, 0.3), (1, 0.4))}
 # Shorter runs have a single phase and, even in L1, a uniform start.
 MIN_STEPS_FOR_PHASES = 10
-# Length of the first step relative to epsilon.
-FIRST_STEP = {"linf": 2.0, "l2": 2.0, "l1": 1.0}
 
 
 def _phases(steps: int, norm: str) -> list[tuple[int, int]]:
     """`(factor of epsilon, steps)` of each phase."""
     if steps < MIN_STEPS_FOR_PHASES:
         return [(1, steps)]
-    *wider, (factor, _) = PHASES[norm]
+    *wider, (factor, _) = RULES[norm].phases
     phases = [(factor, int(share * steps)) for factor, share in wider]
     return [*phases, (factor, steps - sum(phase_steps for _, phase_steps in phases))]
 
@@ -84,22 +95,14 @@ def apgd(
         return pixels
     norm = threat_model.norm
     phases = [(ThreatModel(norm, threat_model.epsilon * factor), count) for factor, count in _phases(steps, norm)]
-    start = START[norm] if steps >= MIN_STEPS_FOR_PHASES else ThreatModel.random_start
+    start = RULES[norm].start if steps >= MIN_STEPS_FOR_PHASES else ThreatModel.random_start
     adversarial = start(phases[0][0], pixels, generator) if random_start else pixels
-    for number, (ball, phase_steps) in enumerate(phases, start=1):
+    step_size = RULES[norm].first_step if step_size is None else step_size
+    for number, (ball, count) in enumerate(phases, start=1):
         if number > 1:
             adversarial = ball.project(adversarial, pixels)
-        adversarial = _ascend(
-            forward,
-            pixels,
-            labels,
-            adversarial,
-            ball,
-            phase_steps,
-            step_size=FIRST_STEP[norm] if step_size is None else step_size,
-            objective=objective,
-            early_stop=early_stop and number == len(phases),  # fooling in a wider ball does not count
-        )
+        stops = early_stop and number == len(phases)  # fooling in a wider ball does not count
+        adversarial = _ascend(forward, pixels, labels, adversarial, ball, count, step_size, objective, stops)
     return adversarial
 
 
@@ -124,12 +127,11 @@ def _ascend(
     start: torch.Tensor,
     threat_model: ThreatModel,
     steps: int,
-    *,
     step_size: float,
     objective: Objective,
     early_stop: bool,
 ) -> torch.Tensor:
-    step_rule = STEP_RULE[threat_model.norm](threat_model, pixels, steps, step_size, start)
+    step_rule = RULES[threat_model.norm].steps(threat_model, pixels, steps, step_size, start)
     current = evaluate(forward, start, labels, objective)
     previous = adversarial = best = start
     best_objective, best_gradient, gradient = current.objective, current.gradient, current.gradient
@@ -247,5 +249,21 @@ class _SparseSteps:
         return (images != pixels).flatten(1).sum(dim=1).float()
 
 
-START = {"linf": ThreatModel.random_start, "l2": ThreatModel.random_start, "l1": _sparse_start}
-STEP_RULE = {"linf": _HalvingSteps, "l2": _HalvingSteps, "l1": _SparseSteps}
+class _Rules(NamedTuple):
+    """What depends on the norm."""
+
+    steps: Callable  # the class that chooses step sizes
+    first_step: float  # its length relative to epsilon
+    start: Callable = ThreatModel.random_start
+    phases: tuple[tuple[int, float], ...] = ((1, 1.0),)  # (multiple of the target epsilon, share of the steps)
+
+
+RULES = PerNorm(
+    "apgd.RULES",
+    {
+        "linf": _Rules(_HalvingSteps, 2.0),
+        "l2": _Rules(_HalvingSteps, 2.0),
+        # Wider balls lead out of flat regions.
+        "l1": _Rules(_SparseSteps, 1.0, _sparse_start, ((3, 0.3), (2, 0.3), (1, 0.4))),
+    },
+)

@@ -4,12 +4,14 @@ Croce and Hein 2020, "Reliable evaluation of adversarial robustness with an ense
 (https://huggingface.co/papers/2003.01690), section 4.
 """
 
+from functools import partial
+
 import torch
 
 from ..threat_model import ThreatModel
 from ..utils.noise import Generators, check_generators
 from .apgd import apgd, apgd_passes
-from .base import Forward, Passes, TargetedDLR, check_inputs, select_generators, states_passes
+from .base import Forward, Passes, check_inputs, select_generators, states_passes, targeted_dlr
 
 
 def _passes(steps: int, norm: str = "linf", targets: int = 9) -> Passes:
@@ -77,7 +79,7 @@ def apgd_targeted(
             generator=select_generators(generator, standing),
             random_start=random_start,
             step_size=step_size,
-            objective=TargetedDLR(target[standing]),
+            objective=partial(targeted_dlr, targets=target[standing]),
             early_stop=True,
         )
         adversarial[standing] = found

@@ -7,8 +7,8 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 
-from ..losses import at_least_float32, kl_divergence, log_softmax
 from ..threat_model import ThreatModel
 from ..utils.noise import Generators
 
@@ -127,7 +127,35 @@ def states_passes(passes: Callable[..., Passes]):
     return decorate
 
 
+class PerNorm(dict):
+    """What an attack needs to know about each norm; `where` is its module and name, for the error."""
+
+    def __init__(self, where: str, rows: dict[str, Any]):
+        super().__init__(rows)
+        self.where = where
+
+    def __missing__(self, norm: str):
+        attack, table = self.where.split(".")
+        raise ValueError(
+            f"The attack {attack!r} has no rule for `norm={norm!r}`, only for {list(self)}; add a row to `{table}` in "
+            f"hf_rft/attacks/{attack}.py."
+        )
+
+
 # --- Objectives: `(logits, labels) -> (batch,)`, in float32 or wider: autocast must not round a margin to zero ---
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def log_softmax(logits: torch.Tensor) -> torch.Tensor:
+    return F.log_softmax(at_least_float32(logits), dim=1)
+
+
+def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """`KL(p || q)` per example."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim=1)
 
 
 def _true_and_other_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,35 +196,21 @@ def dlr(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return margin(logits, labels) / (top[:, 0] - top[:, 2]).clamp_min(1e-4)
 
 
-class Lead:
-    """Logit of a target class minus the true one.
-
-    Args:
-        targets (`torch.Tensor` of shape `(batch,)`):
-            Target class of each example.
-    """
-
-    def __init__(self, targets: torch.Tensor):
-        self.targets = targets
-
-    def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        logits = at_least_float32(logits)
-        return (logits.gather(1, self.targets.unsqueeze(1)) - logits.gather(1, labels.unsqueeze(1))).squeeze(1)
+def lead(logits: torch.Tensor, labels: torch.Tensor, *, targets: torch.Tensor) -> torch.Tensor:
+    """Logit of a target class minus the true one; `targets` has shape `(batch,)`."""
+    logits = at_least_float32(logits)
+    return (logits.gather(1, targets.unsqueeze(1)) - logits.gather(1, labels.unsqueeze(1))).squeeze(1)
 
 
-class TargetedDLR(Lead):
-    """[`Lead`] divided by the gap between the first logit and the mean of the third and fourth.
+def targeted_dlr(logits: torch.Tensor, labels: torch.Tensor, *, targets: torch.Tensor) -> torch.Tensor:
+    """[`lead`] divided by the gap between the first logit and the mean of the third and fourth.
 
     Croce and Hein 2020, eq. 7. Fewer than four classes have no fourth logit, so there it is the plain lead.
     """
-
-    def __call__(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        logits = at_least_float32(logits)
-        lead = super().__call__(logits, labels)
-        if logits.shape[1] < 4:
-            return lead
-        top = logits.topk(4, dim=1).values
-        return lead / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp_min(1e-4)
+    if logits.shape[1] < 4:
+        return lead(logits, labels, targets=targets)
+    top = at_least_float32(logits).topk(4, dim=1).values
+    return lead(logits, labels, targets=targets) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2).clamp_min(1e-4)
 
 
 class KLDivergence:

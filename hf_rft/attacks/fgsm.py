@@ -2,9 +2,7 @@
 
 import torch
 
-from ..threat_model import ThreatModel
-from ..utils.noise import Generators
-from .base import Forward, Objective, Passes, log_odds, states_passes
+from .base import Forward, Passes, states_passes
 from .pgd import pgd
 
 
@@ -14,13 +12,11 @@ def fgsm(
     pixels: torch.Tensor,
     labels: torch.Tensor,
     *,
-    threat_model: ThreatModel,
     steps: int = 1,
-    generator: Generators = None,
     random_start: bool = True,
     step_size: float | None = None,
-    objective: Objective = log_odds,
     early_stop: bool = False,
+    **options,
 ) -> torch.Tensor:
     """One steepest step, the first of [`pgd`]; see there and [`Attack`] for the common arguments.
 
@@ -34,15 +30,7 @@ def fgsm(
     """
     if steps != 1:
         raise ValueError(f"FGSM takes exactly one step, got `steps={steps}`; use `pgd` for more.")
-    return pgd(
-        forward,
-        pixels,
-        labels,
-        threat_model=threat_model,
-        steps=1,
-        generator=generator,
-        random_start=random_start,
-        step_size=step_size if step_size is not None else (1.25 if random_start else 1.0),
-        objective=objective,
-        early_stop=early_stop,
-    )
+    if step_size is None:
+        step_size = 1.25 if random_start else 1.0
+    options |= {"steps": 1, "random_start": random_start, "step_size": step_size, "early_stop": early_stop}
+    return pgd(forward, pixels, labels, **options)

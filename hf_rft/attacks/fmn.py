@@ -10,12 +10,13 @@ Pintor et al. 2021, "Fast minimum-norm adversarial attacks through adaptive norm
 """
 
 import math
+from functools import partial
 
 import torch
 
 from ..threat_model import ThreatModel
 from ..utils.noise import Generators
-from .base import Forward, Lead, Passes, check_inputs, evaluate, per_example, states_passes, where
+from .base import Forward, Passes, check_inputs, evaluate, lead, per_example, states_passes, where
 
 
 # The radius changes by at least this share: inwards from the nearest fooling image, outwards while there is none.
@@ -74,19 +75,20 @@ def fmn(
         standing = (distance > 0).nonzero().flatten()
         if len(standing) == 0:
             break
-        current = evaluate(forward, adversarial, labels, Lead(target), gradient=step < steps, standing=standing)
-        lead, fooled = current.objective, current.fooled
+        objective = partial(lead, targets=target)
+        current = evaluate(forward, adversarial, labels, objective, gradient=step < steps, standing=standing)
+        value, fooled = current.objective, current.fooled
         moved = threat_model.distance(adversarial, pixels)
-        is_nearer, is_closer = fooled & (moved < distance), lead > largest_lead
+        is_nearer, is_closer = fooled & (moved < distance), value > largest_lead
         nearest, distance = where(is_nearer, adversarial, nearest), torch.where(is_nearer, moved, distance)
-        closest, largest_lead = where(is_closer, adversarial, closest), torch.where(is_closer, lead, largest_lead)
+        closest, largest_lead = where(is_closer, adversarial, closest), torch.where(is_closer, value, largest_lead)
         target = torch.where(fooled, current.prediction, target)
         if step == steps:
             break
 
-        # The next radius to try: to first order, the target class's boundary lies at `moved - lead / slope`.
+        # The next radius to try: to first order, the target class's boundary lies at `moved - value / slope`.
         slope = threat_model.dual_norm(current.gradient)
-        estimate = (moved - lead / slope.clamp_min(torch.finfo(slope.dtype).tiny)) * (1 + overshoot)
+        estimate = (moved - value / slope.clamp_min(torch.finfo(slope.dtype).tiny)) * (1 + overshoot)
         change = _cosine(RADIUS_CHANGE, step, steps)
         outward = estimate.maximum(radius * (1 + change))
         inward = estimate.clamp(distance / 2, distance * (1 - change))
@@ -111,10 +113,10 @@ def _nearest_class(
         candidates = wrong.topk(min(targets, logits.shape[1] - 1), dim=1).indices
         distances = []
         for target in candidates.unbind(dim=1):
-            lead = Lead(target)(logits, labels)
-            gradient = torch.autograd.grad(lead.sum(), leaf, retain_graph=True)[0].nan_to_num()
+            value = lead(logits, labels, targets=target)
+            gradient = torch.autograd.grad(value.sum(), leaf, retain_graph=True)[0].nan_to_num()
             slope = threat_model.dual_norm(gradient)
-            distances.append(-lead.detach() / slope.clamp_min(torch.finfo(slope.dtype).tiny))
+            distances.append(-value.detach() / slope.clamp_min(torch.finfo(slope.dtype).tiny))
     choice = torch.stack(distances, dim=1).argmin(dim=1, keepdim=True)
     return candidates.gather(1, choice).squeeze(1), logits.detach().argmax(dim=1) != labels
 

@@ -4,13 +4,13 @@ import torch
 
 from ..threat_model import ThreatModel
 from ..utils.noise import Generators
-from .base import Forward, Objective, Passes, check_inputs, evaluate, log_odds, states_passes, where
+from .base import Forward, Objective, Passes, PerNorm, check_inputs, evaluate, log_odds, states_passes, where
 
 
 # Default total length of all steps, relative to epsilon. 2.5 (Madry et al.) crosses the ball from any start. On the L2
 # sphere, n steps of length a / n turn the perturbation towards the gradient until tan(angle / 2) = exp(-a): a = 2.5
 # still loses 1.4 % of epsilon, a = 4 less than 0.1 %.
-PATH_LENGTH = {"linf": 2.5, "l2": 4.0, "l1": 2.5}
+PATH_LENGTH = PerNorm("pgd.PATH_LENGTH", {"linf": 2.5, "l2": 4.0, "l1": 2.5})
 
 
 @states_passes(lambda steps, norm="linf": Passes(steps, steps))

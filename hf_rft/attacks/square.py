@@ -13,7 +13,7 @@ import torch
 
 from ..threat_model import ThreatModel
 from ..utils.noise import Generators, rand
-from .base import Forward, Passes, check_inputs, evaluate, margin, per_example, states_passes, where
+from .base import Forward, Passes, PerNorm, check_inputs, evaluate, margin, per_example, states_passes, where
 
 
 # Initially a square covers this share of the image; the share halves after each of these query counts.
@@ -172,9 +172,12 @@ def _move_budget(
     return _scale_to_radius(moved, pixels, threat_model)
 
 
-# Per norm: the function that changes a square, and the one that makes the starting image.
-MOVES = {
-    "linf": (_paint, _stripes),
-    "l2": (functools.partial(_move_budget, order=2), _tiles),
-    "l1": (functools.partial(_move_budget, order=1), _tiles),
-}
+# The function that changes a square, and the one that makes the starting image.
+MOVES = PerNorm(
+    "square.MOVES",
+    {
+        "linf": (_paint, _stripes),
+        "l2": (functools.partial(_move_budget, order=2), _tiles),
+        "l1": (functools.partial(_move_budget, order=1), _tiles),
+    },
+)

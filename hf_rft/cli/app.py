@@ -5,11 +5,12 @@
 
 The model must carry the evidence of its robustness (`hf_rft.load_robust_model`); the one beside it need not.
 
-As a Space: put the three files `app*.py` into a Gradio Space whose requirements.txt names hf_rft, and give the
-settings as variables: MODEL, and optionally COMPARE_WITH, REVISION, EXAMPLE_DIR, MAX_STEPS; a token for private models
-is the secret HF_TOKEN. Flags win over variables. The page is served at GRADIO_SERVER_NAME and GRADIO_SERVER_PORT.
+As a Space: a Gradio Space whose requirements.txt says hf_rft[app] and whose app.py says
+`from hf_rft.cli.app import main; main()`, with the settings as variables: MODEL, and optionally COMPARE_WITH,
+REVISION, EXAMPLE_DIR, MAX_STEPS; a token for private models is the secret HF_TOKEN. Flags win over variables. The page
+is served at GRADIO_SERVER_NAME and GRADIO_SERVER_PORT.
 
-Needs gradio, the extra `app`: pip install gradio
+Needs the extra `app`.
 """
 
 import os
@@ -28,7 +29,7 @@ from ..hub.loading import load_robust_model
 from ..hub.pretrained import load_model_and_processor
 from .app_attack import MAX_FILE_BYTES
 from .app_page import CSS, NUM_EXAMPLES, Page
-from .parsing import parse_with_config, run_program
+from .parsing import parse_with_config
 
 
 # The settings of a Space that are flags of the same name.
@@ -88,10 +89,7 @@ def find_examples(folder: str | Path) -> list[Path]:
 
 def bundled_examples(classes: Iterable[str], folder: str | Path) -> list[Path]:
     """Bundled test images of different classes, written into `folder`; none if the model's classes are others."""
-    try:
-        dataset = load_dataset(bundled.resolve(bundled.DATASET), split="test")
-    except FileNotFoundError:  # no clone of the repository: a Space
-        return []
+    dataset = load_dataset(bundled.resolve(bundled.DATASET), split="test")
     names, labels = dataset.features["label"].names, dataset["label"][:]
     if set(names) != set(classes):
         return []
@@ -125,7 +123,3 @@ def main(arguments: list[str] | None = None) -> None:
             examples = bundled_examples((robust.model.config.id2label or {}).values(), scratch)
         page = Page(robust, baseline, examples, names=names, max_steps=args.max_steps)
         launch(page)
-
-
-if __name__ == "__main__":
-    run_program(main)

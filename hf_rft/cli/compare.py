@@ -1,12 +1,12 @@
 """Run several recipes with several seeds and write one table and one figure.
 
-    hf-rft compare recipes/fashion_mnist/*.yaml --seeds 0 1 2 --output_dir outputs/compare
+    hf-rft compare fashion_mnist --seeds 0 1 2 --jobs 2
+    hf-rft compare my_recipes/*.yaml --seeds 0 1 2 --num_train_epochs 2
 
-Each run is a process of its own (`accelerate launch recipes/run_rft.py --config ...`); one that already finished, with
-the same configuration, is not repeated. Writes comparison.md, comparison.json and comparison.png.
+Each run is a process of its own (`hf-rft train --config ...`); one that already finished, with the same configuration,
+is not repeated. Other flags are those of `hf-rft train`. Writes comparison.md, comparison.json and comparison.png.
 """
 
-import argparse
 import json
 import os
 import re
@@ -20,7 +20,9 @@ from ..evaluation.plots import plot_comparison
 from ..training.onset import evaluations, find_onset
 from ..utils.files import check_writable, replacing, write_text
 from ..utils.values import SEED
-from .parsing import Parser, exit_with, run_program
+from .exits import exit_with
+from .parsing import Parser
+from .recipes import find_recipes
 
 
 PREFIX = "eval_accuracy_at_"
@@ -35,7 +37,7 @@ def run(config: Path, seed: int, output_dir: Path, extra: list[str], threads: in
         print(f"{folder}: already finished")
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "-m", "hf_rft.cli.train", "--config", str(config)]
+    command = [sys.executable, "-m", "hf_rft", "train", "--config", str(config)]
     command += ["--seed", str(seed), "--output_dir", str(folder), *extra]
     print(" ".join(command), flush=True)
     log = folder / "log.txt"
@@ -98,11 +100,11 @@ def markdown_table(runs: dict[str, list[dict]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("configs", nargs="+", type=Path, help="YAML files of `hf-rft train`")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"))
-    parser.add_argument("--jobs", type=int, default=1, help="how many runs at a time")
+    parser = Parser(description=__doc__)
+    parser.add_argument("configs", nargs="+", help="Recipes, or folders of them: by name, or YAML files.")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="Seeds of each recipe.")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare"), help="Where runs and results go.")
+    parser.add_argument("--jobs", type=int, default=1, help="Runs at a time.")
     args, extra = parser.parse_known_args(arguments)
     if secret := [word.partition("=")[0] for word in extra if re.match(r"--[\w-]*token(=|$)", word)]:
         exit_with(f"{secret[0]}: commands are printed and kept; log in with `hf auth login` or set HF_TOKEN instead.")
@@ -113,9 +115,10 @@ def main(arguments: list[str] | None = None) -> None:
             exit_with(f"--seeds {seed} must be {SEED}.")
     if len(set(args.seeds)) < len(args.seeds):
         exit_with(f"--seeds {args.seeds} holds one seed twice, whose runs would share a folder.")
-    for config in args.configs:
-        if not os.path.isfile(config):
-            exit_with(f"configs: {str(config)!r} is not a file; give YAML files of `hf-rft train`.")
+    try:
+        args.configs = [path for name in args.configs for path in find_recipes("configs:", name)]
+    except ValueError as error:
+        exit_with(error)
     if len({config.stem for config in args.configs}) < len(args.configs):
         exit_with("configs: two configurations have the same file name, under which results are kept.")
     check_writable("--output_dir", args.output_dir)
@@ -138,7 +141,3 @@ def main(arguments: list[str] | None = None) -> None:
     write_text(args.output_dir / "comparison.json", json.dumps(runs, indent=2))
     with replacing(args.output_dir / "comparison.png") as scratch:
         plot_comparison(runs, scratch, norm=runs[args.configs[0].stem][0]["norm"])
-
-
-if __name__ == "__main__":
-    run_program(main)

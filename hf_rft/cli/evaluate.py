@@ -1,12 +1,11 @@
 """Measure how robust an image classifier is: the accuracy-versus-epsilon curve and expected robustness.
 
     hf-rft evaluate --model_name_or_path outputs/efficientnet_lite0_hinge --max_samples 100
-    accelerate launch recipes/evaluate_robustness.py --model_name_or_path google/vit-base-patch16-224 \\
-        --dataset_name imagenet-1k --split validation --epsilons 0 1/255 2/255 4/255 --tier standard
-    hf-rft evaluate --model_name_or_path my_model --image_dir my_images/test --norm l2 \\
-        --epsilons 0 0.5 1 2
+    hf-rft evaluate --num_processes 8 --model_name_or_path google/vit-base-patch16-224 \\
+        --dataset_name ILSVRC/imagenet-1k --split validation --epsilons 0 1/255 2/255 4/255
+    hf-rft evaluate --model_name_or_path my_model --image_dir my_images/test --norm l2 --epsilons 0 0.5 1 2
 
-Writes into `--output_dir`: robustness.json (the whole report), robustness_curve.png, adversarial_examples.png, and
+Writes into --output_dir: robustness.json (the whole report), robustness_curve.png, adversarial_examples.png, and
 cache/ with the finished batches, from which the same command goes on if it was killed.
 """
 
@@ -34,7 +33,7 @@ from ..models.pixel_space import PixelNormalization
 from ..threat_model import NORMS, ThreatModel, format_epsilon, parse_epsilons
 from ..utils.files import check_writable
 from ..utils.values import COUNT, SEED, check_ranges, naming
-from .parsing import parse_with_config, run_program
+from .parsing import parse_with_config
 
 
 @dataclass
@@ -193,7 +192,7 @@ def run_reference(
 
 
 def main(arguments: list[str] | None = None) -> RobustnessReport:
-    (args,) = parse_with_config((EvaluationArguments,), arguments, description=__doc__)
+    (args,) = parse_with_config((EvaluationArguments,), arguments, description=__doc__, is_launched=True)
     if args.reference is not None:
         check_installed()
     check_writable("--output_dir", args.output_dir)
@@ -244,7 +243,3 @@ def main(arguments: list[str] | None = None) -> RobustnessReport:
             (output_dir / "reference.json").write_text(json.dumps(reference, indent=2) + "\n", encoding="utf-8")
     state.wait_for_everyone()
     return report
-
-
-if __name__ == "__main__":
-    run_program(main)

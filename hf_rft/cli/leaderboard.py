@@ -7,7 +7,6 @@ Only reports with the same data, threat model and attacks share a table; the oth
 Writes leaderboard.md, leaderboard.json and leaderboard.png.
 """
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -27,7 +26,7 @@ from ..metrics.expected_robustness.expected_robustness import expected_robustnes
 from ..threat_model import NORMS, format_epsilon, parse_epsilon
 from ..utils.files import check_writable, replacing, write_text
 from ..utils.markdown import cell
-from .parsing import Parser, run_program
+from .parsing import Parser
 
 
 SORT_KEYS = ("expected_robustness", "robust_accuracy", "clean_accuracy")
@@ -243,11 +242,13 @@ def read_all(entries: Sequence[str], token: str | None = None) -> tuple[list[Can
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("entries", nargs="+", help="folder, robustness.json, or repository[@revision]")
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/leaderboard"))
-    parser.add_argument("--sort_by", choices=SORT_KEYS, default=SORT_KEYS[0])
-    parser.add_argument("--token", help="of the Hub, for private repositories")
+    parser = Parser(description=__doc__)
+    parser.add_argument(
+        "entries", nargs="+", help="Folders, robustness.json files, or repositories, each with @revision if need be."
+    )
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/leaderboard"), help="Where the table goes.")
+    parser.add_argument("--sort_by", choices=SORT_KEYS, default=SORT_KEYS[0], help="Best first, by this.")
+    parser.add_argument("--token", help="Hub token, for private repositories.")
     args = parser.parse_args(arguments)
     check_writable("--output_dir", args.output_dir)
     candidates, not_read = read_all(args.entries, args.token)
@@ -256,7 +257,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
     leaderboard = make_leaderboard(candidates, not_read, args.sort_by)
     write_leaderboard(leaderboard, args.output_dir)
     print(markdown(leaderboard))
-
-
-if __name__ == "__main__":
-    run_program(main)

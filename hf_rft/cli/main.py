@@ -1,10 +1,13 @@
 """`hf-rft`: one command for each thing that can be done from a terminal."""
 
+import difflib
 import importlib
+import importlib.util
 import sys
 
 from ..evaluation.provenance import versions
-from .parsing import exit_with, run_program
+from .exits import exit_with, run_program
+from .launch import launch, split_arguments
 
 
 # Command -> what it does. The module of the same name holds its `main`; it is imported when it is asked for.
@@ -18,6 +21,11 @@ COMMANDS = {
     "app": "serve a page on which anybody attacks a model",
 }
 
+# Those that can divide their work over several processes.
+DISTRIBUTED = {"train", "evaluate"}
+# Command -> the extra of the package that it needs, and what that brings.
+EXTRAS = {"app": ("app", "gradio")}
+
 USAGE = "usage: hf-rft COMMAND [options]; hf-rft COMMAND --help says which\n\n" + "\n".join(
     f"  {name:<12} {what}" for name, what in COMMANDS.items()
 )
@@ -28,12 +36,25 @@ def main() -> None:
     words = sys.argv[1:]
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
-        return
-    if words[0] == "--version":
+    elif words[0] == "--version":
         print(f"hf_rft {versions()['hf_rft']}")
-        return
-    if words[0] not in COMMANDS:
-        exit_with(f"{words[0]!r} is no command; choose one of {', '.join(COMMANDS)}.", program="hf-rft")
-    command = importlib.import_module(f"..{words[0].replace('-', '_')}", __name__)
-    sys.argv = [f"hf-rft {words[0]}", *words[1:]]
-    run_program(command.main)
+    elif words[0] not in COMMANDS:
+        nearest = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(COMMANDS)}."
+        exit_with(f"{words[0]!r} is not a command; {hint}", program="hf-rft")
+    else:
+        run(words[0], words[1:])
+
+
+def run(name: str, words: list[str]) -> None:
+    """Run one command, in the processes that its flags ask for, and end as it does."""
+    program = f"hf-rft {name}"
+    if name in DISTRIBUTED and not {"-h", "--help", "--help_all"} & set(words):
+        flags, words = split_arguments(words, program)
+        if flags:
+            launch(flags, ["hf_rft", name, *words])
+    extra, package = EXTRAS.get(name, ("", ""))
+    if package and importlib.util.find_spec(package) is None:
+        exit_with(f'it needs {package}: pip install "hf_rft[{extra}]"', program)
+    sys.argv = [program, *words]
+    run_program(lambda: importlib.import_module(f"..{name.replace('-', '_')}", __name__).main())

@@ -1,32 +1,110 @@
-"""Command lines of the recipes: dataclasses, a YAML file for a result, and flags that win over it.
+"""Command lines: dataclasses, a YAML file per result, and flags that win over it."""
 
-What a user gets wrong ends the program with one message on standard error and exit status 2: while the command line is
-read ([`parse_with_config`]), and after ([`run_program`]). Errors of the program itself keep their traceback.
-"""
-
+import argparse
 import difflib
 import json
 import os
-import re
 import shlex
+import shutil
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from safetensors import SafetensorError
 from transformers import HfArgumentParser
 
-from ..hub.pushing import PushError
-from ..training.distributed import leave_process_group
+from .exits import exit_with
+from .launch import add_launch_arguments
+from .recipes import find_file
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Each flag on a line of its own, under one name; examples as they were written."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=min(shutil.get_terminal_size().columns, 120))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        if action.nargs == "?":  # `--flag` means True
+            value = "" if action.default is False else _value_name(action)
+        else:
+            value = self._format_args(action, _value_name(action))
+        return f"{action.option_strings[-1 if action.dest == 'help' else 0]} {value}".strip()
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        """Of a long text the first sentence."""
+        text = (action.help or "").strip()
+        text = text if len(text) < 150 else text.split(". ")[0].rstrip(".") + "."
+        if action.required and action.option_strings:
+            return f"{text} Required."
+        if action.default in (None, False, argparse.SUPPRESS, "", []) or action.nargs == 0 or "efault:" in text:
+            return text
+        default = " ".join(map(str, action.default)) if isinstance(action.default, list) else str(action.default)
+        return f"{text} Default: {default.replace('%', '%%')}."
+
+
+def _value_name(action: argparse.Action) -> str:
+    """What help shows in place of a flag's value."""
+    if action.metavar is not None:
+        return str(action.metavar)
+    if action.choices is not None:
+        choices = "{" + ",".join(map(str, action.choices)) + "}"
+        return choices if len(choices) < 80 else "NAME"
+    if isinstance(action.default, bool):
+        return "BOOL"
+    return {int: "N", float: "X"}.get(action.type, "TEXT")  # pyright: ignore[reportCallIssue]
 
 
 class Parser(HfArgumentParser):
+    """Help in sections, and errors in one line.
+
+    Args:
+        sections (`Mapping[str, Sequence[str]]`, *optional*):
+            Title -> names of the flags that `--help` shows under it. The other flags are left to `--help_all`. None:
+            all flags, in one section.
+    """
+
+    def __init__(self, *args, sections: Mapping[str, Sequence[str]] | None = None, **kwargs):
+        super().__init__(*args, formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
+        self.sections = sections
+        if sections is not None:
+            self._actions[0].help = "Show this."
+            self.add_argument("--help_all", action="store_true", help="Show all flags, those of transformers too.")
+
     def error(self, message: str) -> NoReturn:
-        """Without the usage, whose hundred lines would hide the message."""
+        """Without the usage, which would hide the message."""
         exit_with(message, self.prog)
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self.sections is not None and "--help_all" in (sys.argv[1:] if args is None else args):
+            print(self.format_help(with_all=True))
+            self.exit()
+        return super().parse_known_args(args, namespace)
+
+    def format_help(self, with_all: bool = False) -> str:
+        flags = {}
+        for action in self._actions:
+            flags.setdefault(action.dest, action)  # only the first of `--flag` and `--no_flag`
+        sections = {"flags": list(flags)} if self.sections is None else dict(self.sections)
+        if with_all:
+            shown = {name for names in sections.values() for name in names}
+            sections["further flags"] = [name for name in flags if name not in shown]
+        required = [
+            f"{action.option_strings[0]} {_value_name(action)}" if action.option_strings else f"{action.dest} ..."
+            for action in self._actions
+            if action.required
+        ]
+        formatter = HelpFormatter(self.prog)
+        formatter.add_text(" ".join(["usage:", self.prog, *required, "[flags]"]))
+        formatter.add_text(self.description)
+        for title, names in sections.items():
+            formatter.start_section(title)
+            formatter.add_arguments([flags[name] for name in names])
+            formatter.end_section()
+        return formatter.format_help()
 
 
 def parse_with_config(
@@ -36,6 +114,8 @@ def parse_with_config(
     description: str | None = None,
     default_config: Callable[[set[str]], Path | None] = lambda given: None,
     tied: Mapping[str, str] | None = None,
+    sections: Mapping[str, Sequence[str]] | None = None,
+    is_launched: bool = False,
 ) -> tuple[Any, ...]:
     """Parse dataclasses from `--config file.yaml` and flags; a flag wins over the file.
 
@@ -51,20 +131,30 @@ def parse_with_config(
             Given the names of the flags on the command line, returns the file to use without `--config`, if any.
         tied (`Mapping[str, str]`, *optional*):
             Names that belong together: a flag for the first drops the file's value of the second.
+        sections (`Mapping[str, Sequence[str]]`, *optional*):
+            Of the help; see [`Parser`].
+        is_launched (`bool`, *optional*, defaults to `False`):
+            Show the flags of [`~hf_rft.cli.launch`] in the help; whoever starts the command has taken them out.
 
     Returns:
         One instance of each dataclass. Bad input ends the program with a message and exit status 2.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = Parser(dataclass_types, description=description, allow_abbrev=False)
-    names = {action.dest for action in parser._actions} - {"help"}
-    parser.add_argument("--config", type=Path, help="YAML file with values for these flags; flags win over it.")
+    parser = Parser(dataclass_types, description=description, sections=sections)
+    names = {action.dest for action in parser._actions} - {"help", "help_all"}
+    parser.add_argument(
+        "--config",
+        metavar="NAME",
+        help="YAML file, or name of a recipe, with values for these flags; flags win over it.",
+    )
+    if is_launched:
+        add_launch_arguments(parser)
     given = {word[2:].split("=")[0].replace("-", "_") for word in arguments if word.startswith("--")}
-    config_parser = Parser(prog=parser.prog, add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config", type=Path)
+    config_parser = Parser(prog=parser.prog, add_help=False)
+    config_parser.add_argument("--config")
     found, arguments = config_parser.parse_known_args(arguments)
     try:
-        config = found.config or default_config(given)
+        config = default_config(given) if found.config is None else find_file("--config", found.config)
         if config is not None:
             entries = read_config(config, names)
             for first, second in (tied or {}).items():
@@ -136,45 +226,6 @@ def _refuse_unknown(words: Sequence[str], names: set[str]) -> None:
 def _nearest(name: str, names: set[str], prefix: str = "") -> str:
     matches = difflib.get_close_matches(name, names, n=1)
     return f" Did you mean {prefix}{matches[0]}?" if matches else " See --help for the valid names."
-
-
-def run_program(main: Callable[[], Any]) -> None:
-    """Run the main function of a recipe: what the user can repair ends it with one message, and exit status 2.
-
-    That is what this package or a recipe refused; and what the operating system, the Hub or a damaged weight file
-    refused, whoever asked. Anything else is an error of the program, and keeps its traceback.
-    """
-    try:
-        main()
-    except SystemExit:
-        leave_process_group()
-        raise
-    except Exception as error:
-        if not _is_users_error(error):
-            raise  # without waiting for the other processes, which may wait for this one
-        try:
-            exit_with(error)
-        finally:
-            leave_process_group(all_do=False)
-    leave_process_group()
-
-
-def _is_users_error(error: Exception) -> bool:
-    if isinstance(error, OSError | SafetensorError | PushError):
-        return True
-    if isinstance(error, ImportError):  # of an optional package: whoever raised it says which
-        return not isinstance(error, ModuleNotFoundError)
-    # Raised by this package, not by a library below.
-    package = Path(__file__).parents[1]
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return isinstance(error, ValueError) and package in raised_in.parents
-
-
-def exit_with(error: BaseException | str, program: str | None = None) -> NoReturn:
-    """End the program with `program: error: message` on standard error, and exit status 2 as `argparse` does."""
-    message = re.sub(r"\b(hf|api_org)_[A-Za-z0-9]{8,}", r"\1_...", str(error)) or type(error).__name__  # no tokens
-    print(f"{program or Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    sys.exit(2)
 
 
 # Flags whose values are places on one machine. Those that end in `token` are secret.

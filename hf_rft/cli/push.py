@@ -22,7 +22,8 @@ from ..hub.evidence import REPORT_NAME, attach_report, read_report
 from ..hub.loading import load_robust_model
 from ..hub.pushing import PushError, push_folder
 from ..utils.values import SECONDS, check_ranges
-from .parsing import exit_with, parse_with_config, run_program
+from .exits import exit_with
+from .parsing import parse_with_config
 
 
 @dataclass
@@ -85,7 +86,3 @@ def main(arguments: list[str] | None = None) -> None:
     except (PushError, ValueError) as error:
         sys.exit(f"error: {error}\nOr run this command again.")
     print(f"Pushed: {commit.commit_url}")
-
-
-if __name__ == "__main__":
-    run_program(main)

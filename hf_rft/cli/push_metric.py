@@ -17,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from .. import metrics
 from ..hub.pushing import PushError, push_folder
 from ..utils.values import SECONDS, check_ranges
-from .parsing import parse_with_config, run_program
+from .parsing import parse_with_config
 
 
 FOLDER = Path(metrics.__file__).parent
@@ -73,7 +73,3 @@ def main(arguments: list[str] | None = None) -> None:
         except PushError as error:
             sys.exit(str(error))
         print(f'{commit}\n  evaluate.load("{space}"{options})')
-
-
-if __name__ == "__main__":
-    run_program(main)

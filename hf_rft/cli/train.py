@@ -1,23 +1,22 @@
 """Robustly fine-tune an image classifier, and report how robust it became.
 
-    accelerate launch recipes/run_rft.py                       # bundled model and data, hinge schedule, no download
-    accelerate launch recipes/run_rft.py --seed 1 --output_dir outputs/seed1
-    accelerate launch recipes/run_rft.py --config recipes/fashion_mnist/efficientnet_lite0_constant.yaml
-    accelerate launch recipes/run_rft.py --model_name_or_path google/vit-base-patch16-224-in21k \\
-        --dataset_name ethz/food101 --epsilon 4/255 --learning_rate 5e-5 --num_train_epochs 50
-    accelerate launch recipes/run_rft.py --train_dir my_images/train --validation_dir my_images/validation
-    accelerate launch recipes/run_rft.py --train_dir my_images  # the same, if these folders are all it holds
+    hf-rft train                                    # bundled model and data, hinge schedule, no download
+    hf-rft train --seed 1 --output_dir outputs/seed1
+    hf-rft train --config fashion_mnist/efficientnet_lite0_constant
+    hf-rft train --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name ethz/food101 \\
+        --epsilon 4/255 --learning_rate 5e-5 --num_train_epochs 50 --bf16
+    hf-rft train --train_dir my_images/train --validation_dir my_images/validation
+    hf-rft train --train_dir my_images              # the same, if these folders are all it holds
+    hf-rft train --accelerate_config multi_gpu --num_processes 8 --dataset_name ethz/food101
 
-Writes into `--output_dir`: the model and its processor, robustness.json (the evidence), README.md (model card) with
-robustness_curve.png and epsilon_schedule.png, all_results.json and trainer_state.json. `--push_to_hub --hub_model_id
-name` publishes them. Without --config, --model_name_or_path, --dataset_name and --train_dir the bundled recipe
-recipes/fashion_mnist/efficientnet_lite0_hinge.yaml applies, under all other flags.
+Writes into --output_dir: the model and its processor, robustness.json (the evidence), README.md (model card) with
+robustness_curve.png and epsilon_schedule.png, all_results.json and trainer_state.json. --push_to_hub publishes them.
+Without --config, --model_name_or_path, --dataset_name and --train_dir the recipe
+fashion_mnist/efficientnet_lite0_hinge applies, under all other flags.
 
-SIGTERM (preemption) ends the run after the optimizer step in progress: it writes a checkpoint, but no final model, and
-exits with status 75. So does an alarm with `--abort_on_alarm`, and (without a new checkpoint) a loss of NaN,
-but with status 3. The same command with `--resume auto` goes on from the last complete checkpoint, also after a crash,
-and starts anew if there is none. (`accelerate launch` and `torchrun` turn any of these into status 1; send the signal
-to the Python processes.)
+Exit status: 0 done; 2 bad input; 3 stopped by an alarm (--abort_on_alarm) or a loss that is not finite; 75 preempted
+(SIGTERM); 130 Ctrl-C. 75, 130 and an alarm write a checkpoint after the step in progress; the same command with
+--resume auto goes on from there, also after a crash.
 """
 
 import os
@@ -47,31 +46,56 @@ from ..models.classifier import check_labels
 from ..training.arguments import RobustTrainingArguments
 from ..training.checkpoints import all_checkpoints, check_resumable
 from ..training.distributed import NonFiniteError
-from ..training.interruption import AlarmRaised, TrainingInterrupted, TrainingPreempted
+from ..training.interruption import (
+    AlarmRaised,
+    TrainingCancelled,
+    TrainingInterrupted,
+    TrainingPreempted,
+    cancellation_requests,
+)
 from ..training.resuming import find_checkpoint
 from ..training.trainer import RobustTrainer
 from ..utils.files import check_writable
 from ..utils.values import NOT_NEGATIVE, check_ranges
-from .parsing import parse_with_config, published_command, run_program
+from .exits import INTERRUPTED, PREEMPTED, STOPPED
+from .parsing import parse_with_config, published_command
+from .recipes import find_file
 
 
-# EX_TEMPFAIL of sysexits.h, "try again later".
-EXIT_STATUS = {TrainingPreempted: 75, AlarmRaised: 3, NonFiniteError: 3}
+EXIT_STATUS = {
+    TrainingPreempted: PREEMPTED,
+    TrainingCancelled: INTERRUPTED,
+    AlarmRaised: STOPPED,
+    NonFiniteError: STOPPED,
+}
 
-DEFAULT_CONFIG = Path(__file__).parents[2] / "recipes" / "fashion_mnist" / "efficientnet_lite0_hinge.yaml"
+DEFAULT_RECIPE = "fashion_mnist/efficientnet_lite0_hinge"
 
-
-def bundled_recipe() -> Path:
-    """
-    Raises:
-        ValueError: if it is not beside this installation.
-    """
-    if not DEFAULT_CONFIG.is_file():
-        raise ValueError(
-            "The recipe for runs without --config, --model_name_or_path, --dataset_name and --train_dir is in the "
-            "repository, not in this installation; name your data, or use a clone (`pip install -e .`)."
-        )
-    return DEFAULT_CONFIG
+# What --help shows; the rest is for --help_all.
+SECTIONS = {
+    "model": ["model_name_or_path", "image_size", "channels_last"],
+    "data": [
+        *("dataset_name", "train_dir", "validation_dir", "test_dir", "image_column_name", "label_column_name"),
+        *("test_split", "train_val_split", "max_train_samples", "max_eval_samples", "max_test_samples"),
+        *("horizontal_flip", "color_jitter", "rotation"),
+    ],
+    "threat model": ["norm", "epsilon"],
+    "attack": ["attack", "attack_steps", "attack_steps_schedule", "attack_step_size", "freeze_batch_norm"],
+    "epsilon schedule": ["epsilon_schedule_type", "epsilon_schedule_kwargs", "epsilon_schedule_interval"],
+    "loss": ["robust_loss", "robust_loss_weight"],
+    "evaluation": [
+        *("eval_attack", "eval_attack_steps", "eval_epsilons", "eval_strategy", "eval_attack_during_training"),
+        *("load_best_model_at_end", "per_device_eval_batch_size"),
+    ],
+    "training": [
+        *("config", "output_dir", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+        *("learning_rate", "head_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
+        *("bf16", "seed", "save_strategy", "resume", "abort_on_alarm", "report_to"),
+    ],
+    "sharing": ["push_to_hub", "hub_model_id"],
+    "several processes": ["accelerate_config", "num_processes"],
+    "help": ["help", "help_all"],
+}
 
 
 def default_num_workers() -> int:
@@ -137,9 +161,13 @@ def parse_arguments(
         arguments,
         description=__doc__,
         default_config=lambda given: (
-            None if given & {"help", "model_name_or_path", "dataset_name", "train_dir"} else bundled_recipe()
+            None
+            if given & {"help", "model_name_or_path", "dataset_name", "train_dir"}
+            else find_file("--config", DEFAULT_RECIPE)
         ),
         tied={"epsilon_schedule_type": "epsilon_schedule_kwargs"},
+        sections=SECTIONS,
+        is_launched=True,
     )
 
 
@@ -231,7 +259,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         set_head_learning_rate(trainer.create_optimizer(), model, training_args.head_learning_rate)
     checkpoint = find_checkpoint(trainer) if training_args.resume == "auto" else training_args.resume_from_checkpoint
     try:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
+        with cancellation_requests(trainer.interruption):
+            result = trainer.train(resume_from_checkpoint=checkpoint)
     except (TrainingInterrupted, NonFiniteError) as reason:
         print(f"\n{reason} The same command with --resume auto goes on from there.", file=sys.stderr)
         sys.exit(EXIT_STATUS[type(reason)])
@@ -271,7 +300,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         print(f"\n{report.table()}\n")
 
     # --- Share ---
-    trainer.command = published_command("accelerate launch recipes/run_rft.py", arguments)
+    trainer.command = published_command("hf-rft train", arguments)
     base_model = model_args.model_name_or_path
     card = {
         "finetuned_from": None if base_model.startswith(bundled.PREFIX) else base_model,  # only if it is on the Hub
@@ -286,7 +315,3 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     except PushError as error:  # the model is trained and saved all the same
         print(f"\n{error}", file=sys.stderr)
     return metrics
-
-
-if __name__ == "__main__":
-    run_program(main)

@@ -1,7 +1,7 @@
 """A pretrained model and a dataset that need no download, for a first run and for tests.
 
 Their names start with `bundled:` and work wherever a Hub id or a folder is expected. The model is an EfficientNet with
-ImageNet weights from a Python package (extra `demo`); the dataset is a folder of this repository.
+ImageNet weights from a Python package (extra `demo`); the dataset is a folder beside this file.
 """
 
 import hashlib
@@ -33,25 +33,14 @@ def resolve(name_or_path: str) -> str:
     Raises:
         ValueError: for a `bundled:` name that does not exist.
         ImportError: if the extra `demo` is not installed.
-        FileNotFoundError: if the repository's data folder is not there.
     """
     if not name_or_path.startswith(PREFIX):
         return name_or_path
     if name_or_path == MODEL:
         return str(_model_folder())
     if name_or_path == DATASET:
-        return str(_dataset_folder())
+        return str(Path(__file__).parent / DATASET.removeprefix(PREFIX))
     raise ValueError(f"{name_or_path!r} is not bundled; there are {MODEL!r} (a model) and {DATASET!r} (a dataset).")
-
-
-def _dataset_folder() -> Path:
-    folder = Path(__file__).parents[2] / "recipes" / "data" / DATASET.removeprefix(PREFIX)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{DATASET!r} lies in the folder recipes/data of the repository, which is not beside this installation of "
-            "hf_rft; run from a clone installed with `pip install -e .`, or name a dataset of your own."
-        )
-    return folder
 
 
 def _model_folder() -> Path:

@@ -47,8 +47,8 @@ class Examples:
     ):
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise ValueError(
-                f"`dataset` is {type(dataset).__name__}, which cannot be indexed; results are kept by position. Give "
-                "a `datasets.Dataset` (not streaming) or any dataset with `__len__` and `__getitem__`."
+                f"`dataset` is {type(dataset).__name__}, which cannot be indexed, but results are kept by position. "
+                "Give a `datasets.Dataset` (not streaming) or any dataset with `__len__` and `__getitem__`."
             )
         if len(dataset) == 0:
             raise ValueError("`dataset` is empty; robustness needs at least one example.")
@@ -109,12 +109,12 @@ class Examples:
     def _converted(self, image: Any, position: int) -> Any:
         where = f"Example {position} of `dataset`, column {self.image_column!r}"
         if image is None:
-            raise ValueError(f"{where}: there is no image. Leave the example out.")
+            raise ValueError(f"{where}: the image is missing; leave the example out.")
         if not isinstance(image, Image.Image):
             return image
         if not self._warned_of_frames and num_frames(image) > 1:
             self._warned_of_frames = True
-            logger.warning("%s has %d frames; of such images the first frame counts.", where, num_frames(image))
+            logger.warning("%s has %d frames; only the first frame of such images is used.", where, num_frames(image))
         try:
             return to_mode(image, self.mode)
         except ValueError as error:
@@ -127,11 +127,9 @@ class Examples:
             try:
                 tensor = torch.as_tensor(image)
             except (TypeError, ValueError, RuntimeError) as error:
-                raise ValueError(f"{where} is no array of numbers ({error}); give what the processor returns.") from (
-                    error
-                )
+                raise ValueError(f"{where} is not numeric ({error}); give what the processor returns.") from error
             if tensor.dim() != 3 or (tensors and tensor.shape != tensors[0].shape):
-                expected = "(channels, height, width)" if not tensors else f"{tuple(tensors[0].shape)} as before it"
+                expected = "(channels, height, width)" if not tensors else f"{tuple(tensors[0].shape)} like the others"
                 raise ValueError(f"{where} has the shape {tuple(tensor.shape)}, not {expected}.")
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise ValueError(f"{where} holds NaN or infinite values; repair it, or leave it out.")

@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 # Images per task of a decoding thread.
 CHUNK = 64
 
-_WITHOUT_WHITE = ("I", "F")
-
 
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
     """`image` as `"RGB"` or `"L"`, with 8 bits per channel.
@@ -41,10 +39,10 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
     if image.mode.startswith("I;16"):
         levels = np.asarray(image).astype(np.uint32)
         image = Image.fromarray(((levels * 255 + 32767) // 65535).astype(np.uint8))
-    elif image.mode in _WITHOUT_WHITE:
+    elif image.mode in ("I", "F"):
         raise ValueError(
             f"its pixels have the mode {image.mode!r} (32 bits), which does not say which value is white; save it "
-            "with 8 or 16 bits a channel"
+            "with 8 or 16 bits per channel"
         )
     try:
         if image.has_transparency_data:
@@ -67,8 +65,6 @@ def check_images(where: str, dataset: datasets.Dataset, column: str, positions: 
     Args:
         where (`str`):
             Prefix of the messages.
-        dataset, column:
-            The images.
         positions (`Iterable[int]`):
             Which images to check.
 
@@ -84,7 +80,7 @@ def check_images(where: str, dataset: datasets.Dataset, column: str, positions: 
             animated += found
     if animated:
         logger.warning(
-            "%s: %d images have several frames (example %d first); their first frame counts.",
+            "%s: %d images have several frames (example %d first); only their first frame is used.",
             where,
             len(animated),
             animated[0],
@@ -97,7 +93,7 @@ def _look_at(where: str, images: datasets.Dataset, column: str, positions: list[
         try:
             image = read_example(images, position)[column]
             if image is None:
-                raise ValueError("there is none")
+                raise ValueError("it is missing")
             frames = num_frames(image)
             to_mode(image, "RGB")
         except Exception as error:  # decoders may raise anything

@@ -27,12 +27,10 @@ class DataTrainingArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     train_dir: str | None = field(
         default=None,
-        metadata={
-            "help": "Folder of images, one sub-folder a class; or of splits (train, val, test) that hold these."
-        },
+        metadata={"help": "Folder with one sub-folder of images per class, or one per split."},
     )
-    validation_dir: str | None = field(default=None, metadata={"help": "Likewise, for choosing checkpoints."})
-    test_dir: str | None = field(default=None, metadata={"help": "Likewise, for the final numbers."})
+    validation_dir: str | None = field(default=None, metadata={"help": "Folder of images for choosing checkpoints."})
+    test_dir: str | None = field(default=None, metadata={"help": "Folder of images for the final numbers."})
     image_column_name: str = field(default="image", metadata={"help": "Column that holds the images."})
     label_column_name: str = field(default="label", metadata={"help": "Column that holds the labels."})
     test_split: str | None = field(
@@ -42,11 +40,11 @@ class DataTrainingArguments:
         default=0.1, metadata={"help": "Share of the training data kept for validation if the data has none."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on a random subset of this size."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Likewise for validation during training."})
-    max_test_samples: int | None = field(default=None, metadata={"help": "Likewise for the final evaluation."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Validate on a random subset of this size."})
+    max_test_samples: int | None = field(default=None, metadata={"help": "Test on a random subset of this size."})
     check_images: bool = field(
         default=True,
-        metadata={"help": "Decode every image once before training, so that a damaged one does not end it later."},
+        metadata={"help": "Decode every image once before training, so that a damaged one cannot stop it later."},
     )
     horizontal_flip: float = field(default=0.5, metadata={"help": "Probability of a horizontal flip."})
     color_jitter: float = field(
@@ -79,14 +77,8 @@ RANGES = {
 
 
 def check_folder(flag: str, folder: str | None) -> None:
-    """
-    Raises:
-        ValueError: if it is not a folder.
-    """
-    if folder is None:
-        return
-    if not os.path.isdir(folder):
-        raise ValueError(f"{flag} {folder!r} is not a folder; it should hold one folder of images a class.")
+    if folder is not None and not os.path.isdir(folder):
+        raise ValueError(f"{flag} {folder!r} is not a folder; it should hold one folder of images per class.")
 
 
 def load_splits(
@@ -100,8 +92,8 @@ def load_splits(
         ValueError: naming the flag, split or column at fault, and the remedy.
     """
     if data_args.train_dir is not None:
-        given = {flag: getattr(data_args, flag) for flag in ("train_dir", "validation_dir", "test_dir")}
-        folders = {flag: folder for flag, folder in given.items() if folder is not None}
+        flags = ("train_dir", "validation_dir", "test_dir")
+        folders = {flag: folder for flag in flags if (folder := getattr(data_args, flag)) is not None}
         if "train" in (inside := split_folders("train_dir", data_args.train_dir)):
             folders["train_dir"] = inside.pop("train")
             folders = {**{f"{split}_dir": folder for split, folder in inside.items()}, **folders}
@@ -128,7 +120,7 @@ def load_splits(
     if len(names) < 2:
         raise ValueError(
             f"--label_column_name {data_args.label_column_name!r} has the classes {names}; a classifier needs at "
-            "least 2. A folder of images should hold one folder a class."
+            "least 2. A folder of images should hold one folder per class."
         )
 
     if "validation" not in splits:
@@ -143,12 +135,9 @@ def load_splits(
             ) from error
         splits["train"], splits["validation"] = parts["train"], parts["test"]
     splits["test"] = splits[data_args.test_split]
-    limits = {
-        "train": data_args.max_train_samples,
-        "validation": data_args.max_eval_samples,
-        "test": data_args.max_test_samples,
-    }
-    return DatasetDict({split: subset(splits[split], limit, seed) for split, limit in limits.items()})
+    limits = (data_args.max_train_samples, data_args.max_eval_samples, data_args.max_test_samples)
+    named = zip(("train", "validation", "test"), limits, strict=True)
+    return DatasetDict({split: subset(splits[split], limit, seed) for split, limit in named})
 
 
 def split_folders(flag: str, folder: str) -> dict[str, str]:
@@ -195,14 +184,14 @@ def load_image_folders(folders: Mapping[str, str], cache_dir: str | None = None)
             first = f" ({others[0].name} first)" if others else ""
             raise ValueError(
                 f"--{flag} {folder!r} holds {len(others)} files{first} but no image; it should hold one folder of "
-                "images a class."
+                "images per class."
             )
         if others:
             logger.warning(
                 "--%s %r: left out %d files, %s first: not images.", flag, folder, len(others), others[0].name
             )
     data_files = {flag.split("_")[0]: f"{folder}/**" for flag, folder in folders.items()}
-    with naming(f"--{next(iter(folders))}", str(data_files), "give folders that hold one folder of images a class"):
+    with naming(f"--{next(iter(folders))}", str(data_files), "give folders that hold one folder of images per class"):
         return load_dataset("imagefolder", data_files=data_files, cache_dir=cache_dir)
 
 
@@ -217,11 +206,10 @@ def checked_columns(split: str, dataset: Dataset, image_column: str, label_colum
         ValueError: if one is missing or has the wrong type, or the split is empty.
     """
     for flag, column in (("image_column_name", image_column), ("label_column_name", label_column)):
-        columns = dataset.column_names
-        if column not in columns:
+        if column not in (columns := dataset.column_names):
             raise ValueError(
                 f"--{flag} {column!r} is not a column of the dataset; its columns are {columns} (split {split!r}). "
-                "A folder of images (--train_dir, --validation_dir, --test_dir, --image_dir) needs one folder a class."
+                "Image folders (--train_dir, --validation_dir, --test_dir, --image_dir) need one folder per class."
             )
     if len(dataset) == 0:
         raise ValueError(f"The split {split!r} is empty; robust fine-tuning needs at least one example.")
@@ -259,9 +247,8 @@ def encode_labels(splits: DatasetDict, column: str) -> DatasetDict:
         classes = sorted(splits["train"].unique(column))
         feature = ClassLabel(names=[str(name) for name in classes])
         for split, dataset in splits.items():
-            unknown = sorted(set(dataset.unique(column)) - set(classes), key=str)
-            if unknown:
-                raise ValueError(f"Split {split!r} has labels {unknown} that the training split has not: {classes}.")
+            if unknown := sorted(set(dataset.unique(column)) - set(classes), key=str):
+                raise ValueError(f"Split {split!r} has labels {unknown} that the training split lacks: {classes}.")
         features = Features({**splits["train"].features, column: feature})
         splits = splits.map(lambda example: {column: feature.str2int(str(example[column]))}, features=features)
     for split, dataset in splits.items():

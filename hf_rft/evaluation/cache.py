@@ -62,7 +62,7 @@ class ResultCache:
 
     def load(self, key: str, logits: torch.Tensor) -> Record | None:
         """The record, if it exists and its model had these logits on the clean images."""
-        if self.folder is None or not (path := self._path(key)).is_file():
+        if self.folder is None or not (path := self.folder / f"{key}.safetensors").is_file():
             return None
         try:
             record = load_file(path)
@@ -72,7 +72,7 @@ class ResultCache:
             logger.warning("%s cannot be read (%s); its batch is evaluated again.", path, error)
             return None
         if not is_same:
-            logger.warning("%s is of a model with other predictions; its batch is evaluated again.", path)
+            logger.warning("%s is from a model with other predictions; its batch is evaluated again.", path)
             return None
         return record
 
@@ -81,12 +81,8 @@ class ResultCache:
         if self.folder is None:
             return
         tensors = {name: tensor.cpu().contiguous() for name, tensor in {**record, "clean_logits": logits}.items()}
-        with replacing(self._path(key)) as scratch:
+        with replacing(self.folder / f"{key}.safetensors") as scratch:
             save_file(tensors, scratch)
-
-    def _path(self, key: str) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{key}.safetensors"
 
 
 def hash_examples(pixels: torch.Tensor, labels: torch.Tensor) -> list[str]:

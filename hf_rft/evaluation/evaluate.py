@@ -124,37 +124,28 @@ def evaluate_robustness(
         check_writable("cache_dir", cache_dir)
     if cache_dir is not None and any(run.attack not in ATTACKS.values() for run in evaluator.tier.attacks):
         raise ValueError(
-            "`cache_dir` cannot tell one attack of your own from another by its code; leave it out, or use the "
-            f"attacks {list(ATTACKS)}."
+            "`cache_dir` cannot distinguish attacks of your own by their code; leave it out, or use the attacks "
+            f"{list(ATTACKS)}."
         )
+    config = getattr(model, "config", None)
     if isinstance(processor, tuple | list) and len(processor) == 2:
         processor = PixelNormalization(*processor)
     if isinstance(processor, PixelNormalization):
         normalization, num_channels = processor, max(len(processor.mean), len(processor.std))
     else:
         normalization = PixelNormalization.from_processor(processor, argument="processor")
-        num_channels = num_image_channels(getattr(model, "config", None))
-    examples = Examples(
-        dataset,
-        processor,
-        num_channels=num_channels,
-        image_column=image_column,
-        label_column=label_column,
-    )
-    if isinstance(dataset, datasets.Dataset):
-        class_names = getattr(dataset.features.get(examples.label_column), "names", None)
-        if class_names is not None:
-            check_class_order("`dataset`", class_names, getattr(model, "config", None))
-            class_numbers("`dataset`", class_names, getattr(model, "config", None))
+        num_channels = num_image_channels(config)
+    columns = {"image_column": image_column, "label_column": label_column}
+    examples = Examples(dataset, processor, num_channels=num_channels, **columns)
+    features = dataset.features if isinstance(dataset, datasets.Dataset) else {}
+    if (class_names := getattr(features.get(examples.label_column), "names", None)) is not None:
+        check_class_order("`dataset`", class_names, config)
+        class_numbers("`dataset`", class_names, config)
     classifier = PixelClassifier(model, normalization)
     described_model = describe_model(model)
     dtype = None if autocast_dtype is None else str(autocast_dtype).removeprefix("torch.")
     asked = {**evaluator.describe(), "autocast_dtype": dtype}
-    evaluated = {
-        "model": described_model["sha256"],
-        "normalization": [normalization.mean, normalization.std],
-        **asked,
-    }
+    evaluated = {"model": described_model["sha256"], "normalization": [normalization.mean, normalization.std], **asked}
     # Without `cpu`, accelerate ignores the launcher's processes on a machine without an accelerator.
     state = PartialState(cpu=not torch.accelerator.is_available())
     was_training = any(module.training for module in model.modules())
@@ -271,16 +262,10 @@ def _evaluate_batch(
         estimate.make()
         is_shown = (found.broken_at > 0) & (found.broken_at < len(evaluator.epsilons))
         shown = is_shown.nonzero().flatten()[:SHOWN_EXAMPLES]
-        record = {
-            "labels": labels,
-            "clean_predictions": found.clean_predictions,
-            "broken_at": found.broken_at,
-            "distances": found.distances,
-            "adversarial_predictions": found.adversarial_predictions,
-            "shown_positions": shown + positions[0],
-            "shown_adversarial": found.adversarial[shown],
-            "passes": torch.tensor(passes),
-        }
+        record = found._asdict()
+        record["shown_positions"] = shown + positions[0]
+        record["shown_adversarial"] = record.pop("adversarial")[shown]
+        record["passes"] = torch.tensor(passes)
         record = {name: tensor.cpu() for name, tensor in record.items()}
         cache.save(key, record, batch.logits)
     show("", len(positions))

@@ -73,14 +73,10 @@ class Evaluator:
         Args:
             forward (`Callable`):
                 Maps pixels to logits; only images that fool this function count.
-            pixels, labels, positions:
-                See [`find_breaking_points`].
-            clean_predictions (`torch.Tensor` of shape `(batch,)`):
-                Predicted classes of the clean images.
             crafting (`Callable`, *optional*):
                 Like `forward`, in another precision; the attacks run on it. Defaults to `forward`.
-            on_progress (`Callable`, *optional*):
-                Called with the name of each attack as it starts, and the number of examples decided so far.
+            pixels, labels, positions, clean_predictions, on_progress:
+                See [`find_breaking_points`].
         """
         exact = CountedForward(forward)
         crafted = exact if crafting is None else CountedForward(crafting)
@@ -136,8 +132,6 @@ class Evaluator:
         Args:
             model (`dict`):
                 The result of [`describe_model`].
-            dataset, normalization:
-                What was measured.
             batch_size (`int`):
                 Total batch size of all processes.
             sha256 (`str`, *optional*):

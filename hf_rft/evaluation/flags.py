@@ -79,8 +79,8 @@ def trust_flags(
     flags = {}
     if was_training:
         flags["train_mode"] = (
-            "The model was handed over in training mode. It was measured in evaluation mode; call `model.eval()` to "
-            "see that nothing else depends on it."
+            "The model was passed in training mode but measured in evaluation mode; call `model.eval()` first in case "
+            "anything else depends on the mode."
         )
     if len(pixels) == 0:
         return flags
@@ -99,7 +99,7 @@ def _range_flags(pixels: torch.Tensor) -> dict[str, str]:
     return {
         "pixel_range": (
             f"All pixels lie in [{lowest:.3g}, {highest:.3g}] of the possible [0, 1]: the images seem to have been "
-            "scaled twice, and epsilon would mean something else than it says. Check the processor's `do_rescale`."
+            "scaled twice, which changes the meaning of epsilon. Check the processor's `do_rescale`."
         )
     }
 
@@ -136,8 +136,8 @@ def _gradient_flags(forward: Forward, pixels: torch.Tensor, labels: torch.Tensor
     return {
         "zero_gradients": (
             f"The gradient is exactly zero for {share:.0%} of the images: quantisation, a dead activation or another "
-            "operation without a derivative masks it, and no gradient attack can work. Attack a differentiable "
-            'stand-in of that operation, and run `tier="full"`, whose Square Attack needs no gradient.'
+            "operation without a derivative masks it, and no gradient attack can work. Replace that operation with a "
+            'differentiable approximation, and run `tier="full"`, whose Square Attack needs no gradient.'
         )
     }
 
@@ -175,15 +175,8 @@ def _huge_epsilon(pixels: torch.Tensor, norm: str) -> float:
 
 def _huge_epsilon_flags(forward, pixels, labels, norm, generators) -> dict[str, str]:
     epsilon = _huge_epsilon(pixels, norm)
-    adversarial = apgd(
-        forward,
-        pixels,
-        labels,
-        threat_model=ThreatModel(norm, epsilon),
-        steps=20,
-        generator=generators,
-        early_stop=True,
-    )
+    ball = ThreatModel(norm, epsilon)
+    adversarial = apgd(forward, pixels, labels, threat_model=ball, steps=20, generator=generators, early_stop=True)
     standing = (~evaluate(forward, adversarial, labels, margin, gradient=False).fooled).float().mean().item()
     if standing <= STANDING_SHARE:
         return {}

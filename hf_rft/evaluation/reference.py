@@ -32,10 +32,7 @@ class ReferenceResult(NamedTuple):
 
 
 def check_installed() -> None:
-    """
-    Raises:
-        ImportError: if `pyautoattack` is not installed; the message says how to get it.
-    """
+    """Raise an `ImportError` that says how to get `pyautoattack` if it is not installed."""
     if importlib.util.find_spec("pyautoattack") is None:
         raise ImportError(
             "The reference needs the package `pyautoattack`, the extra `autoattack` of hf_rft: "

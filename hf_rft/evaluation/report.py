@@ -184,13 +184,10 @@ class RobustnessReport:
 
     @property
     def accuracy_intervals(self) -> list[tuple[float, float]]:
-        """95 % binomial (Wilson) interval of the accuracy at each epsilon."""
-        # Imported late: it takes a tenth as long as all of `Trainer`.
-        from scipy.stats import binomtest
+        """95 % interval of the accuracy at each epsilon over examples (Clopper-Pearson)."""
+        from ..metrics.expected_robustness.expected_robustness import confidence_interval
 
-        rights = self._is_right.sum(axis=0)
-        intervals = [binomtest(int(right), len(self)).proportion_ci(method="wilson") for right in rights]
-        return [(float(interval.low), float(interval.high)) for interval in intervals]
+        return [confidence_interval(accuracy, len(self)) for accuracy in self.accuracies]
 
     @property
     def per_example(self) -> list[Fraction | None]:
@@ -276,7 +273,7 @@ class RobustnessReport:
         """Read a file written by `save`. Numbers are recomputed from the examples, not taken from the file.
 
         Raises:
-            ValueError: if the file is not a report, or has another schema version.
+            ValueError: if the file is not a complete report, or has another schema version.
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -294,7 +291,7 @@ class RobustnessReport:
             broken_at = [len(epsilons) if epsilon is None else index[epsilon] for epsilon in columns["broken_at"]]
             distances = [np.inf if distance is None else distance for distance in columns["distances"]]
             if len({len(column) for column in columns.values()}) != 1:
-                raise ValueError(f"{path} is no whole robustness report: its columns have different lengths.")
+                raise ValueError(f"{path} is not a complete robustness report: its columns have different lengths.")
             return cls(
                 norm=values["norm"],
                 epsilons=epsilons,

@@ -94,8 +94,10 @@ def find_breaking_points(
         on_progress (`Callable`, *optional*):
             Called with the name of each attack as it starts, and the number of examples decided so far.
     """
-    search = _Search(forward, verify or forward, pixels, labels, norm, epsilons, tier, seed, positions)
-    search.begin(clean_predictions)
+    verify = verify or forward
+    if clean_predictions is None:
+        clean_predictions = _predict(verify, pixels)
+    search = _Search(forward, verify, pixels, labels, norm, epsilons, tier, seed, positions, clean_predictions)
     while len(undecided := search.undecided()) > 0:
         # Run the earliest attack that is due for any example: what it breaks returns to it at a smaller epsilon, and
         # the long attacks get the largest possible batches.
@@ -103,7 +105,7 @@ def find_breaking_points(
         on_progress(attack_name(search.runs[stage].attack), len(labels) - len(undecided))
         search.attack(undecided[search.withstood[undecided] == stage], stage)
     on_progress("", len(labels))
-    return search.result()
+    return search.found
 
 
 class _Search:
@@ -120,28 +122,22 @@ class _Search:
         tier: "Tier",
         seed: int,
         positions: Sequence[int],
+        clean_predictions: torch.Tensor,
     ):
         self.forward, self.verify, self.pixels, self.labels = forward, verify, pixels, labels
         self.norm, self.guess_steps, self.seed, self.positions = norm, tier.guess_steps, seed, positions
         self.grid = torch.tensor([float(epsilon) for epsilon in epsilons], device=pixels.device, dtype=pixels.dtype)
         self.runs = [run for run in tier.attacks for _ in range(run.restarts)]
-
-    def begin(self, clean_predictions: torch.Tensor | None) -> None:
-        """Start from the clean predictions; an example misclassified without perturbation breaks at epsilon 0."""
-        if clean_predictions is None:
-            clean_predictions = _predict(self.verify, self.pixels)
-        is_right = clean_predictions == self.labels
-        self.clean_predictions = clean_predictions
+        # An example misclassified without perturbation breaks at epsilon 0.
+        is_right = clean_predictions == labels
         self.broken_at = torch.where(is_right, len(self.grid), 0)
-        self.distances = torch.where(is_right, torch.inf, 0.0).to(self.pixels)
-        self.predictions, self.adversarial = clean_predictions.clone(), self.pixels.clone()
-        # Number of attacks that failed at the largest epsilon not known to break the example.
-        self.withstood = torch.zeros_like(self.labels)
-
-    def result(self) -> BreakingPoints:
-        return BreakingPoints(
-            self.labels, self.clean_predictions, self.broken_at, self.distances, self.predictions, self.adversarial
+        self.distances = torch.where(is_right, torch.inf, 0.0).to(pixels)
+        self.predictions, self.adversarial = clean_predictions.clone(), pixels.clone()
+        self.found = BreakingPoints(
+            labels, clean_predictions, self.broken_at, self.distances, self.predictions, self.adversarial
         )
+        # Number of attacks that failed at the largest epsilon not known to break the example.
+        self.withstood = torch.zeros_like(labels)
 
     def undecided(self) -> torch.Tensor:
         """Indices of the examples that still have attacks to face."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ..attacks import ATTACKS, Attack
 from ..attacks.base import attack_name, checked
 from ..threat_model import NORMS
+from ..utils.values import COUNT
 
 
 class AttackRun(NamedTuple):
@@ -48,14 +49,7 @@ class Tier:
         return {
             "tier": self.name,
             "attacks": [
-                {
-                    "attack": attack_name(run.attack),
-                    "steps": run.steps,
-                    "restarts": run.restarts,
-                    **_targets(run.attack),
-                    **_bound_options(run.attack),
-                }
-                for run in self.attacks
+                {**run._asdict(), "attack": attack_name(run.attack), **_options(run.attack)} for run in self.attacks
             ],
             "guess_steps": self.guess_steps,
         }
@@ -86,20 +80,16 @@ TIERS = {
 }
 
 
-def _targets(attack: Attack) -> dict[str, int]:
-    """`{"targets": ...}` for an attack that aims at several classes in turn."""
+def _options(attack: Any) -> dict[str, Any]:
+    """`targets` of an attack that aims at several classes in turn; `options` that `functools.partial` binds to it."""
     targets = inspect.signature(attack).parameters.get("targets")
-    return {"targets": targets.default} if targets and isinstance(targets.default, int) else {}
-
-
-def _bound_options(attack: Any) -> dict[str, Any]:
-    """`{"options": ...}` with the arguments bound to an attack by `functools.partial`, if any."""
+    found = {"targets": targets.default} if targets and isinstance(targets.default, int) else {}
     options = {}
     attack = inspect.unwrap(attack)
     while isinstance(attack, partial):
         options = {**{name: str(value) for name, value in attack.keywords.items()}, **options}
         attack = inspect.unwrap(attack.func)
-    return {"options": options} if options else {}
+    return {**found, "options": options} if options else found
 
 
 def make_tier(tier: str | Sequence, norm: str | None = None) -> Tier:
@@ -132,12 +122,12 @@ def make_tier(tier: str | Sequence, norm: str | None = None) -> Tier:
                 raise ValueError(f"`tier` holds the unknown attack {run.attack!r}; choose among {list(ATTACKS)}.")
             run = run._replace(attack=ATTACKS[run.attack])
         elif not callable(run.attack):
-            raise ValueError(f"`tier` holds {run.attack!r}, which is no attack; give a callable or its name.")
+            raise ValueError(f"`tier` holds {run.attack!r}, which is not an attack; give a callable or a name.")
         elif run.attack not in ATTACKS.values():
             run = run._replace(attack=checked(run.attack))
         for name, value in (("steps", run.steps), ("restarts", run.restarts)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"`tier` holds {name} {value!r} for {attack_name(run.attack)}; give a number from 1.")
+            if value not in COUNT:
+                raise ValueError(f"`tier` holds {name} {value!r} for {attack_name(run.attack)}; give {COUNT}.")
         runs.append(run)
     if not runs:
         raise ValueError("`tier` is an empty list; an evaluation needs at least one attack.")

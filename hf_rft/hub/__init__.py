@@ -1,4 +1,4 @@
-"""The Hub: robust models with their evidence, there and back."""
+"""Publishing robust models on the Hub, with evidence of their robustness, and loading them from there."""
 
 from .evidence import attach_report
 from .loading import RobustModel, load_robust_model

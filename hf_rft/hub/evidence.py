@@ -1,13 +1,14 @@
-"""What a published robust model carries beside its weights: the report, its curve, and the card that states both.
+"""The evidence stored beside a robust model's weights: the report, its curve, and the card that shows both.
 
-The report names the SHA-256 of each weight file (as the Hub shows it, and `sha256sum` prints it), so evidence and
-weights cannot be exchanged without being noticed.
+The report holds the SHA-256 of each weight file (which the Hub shows, and `sha256sum` prints), so it cannot be passed
+off as that of other weights.
 """
 
 import dataclasses
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard
 from transformers import AutoImageProcessor
@@ -29,14 +30,12 @@ def hash_weight_files(folder: str | os.PathLike) -> dict[str, str]:
     """SHA-256 of each safetensors file in the folder, by name.
 
     Raises:
-        ValueError: if there is none, or the weights that would be loaded are others.
+        ValueError: if there is none, or if other weights would be loaded.
     """
     check_weight_index(folder)
     paths = sorted(Path(folder).glob("*.safetensors"))
     if not paths:
-        raise ValueError(
-            f"{folder} holds no weights in the safetensors format; save the model with `save_pretrained`."
-        )
+        raise ValueError(f"{folder} has no weights in the safetensors format; save the model with `save_pretrained`.")
     hashes = {}
     for path in paths:
         with path.open("rb") as stream:
@@ -45,37 +44,19 @@ def hash_weight_files(folder: str | os.PathLike) -> dict[str, str]:
 
 
 def write_evidence(
-    folder: str | os.PathLike, report: RobustnessReport, *, name: str | None = None, trust_remote_code: bool = False
+    folder: str | os.PathLike, report: RobustnessReport, *, name: str | None = None
 ) -> RobustnessReport:
-    """Write robustness.json and robustness_curve.png beside the weights that the report is about.
-
-    Args:
-        folder (`str`):
-            A saved model with its processor.
-        report ([`RobustnessReport`]):
-            Of the very same weights.
-        name (`str`, *optional*):
-            What to call the model in the report. Defaults to the folder's name.
-
-    Returns:
-        [`RobustnessReport`]: the report with the hashes of the weight files.
-
-    Raises:
-        ValueError: if the model in the folder is not the one that was evaluated.
-    """
+    """[`attach_report`] without the card: write robustness.json and robustness_curve.png beside the weights."""
     hashes = hash_weight_files(folder)
     if not Path(folder, CONFIG_NAME).is_file():
-        raise ValueError(f"{folder} holds no {CONFIG_NAME}, so it is not a model that transformers can load.")
-    config = load_config(folder, trust_remote_code=trust_remote_code)
-    model = load_classifier(folder, config, trust_remote_code=trust_remote_code)
-    evaluated, found = report.settings["model"]["sha256"], hash_model(model)
+        raise ValueError(f"{folder} has no {CONFIG_NAME}, so it is not a model that transformers can load.")
+    evaluated, found = report.settings["model"]["sha256"], hash_model(load_classifier(folder, load_config(folder)))
     if evaluated != found:
         raise ValueError(
-            f"The report is about the model {evaluated[:12]}, but {folder} holds {found[:12]}: it was trained "
-            "further after the evaluation, or is another model. Evaluate the model in the folder."
+            f"The report is about the model {evaluated[:12]}, but {folder} holds {found[:12]}: another model, or one "
+            "trained further after the evaluation. Evaluate the model in the folder."
         )
-    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    _check_processor(report, PixelNormalization.from_processor(processor), str(folder))
+    _check_processor(report, AutoImageProcessor.from_pretrained(folder), str(folder))
     described = {**report.settings["model"], "name": name or Path(folder).resolve().name, "files": hashes}
     report = dataclasses.replace(report, settings={**report.settings, "model": described})
     report.save(Path(folder, REPORT_NAME))
@@ -92,17 +73,17 @@ def attach_report(
     license: str | None = None,
     base_model: str | None = None,
 ) -> RobustnessReport:
-    """Make a saved model one that [`load_robust_model`] takes: write its report, the curve, and both into its card.
+    """Write a saved model's report, its curve and its card, as [`load_robust_model`] requires.
 
     Args:
         folder (`str`):
             A saved model with its processor.
         report ([`RobustnessReport`], *optional*):
-            Of the very same weights. Defaults to the robustness.json in the folder.
+            A report about exactly these weights. Defaults to the robustness.json in the folder.
         name (`str`, *optional*):
-            Of the repository it will be published as. Defaults to the folder's name.
+            The repository it will be published as. Defaults to the folder's name.
         license, base_model (`str`, *optional*):
-            For a card that does not state them.
+            Used if the card does not state them already.
 
     Returns:
         [`RobustnessReport`]: the report with the hashes of the weight files.
@@ -112,13 +93,13 @@ def attach_report(
     """
     folder = Path(folder)
     name = name or folder.resolve().name
-    check_links(folder)  # before the text of a card goes into another
+    check_links(folder)  # before a linked file is read into the card
     report = write_evidence(folder, report or read_report(folder / REPORT_NAME), name=name)
     path = folder / CARD_NAME
     existing = ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else None
     stated = existing.data.to_dict() if existing else {}
-    metadata = {"license": license, "base_model": base_model}
-    metadata = {key: value for key, value in metadata.items() if not stated.get(key)}
+    offered = {"license": license, "base_model": base_model}
+    metadata = {key: value for key, value in offered.items() if not stated.get(key)}
     card = make_card(existing, name=name.split("/")[-1], report=report, curve=CURVE_NAME, metadata=metadata)
     write_text(path, card.content)
     return report
@@ -129,14 +110,10 @@ def read_evidence(
 ) -> RobustnessReport:
     """Read a model's report and check that it, the card, the processor and the weights belong together.
 
-    Args:
-        folder (`str`):
-            Where weights, configuration, robustness.json and README.md are.
-        name (`str`, *optional*):
-            The model's name in messages. Defaults to the folder.
+    `name` is the model's name in error messages, by default the folder.
 
     Raises:
-        ValueError: naming what is missing or does not fit.
+        ValueError: naming what is missing or does not match.
     """
     folder, name = Path(folder), name or str(folder)
     report = read_report(folder / REPORT_NAME, name=name)
@@ -144,49 +121,42 @@ def read_evidence(
     hashes = report.settings["model"].get("files")
     if hashes is None:
         raise ValueError(
-            f"{REPORT_NAME} of {name} is not tied to the weight files beside it: it does not hold their SHA-256. "
-            f"{remedy} compares the model with the one that was evaluated, and writes the hashes and the card."
+            f"{REPORT_NAME} of {name} does not hold the SHA-256 of the weight files beside it. {remedy} checks that "
+            "they are the evaluated ones, and writes the hashes and the card."
         )
     for file, found in hash_weight_files(folder).items():
         if hashes.get(file) != found:
             raise ValueError(
                 f"{file} of {name} has the SHA-256 {found[:12]}, but {REPORT_NAME} is about "
                 f"{hashes.get(file, 'no such file')[:12]}: the weights have changed since, or the report is another "
-                "model's, so its numbers do not hold. Evaluate the model again, or load it without evidence "
-                "(`AutoModelForImageClassification`)."
+                "model's. Evaluate the model again, or load it without evidence (`AutoModelForImageClassification`)."
             )
     if missing := set(hashes) - set(os.listdir(folder)):
         raise ValueError(f"{name} lacks the weights {sorted(missing)} that {REPORT_NAME} is about.")
     processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    _check_processor(report, PixelNormalization.from_processor(processor), name)
+    _check_processor(report, processor, name)
     card_path = folder / CARD_NAME
     if not card_path.is_file():
         raise ValueError(
-            f"{name} has no model card ({CARD_NAME}), which states the threat model of its numbers; {remedy} writes "
-            "one."
+            f"{name} has no model card ({CARD_NAME}) that states the threat model of its numbers; {remedy} writes it."
         )
     check_card(ModelCard.load(card_path), report, name=name)
     return report
 
 
 def read_report(path: str | os.PathLike, *, name: str | None = None) -> RobustnessReport:
-    """The report alone, whatever lies beside it.
+    """Read a robustness.json, without comparing it with the files beside it.
 
-    Args:
-        path (`str`):
-            Of the robustness.json.
-        name (`str`, *optional*):
-            The model's name in messages. Defaults to the folder.
+    `name` is the model's name in error messages, by default the folder.
 
     Raises:
-        ValueError: if there is none, it is damaged or of another version, or lacks its threat model.
+        ValueError: if there is none, or it is damaged, of another version or incomplete.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(
             f"{name or path.parent} has no {path.name}, so nothing is known about its robustness. Evaluate it with "
-            "`hf-rft evaluate` or `evaluate_robustness`, and attach the report with "
-            "`hf_rft.hub.attach_report`."
+            "`hf-rft evaluate` or `evaluate_robustness`, and attach the report with `hf_rft.hub.attach_report`."
         )
     report = RobustnessReport.load(path)
     missing = sorted({"model", "dataset", "processor", "tier", "attacks", "seed"} - set(report.settings))
@@ -199,10 +169,11 @@ def read_report(path: str | os.PathLike, *, name: str | None = None) -> Robustne
     return report
 
 
-def _check_processor(report: RobustnessReport, normalization: PixelNormalization, name: str) -> None:
-    evaluated, found = report.settings["processor"], describe_normalization(normalization)
+def _check_processor(report: RobustnessReport, processor: Any, name: str) -> None:
+    evaluated = report.settings["processor"]
+    found = describe_normalization(PixelNormalization.from_processor(processor))
     if any(evaluated.get(key) != found[key] for key in ("mean", "std")):
         raise ValueError(
             f"{name} was evaluated with the processor values {evaluated.get('source')}, but now has "
-            f"{found['source']}; its numbers hold for the former only. Restore the processor, or evaluate again."
+            f"{found['source']}; its numbers hold only for the former. Restore the processor, or evaluate again."
         )

@@ -1,4 +1,4 @@
-"""Robust models with the evidence of their robustness, from the Hub or a folder."""
+"""Loading robust models with the evidence of their robustness, from the Hub or a folder."""
 
 import os
 from pathlib import Path
@@ -35,7 +35,7 @@ def load_robust_model(
     cache_dir: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> RobustModel:
-    """Load a robust model together with the evidence for its robustness, or refuse it.
+    """Load a robust model together with the evidence of its robustness, or refuse it.
 
     Args:
         repo_or_path (`str`):
@@ -43,21 +43,21 @@ def load_robust_model(
         revision (`str`, *optional*):
             Branch, tag or commit.
         threat_model ([`ThreatModel`], *optional*):
-            What the model must have been evaluated against: this norm, and this epsilon on its grid.
+            The norm and the epsilon that the model must have been evaluated against.
         min_expected_robustness (`float`, *optional*):
-            In [0, 1]. The least expected robustness, up to the epsilon of `threat_model` if one is given, else up to
-            the report's largest.
+            The least expected robustness, in [0, 1]: up to the epsilon of `threat_model` if it is given, otherwise up
+            to the report's largest.
         token, cache_dir:
             As in `huggingface_hub`.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Run code that comes with the model. Models saved by [`RobustTrainer`] bring none.
+            Run code that comes with the model. Models saved by [`RobustTrainer`] have none.
 
     Returns:
-        [`RobustModel`]: `(model, processor, report)`; the model in evaluation mode.
+        [`RobustModel`]: `(model, processor, report)`, with the model in evaluation mode.
 
     Raises:
-        ValueError: if there is no evidence, or it does not belong to these weights, or it states no threat model, or
-            the model does not meet what is asked for.
+        ValueError: if the evidence is missing, belongs to other weights or states no threat model, or if the model
+            does not meet the requirements.
     """
     if not isinstance(repo_or_path, str | os.PathLike):
         raise ValueError(f"`repo_or_path={repo_or_path!r}` must be a folder or the name of a repository.")
@@ -87,14 +87,14 @@ def download(
     with_weights: bool = True,
     with_code: bool = False,
 ) -> Path:
-    """A folder with the repository's top-level files of one commit; a local folder is returned as it is.
+    """The path of a local folder, or that of a snapshot of a repository's top-level files.
 
     Raises:
-        ValueError: if there is neither such a folder nor such a repository.
+        ValueError: if there is no such folder or repository.
     """
     if os.path.isdir(repo_or_path):
         if revision is not None:
-            raise ValueError(f"`revision={revision!r}` is of a repository, but {repo_or_path} is a local folder.")
+            raise ValueError(f"`revision={revision!r}` needs a repository, but {repo_or_path} is a local folder.")
         return Path(repo_or_path)
     try:
         validate_repo_id(str(repo_or_path))
@@ -111,13 +111,13 @@ def download(
             ignore_patterns=["*/*"],  # checkpoints
             library_name="hf_rft",
         )
-    except GatedRepoError:  # it is there
+    except GatedRepoError:  # a RepositoryNotFoundError, although the repository exists
         raise
-    except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:  # a mistyped path, more often than not
+    except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:  # usually a mistyped path
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{repo_or_path} is no folder (looked for in {Path.cwd()}), nor a repository that can be reached: correct "
-            f"the path, or the repository's name. ({type(error).__name__}: {reason})"
+            f"{repo_or_path} is not a folder (looked for in {Path.cwd()}), nor a repository that can be reached: "
+            f"correct the path or the repository's name. ({type(error).__name__}: {reason})"
         ) from error
     return Path(folder)
 
@@ -125,10 +125,7 @@ def download(
 def check_requirements(
     report: RobustnessReport, name: str, threat_model: ThreatModel | None, min_expected_robustness: float | None
 ) -> None:
-    """
-    Raises:
-        ValueError: naming what is required and what was measured.
-    """
+    """Refuse a model whose report does not meet the requirements, naming them and what was measured."""
     if threat_model is not None:
         grid = [format_epsilon(epsilon) for epsilon in report.epsilons]
         required = format_epsilon(threat_model.epsilon)

@@ -1,6 +1,7 @@
-"""Pretrained classifiers by name: as they are, or with a new head for the classes of a dataset."""
+"""Loading pretrained classifiers by name: as they are, or with a new head for the classes of a dataset."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from datasets import ClassLabel, DatasetDict, Value
@@ -13,7 +14,7 @@ from ..utils.values import Range, check_ranges, naming
 from .safe_loading import load_classifier, load_config
 
 
-# Larger ones fill the memory before anything is known about the model.
+# Larger images fill the memory before training starts.
 IMAGE_SIZE = Range(1, 4096, is_whole=True)
 
 
@@ -45,16 +46,16 @@ class ModelArguments:
         if self.cache_dir is not None:
             check_writable("--cache_dir", self.cache_dir)
 
+    def hub_options(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained`."""
+        options = {"revision": self.model_revision, "trust_remote_code": self.trust_remote_code}
+        return {**options, "cache_dir": self.cache_dir, "token": self.token}
+
 
 def load_model(model_args: ModelArguments, class_names: list[str]):
     """The pretrained model with a head for these classes, and its image processor."""
     name_or_path = bundled.resolve(model_args.model_name_or_path)
-    hub_options = {
-        "cache_dir": model_args.cache_dir,
-        "revision": model_args.model_revision,
-        "token": model_args.token,
-        "trust_remote_code": model_args.trust_remote_code,
-    }
+    hub_options = model_args.hub_options()
     with naming("--model_name_or_path", model_args.model_name_or_path, "give a Hub id or a folder of a classifier"):
         config = load_config(
             name_or_path,
@@ -65,7 +66,7 @@ def load_model(model_args: ModelArguments, class_names: list[str]):
         )
         processor = AutoImageProcessor.from_pretrained(name_or_path, **hub_options)
     size = model_args.image_size
-    if hasattr(config, "pretrained_cfg"):  # timm: the configuration holds class names and processor values as well
+    if hasattr(config, "pretrained_cfg"):  # timm also keeps class names and processor values in the configuration
         config.label_names = class_names
         if size is not None:
             config.pretrained_cfg["input_size"] = [3, size, size]
@@ -89,18 +90,17 @@ def load_model(model_args: ModelArguments, class_names: list[str]):
         )
     head_tensors = head_parameters(model)
     head = {name for name, parameter in model.named_parameters() if parameter in head_tensors}
-    parameters = {name for name, _ in model.named_parameters()}
     lost = sorted({str(key[0]) for key in report["mismatched_keys"]} - head)
     if lost:
         raise ValueError(
             f"The pretrained weights {lost} do not fit {name_or_path} with --image_size {size}, and fine-tuning must "
-            "not start from random ones; leave --image_size out, or use a model that takes any size."
+            "not start from random weights; leave --image_size out, or use a model that takes any size."
         )
-    missing = sorted(({str(key) for key in report["missing_keys"]} & parameters) - head)
+    missing = [name for name in _random_parameters(model, report) if name not in head]
     if missing:
         raise ValueError(
-            f"--model_name_or_path {model_args.model_name_or_path!r} holds no weights {missing[:5]}, and fine-tuning "
-            "must not start from random ones; give a pretrained model."
+            f"--model_name_or_path {model_args.model_name_or_path!r} has no weights {missing[:5]}, and fine-tuning "
+            "must not start from random weights; give a pretrained model."
         )
     if model_args.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -108,18 +108,12 @@ def load_model(model_args: ModelArguments, class_names: list[str]):
 
 
 def in_order_of_model(model_args: ModelArguments, splits: DatasetDict, column: str) -> DatasetDict:
-    """The splits with their classes in the model's order, if it has the very same ones (it was fine-tuned on them).
+    """The splits with their classes in the model's order, if both have the same classes.
 
-    Its head would otherwise begin with each class standing for another one.
+    Otherwise the head of a model that was fine-tuned on these classes would start with the classes mixed up.
     """
     with naming("--model_name_or_path", model_args.model_name_or_path, "give a Hub id or a folder of a classifier"):
-        config = load_config(
-            bundled.resolve(model_args.model_name_or_path),
-            cache_dir=model_args.cache_dir,
-            revision=model_args.model_revision,
-            token=model_args.token,
-            trust_remote_code=model_args.trust_remote_code,
-        )
+        config = load_config(bundled.resolve(model_args.model_name_or_path), **model_args.hub_options())
     names = [str(name) for _, name in sorted((config.id2label or {}).items())]
     ours = splits["train"].features[column].names
     if names == ours or sorted(names) != sorted(ours):
@@ -149,11 +143,11 @@ def load_model_and_processor(
 
     Args:
         argument (`str`):
-            Who names the model, for the messages.
+            Name of the argument that names the model, for error messages.
         name_or_path (`str`):
             Repository on the Hub or local folder.
         hub_options:
-            Of `from_pretrained`.
+            Arguments of `from_pretrained`.
 
     Raises:
         ValueError: if it cannot be loaded, or some of its weights would be random.
@@ -162,11 +156,14 @@ def load_model_and_processor(
         config = load_config(name_or_path, **hub_options)
         processor = AutoImageProcessor.from_pretrained(name_or_path, **{"trust_remote_code": False, **hub_options})
         model, found = load_classifier(name_or_path, config, output_loading_info=True, **hub_options)
-    parameters = {name for name, _ in model.named_parameters()}
-    random = sorted({str(key) for key in found["missing_keys"]} & parameters)
-    if random:
+    if random := _random_parameters(model, found):
         raise ValueError(
-            f"{argument} {name_or_path!r} holds no weights {random[:5]}, which would be random numbers; give a model "
-            "that was trained as an image classifier."
+            f"{argument} {name_or_path!r} has no weights {random[:5]}, which would be random; give a model that was "
+            "trained as an image classifier."
         )
     return model, processor
+
+
+def _random_parameters(model: PreTrainedModel, loading_info: dict[str, Any]) -> list[str]:
+    """Names of the parameters for which no weights were found."""
+    return sorted({str(key) for key in loading_info["missing_keys"]} & {name for name, _ in model.named_parameters()})

@@ -1,7 +1,7 @@
-"""What talks to the Hub while something is pushed: a process of its own, which pushing.py can stop.
+"""The program that uploads: pushing.py runs it in a separate process, which it can stop.
 
-It imports nothing but huggingface_hub, takes one request as JSON from standard input (so that a token is on no command
-line), and prints one JSON line: `{"result": ...}`, or `{"error": ...}` with exit status 1.
+It depends only on huggingface_hub, reads one JSON request from standard input (which keeps the token off the command
+line), and prints one line of JSON: `{"result": ...}`, or `{"error": ...}` with exit status 1.
 """
 
 import json
@@ -13,13 +13,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils._http import default_client_factory
 
 
-# Seconds without a single byte, after which a request counts as lost and is tried again. Without this the client waits
-# for ever.
+# After this many seconds without a byte a request is retried. By default, the client waits forever.
 STALL_SECONDS = 60
 
 
 def impatient_client():
-    """The client's own, but with a limit."""
     client = default_client_factory()
     client.timeout = STALL_SECONDS
     return client
@@ -29,13 +27,13 @@ def push(
     api: HfApi,
     *,
     repo_id: str,
-    repo_type: str,
-    revision: str | None,
-    private: bool | None,
-    space_sdk: str | None,
-    folder: dict[str, Any] | None,
+    repo_type: str = "model",
+    revision: str | None = None,
+    private: bool | None = None,
+    space_sdk: str | None = None,
+    folder: dict[str, Any] | None = None,
 ) -> dict[str, str]:
-    """Make the repository and the branch, if they are not there, and upload the folder, if one is given."""
+    """Create the repository and the branch if they do not exist, and upload the folder if one is given."""
     name = api.create_repo(repo_id, repo_type=repo_type, private=private, space_sdk=space_sdk, exist_ok=True).repo_id
     if revision not in (None, "main") and not revision.startswith("refs/"):
         api.create_branch(name, branch=revision, repo_type=repo_type, exist_ok=True)
@@ -46,14 +44,14 @@ def push(
 
 
 def describe(error: Exception, token: str | None = None) -> dict[str, Any]:
-    """The error, with the status of the Hub's answer if there was one, and without the token."""
+    """The error, with the HTTP status if the Hub answered, and without the token."""
     status, message, cause = None, str(error) or repr(error), error
-    while cause is not None:  # the client wraps what happened to a single file
+    while cause is not None:  # the client wraps errors of single files
         if isinstance(cause, HfHubHTTPError) and cause.response is not None:
             status, message = cause.response.status_code, cause.server_message or str(cause).splitlines()[0]
             break
         cause = cause.__cause__ or cause.__context__
-    if token:  # the client quotes a header that it cannot send; the repr of a token may differ from it
+    if token:  # the client quotes a header it cannot send, with the token escaped
         for secret in filter(None, (token, repr(token)[1:-1], token.strip())):
             message = message.replace(secret, "<token>")
     return {"type": type(error).__name__, "status": status, "message": message}

@@ -5,7 +5,7 @@ Also context managers that prepare a model for attack and restore every module a
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -141,12 +141,8 @@ def check_batch(inputs: Mapping[str, Any], num_labels: int) -> None:
             f"A batch has no {missing}, its keys are {sorted(inputs)}; let the dataset and `data_collator` return "
             "`pixel_values` and `labels` (and keep `remove_unused_columns=False` for a transform made on the fly)."
         )
-    others = [
-        key
-        for key, value in inputs.items()
-        if isinstance(value, torch.Tensor) and key not in ("pixel_values", "labels")
-    ]
-    if others:
+    tensors = [key for key, value in inputs.items() if isinstance(value, torch.Tensor)]
+    if others := [key for key in tensors if key not in ("pixel_values", "labels")]:
         raise ValueError(
             f"A batch holds further tensors {others}; only `pixel_values` can be attacked. Leave them out."
         )
@@ -213,29 +209,26 @@ class CountedForward:
 
 
 @contextlib.contextmanager
-def in_mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+def _holding(things: Iterable[Any], attribute: str, value: bool) -> Iterator[None]:
+    """Set a flag of all these, then restore it where it was different."""
+    changed = [thing for thing in things if getattr(thing, attribute) != value]
+    for thing in changed:
+        setattr(thing, attribute, value)
+    try:
+        yield
+    finally:
+        for thing in changed:
+            setattr(thing, attribute, not value)
+
+
+def in_mode(model: nn.Module, *, training: bool) -> contextlib.AbstractContextManager[None]:
     """Put all modules into training or evaluation mode."""
-    changed = [module for module in model.modules() if module.training != training]
-    for module in changed:
-        module.training = training
-    try:
-        yield
-    finally:
-        for module in changed:
-            module.training = not training
+    return _holding(model.modules(), "training", training)
 
 
-@contextlib.contextmanager
-def parameters_frozen(model: nn.Module) -> Iterator[None]:
+def parameters_frozen(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Switch off parameter gradients: an attack differentiates with respect to the images only."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
+    return _holding(model.parameters(), "requires_grad", False)
 
 
 @contextlib.contextmanager
@@ -251,23 +244,14 @@ def in_memory_format(model: nn.Module, memory_format: torch.memory_format) -> It
             parameter.data = data
 
 
-@contextlib.contextmanager
-def batch_norm_frozen(model: nn.Module) -> Iterator[None]:
+def batch_norm_frozen(model: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Keep modules with running statistics in evaluation mode.
 
     Adversarial examples are crafted against running statistics. With batch statistics the same weights are a different
     function, and learning from the examples there undoes the training (README, "Why BatchNorm is frozen").
     """
-    frozen = [
-        module for module in model.modules() if module.training and getattr(module, "running_mean", None) is not None
-    ]
-    for module in frozen:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in frozen:
-            module.training = True
+    normalizing = (module for module in model.modules() if getattr(module, "running_mean", None) is not None)
+    return _holding(normalizing, "training", False)
 
 
 @contextlib.contextmanager

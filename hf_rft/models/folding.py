@@ -55,12 +55,12 @@ def folded(pairs: Sequence[FoldablePair]) -> Iterator[None]:
         for convolution, batch_norm in pairs:
             rest = _after_batch_norm(batch_norm)
             assert rest is not None and not batch_norm.training, "see `find_foldable_pairs`"
-            _set_weights(convolution, *_folded_weights(convolution, batch_norm))
+            convolution.weight, convolution.bias = _folded_weights(convolution, batch_norm)
             vars(batch_norm)["forward"] = rest  # shadows the method of the class
         yield
     finally:
         for (convolution, weight, bias), (_, batch_norm) in zip(own, pairs, strict=True):
-            _set_weights(convolution, weight, bias)
+            convolution.weight, convolution.bias = weight, bias
             vars(batch_norm).pop("forward", None)
 
 
@@ -126,7 +126,8 @@ def _pairs_of_graph(graph: Graph, modules: dict[str, nn.Module]) -> list[Foldabl
 
 def _can_fold(convolution: Any, batch_norm: Any) -> bool:
     return (
-        _is_plain_convolution(convolution)
+        # Exact types only: other subclasses may normalise their weights, which would undo the folding.
+        type(convolution) in (nn.Conv2d, _timm_layer("Conv2dSame"))
         and _after_batch_norm(batch_norm) is not None
         and batch_norm.running_mean is not None
         and torch.promote_types(convolution.weight.dtype, torch.float32) == convolution.weight.dtype
@@ -146,37 +147,19 @@ def _timm_layer(name: str) -> type | None:
     return getattr(sys.modules.get("timm.layers"), name, None)
 
 
-def _is_plain_convolution(module: nn.Module) -> bool:
-    """Exact types only: other subclasses may normalise their weights, which would undo the folding."""
-    return type(module) in (nn.Conv2d, _timm_layer("Conv2dSame"))
-
-
 def _after_batch_norm(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """What a module computes after its batch normalisation; None if unknown."""
     if type(module) is nn.BatchNorm2d:
-        return _unchanged
+        return lambda images: images
     if type(module) is _timm_layer("BatchNormAct2d"):
         return lambda images: module.act(module.drop(images))
     return None
 
 
-def _unchanged(images: torch.Tensor) -> torch.Tensor:
-    return images
-
-
 @torch.no_grad()
 def _folded_weights(convolution: nn.Conv2d, batch_norm: nn.BatchNorm2d) -> tuple[nn.Parameter, nn.Parameter]:
+    statistics = (batch_norm.running_mean, batch_norm.running_var, batch_norm.eps)
     weight, bias = fuse_conv_bn_weights(
-        convolution.weight,
-        convolution.bias,
-        batch_norm.running_mean,
-        batch_norm.running_var,
-        batch_norm.eps,
-        batch_norm.weight,
-        batch_norm.bias,
+        convolution.weight, convolution.bias, *statistics, batch_norm.weight, batch_norm.bias
     )
     return nn.Parameter(weight, False), nn.Parameter(bias, False)
-
-
-def _set_weights(convolution: nn.Conv2d, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
-    convolution.weight, convolution.bias = weight, bias

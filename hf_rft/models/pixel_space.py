@@ -197,9 +197,9 @@ def _per_channel(processor, name: str, value) -> tuple[float, ...]:
     try:
         values = tuple(float(v) for v in (value if isinstance(value, (list, tuple)) else [value]))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{type(processor).__name__} has `{name}={value}`; give one number a channel.") from error
+        raise ValueError(f"{type(processor).__name__} has `{name}={value}`; give one number per channel.") from error
     if not values or not all(map(math.isfinite, values)):
-        raise ValueError(f"{type(processor).__name__} has `{name}={value}`; give one finite number a channel.")
+        raise ValueError(f"{type(processor).__name__} has `{name}={value}`; give one finite number per channel.")
     if "std" in name and min(values) <= 0:
         raise ValueError(f"{type(processor).__name__} has `{name}={value}`; standard deviations must be positive.")
     return values

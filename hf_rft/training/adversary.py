@@ -1,4 +1,4 @@
-"""The adversary of training: it makes the adversarial examples that a step learns from."""
+"""The adversary of training: it crafts the adversarial examples that a step learns from."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,31 +18,31 @@ from ..utils.noise import TRAINING_ATTACK, example_generators
 
 
 class Adversary:
-    """Attacks a classifier during training. It knows neither trainer nor schedule, only the share of epsilon to use.
+    """Attacks a classifier during training, with a given share of the target epsilon.
 
     Args:
         classifier ([`PixelClassifier`]):
-            What is attacked.
+            The classifier to attack.
         attack ([`Attack`]):
-            How.
+            The attack to run.
         threat_model ([`ThreatModel`]):
-            The target: norm, and the epsilon that a share of 1 stands for.
+            Norm and target epsilon.
         steps (`int`):
             Gradient evaluations per example.
         scale_steps (`bool`, *optional*, defaults to `False`):
             Take fewer steps while epsilon is below its target; see [`scaled_steps`].
         objective (`"cross_entropy"` or `"kl"`, *optional*):
-            What the examples increase: the loss of the true class, or the divergence from the clean prediction.
+            What the attack increases: the loss of the true class, or the divergence from the clean prediction.
         seed (`int`, *optional*, defaults to 0):
-            Of the noise, together with the optimizer step and the example's position in the global batch.
+            Seed of the noise, which also depends on the optimizer step and the example's position in the global batch.
         training_mode (`bool`, *optional*, defaults to `False`):
-            Attack the model in training mode (dropout) instead of evaluation mode.
+            Attack the model in training mode (with dropout) instead of evaluation mode.
         dtype (`torch.dtype`, *optional*):
-            Pass through the model under autocast. Gradients are rounded; the examples stay inside the ball.
+            Run the model under autocast. Gradients are rounded, but the examples stay inside the ball.
         foldable_pairs (`Sequence[FoldablePair]`, *optional*):
-            Convolutions that do the work of their BatchNorms meanwhile; see [`hf_rft.models.folding`].
+            BatchNorms to fold into their convolutions during the attack; see [`hf_rft.models.folding`].
         compiler_options (`Mapping`, *optional*):
-            Of `torch.compile`, for the pass that the attack repeats. None: not compiled.
+            Arguments of `torch.compile` for the pass that the attack repeats. None: it is not compiled.
     """
 
     def __init__(
@@ -63,18 +63,18 @@ class Adversary:
         self.classifier, self.attack, self.objective, self.seed = classifier, attack, objective, seed
         self.target, self.steps, self.scale_steps = threat_model, steps, scale_steps
         self.training_mode, self.dtype, self.foldable_pairs = training_mode, dtype, foldable_pairs
-        self.attacks = 0  # that have run
+        self.attacks = 0  # number of attacks so far
         self._compiled_logits = None
         if compiler_options is not None:
-            # torch keeps a limited number of graphs of a function: those of earlier trainers make room.
+            # torch limits the number of graphs per function: drop those of earlier trainers.
             torch._dynamo.reset_code(PixelClassifier.logits.__code__)  # pyright: ignore[reportPrivateImportUsage]
-            # Nothing in this pass depends on epsilon. It is not folded: inductor fuses BatchNorm, and CUDA graphs
-            # want weights that stay where they are.
+            # This pass does not depend on epsilon. It is not folded: inductor fuses BatchNorm, and CUDA graphs need
+            # weights that stay in place.
             self._compiled_logits = torch.compile(classifier.logits, **compiler_options)
 
     @classmethod
     def from_arguments(cls, args: Any, classifier: PixelClassifier, attack: Attack | None, **options) -> "Adversary":
-        """The adversary that [`RobustTrainingArguments`] describe, with an attack of the user's if there is one."""
+        """The adversary that [`RobustTrainingArguments`] describe, with the user's own attack if there is one."""
         built_in = {"random_start": args.attack_random_start, "step_size": args.attack_step_size}
         attack = checked(attack) if attack else partial(ATTACKS[args.attack], **built_in)
         return cls(
@@ -90,7 +90,7 @@ class Adversary:
         )
 
     def strength(self, share: float) -> tuple[ThreatModel, int]:
-        """Threat model and steps at a share of the target epsilon; no steps at epsilon 0."""
+        """Threat model and number of steps at a share of the target epsilon; no steps at epsilon 0."""
         threat_model = ThreatModel(self.target.norm, share * float(self.target.epsilon))
         if threat_model.is_trivial:
             return threat_model, 0
@@ -106,7 +106,7 @@ class Adversary:
         first: int = 0,
         **inputs,
     ) -> torch.Tensor:
-        """Adversarial examples of one micro-batch.
+        """The adversarial examples of one micro-batch.
 
         Args:
             pixels (`torch.Tensor` of shape `(batch, channels, height, width)`):
@@ -114,12 +114,12 @@ class Adversary:
             labels (`torch.Tensor` of shape `(batch,)`):
                 True classes.
             share (`float`, *optional*, defaults to 1.0):
-                Of the target epsilon, larger than 0.
+                Share of the target epsilon, above 0.
             optimizer_step, first (`int`, *optional*, defaults to 0):
-                The number of the step, and the position of the first example in its global batch: neither
-                accumulation nor processes change the noise.
+                The step, and the position of the first example in its global batch. They determine the noise, so
+                gradient accumulation and the number of processes do not change it.
             inputs:
-                Further inputs of the model, as they are.
+                Further inputs of the model.
 
         Returns:
             `torch.Tensor`: pixels, inside the ball and inside [0, 1].
@@ -140,35 +140,35 @@ class Adversary:
 
     @contextlib.contextmanager
     def under_attack(self, *, training: bool = False) -> Iterator[None]:
-        """The classifier's state while it is attacked in training: evaluation does not fold."""
+        """The classifier's state during an attack in training. (Attacks in evaluation do not fold.)"""
         with self.classifier.under_attack(training=training), folded(self.foldable_pairs):
             yield
 
     def forward(self, pixels: torch.Tensor, **inputs) -> torch.Tensor:
-        """The pass that the attack repeats: pixels to logits, in its precision, and compiled if that was asked for."""
+        """The pass that the attack repeats: pixels to logits, under autocast and compiled if so configured."""
         with torch.autocast(pixels.device.type, self.dtype) if self.dtype else contextlib.nullcontext():
             if self._compiled_logits is None:
                 return self.classifier(pixels, **inputs)
-            # What a CUDA graph returns is overwritten by its next run: logits, and the gradient, which normalisation
-            # outside of the graph computes anew.
+            # The next run of a CUDA graph overwrites its results. The logits are copied here; so is the gradient, by
+            # the normalisation outside the graph.
             return self._compiled_logits(self.classifier.pixel_values(pixels), **inputs).clone()
 
 
 class AdversarialAccuracy:
-    """Share of the adversarial training examples that were classified right since it was last asked for."""
+    """Accuracy on the adversarial training examples since the last `pop`."""
 
     def __init__(self):
-        self._right: torch.Tensor | None = None  # on the device, looked at only when something is logged
+        self._right: torch.Tensor | None = None  # stays on the device until it is logged
         self._seen = 0
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count a micro-batch, without waiting for the device."""
+        """Add a micro-batch, without waiting for the device."""
         right = (logits.detach().argmax(dim=1) == labels).sum()
         self._right = right if self._right is None else self._right + right
         self._seen += len(labels)
 
     def pop(self, accelerator: Accelerator) -> dict[str, float]:
-        """The share over all processes, as an entry of the log; empty if there was no training step."""
+        """The accuracy over all processes, as an entry of the log; empty if there was no training step."""
         if self._right is None:
             return {}
         counts = torch.stack([self._right, torch.full_like(self._right, self._seen)])

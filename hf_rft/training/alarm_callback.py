@@ -1,7 +1,6 @@
-"""The callback that watches a run: it probes the model, records the onset of adaptation, and sounds the alarms."""
+"""The callback that watches a run: it probes the model, records the onset of adaptation, and raises the alarms."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,59 +18,41 @@ logger = logging.get_logger(__name__)
 
 
 class AlarmCallback(TrainerCallback):
-    """Probes the model now and then, records the onset of adaptation, and sounds the alarms.
+    """Probes the model now and then, records the onset of adaptation, and raises the alarms.
 
-    [`RobustTrainer`] has one; `trainer.remove_callback(AlarmCallback)` does without. What it knows it reads from the
-    history when training begins, so a resumed run repeats nothing.
+    Every [`RobustTrainer`] has one; `trainer.remove_callback(AlarmCallback)` removes it. It reads its state from the
+    log history when training begins, so a resumed run repeats nothing.
 
     Args:
-        num_classes, chance_loss, num_eval_examples, prefix, epsilon_grows:
-            See [`Run`].
-        probe (`Callable`):
-            Returns what [`hf_rft.training.probe.Probe`] does: shares under names that begin with `probe_`, the same on
-            all processes; an empty dictionary if there is nothing to probe.
-        record (`Callable`):
-            `(metrics, message=None)`: logs numbers, and adds a text to the entry in the history.
-        interrupt (`Callable`):
-            Asked to end training, with the error to raise, if `args.abort_on_alarm`.
+        trainer ([`RobustTrainer`]):
+            The trainer to watch.
     """
 
-    def __init__(
-        self,
-        *,
-        num_classes: int,
-        chance_loss: Callable[[], float],
-        probe: Callable[[], dict[str, float]],
-        record: Callable[..., None],
-        interrupt: Callable[[AlarmRaised], None],
-        num_eval_examples: int | None = None,
-        prefix: str = "eval",
-        epsilon_grows: Callable[[], bool] | None = None,
-    ):
-        self._num_classes, self._chance_loss = num_classes, functools.cache(chance_loss)
-        self._num_eval_examples, self._prefix = num_eval_examples, prefix
-        self._epsilon_grows = epsilon_grows
-        self._probe, self._record, self._interrupt = probe, record, interrupt
-        self._run: Run | None = None  # while training
-        self._known: set[str] = set()  # names of the alarms that went off, and "onset"
+    def __init__(self, trainer: Any):
+        self._trainer, self._probe = trainer, Probe(trainer)
+        self._run: Run | None = None  # None outside training
+        self._known: set[str] = set()  # names of the alarms raised so far, and "onset"
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        dataset, schedule = self._trainer.eval_dataset, self._trainer.epsilon_callback
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()), None)
         self._run = Run(
-            self._num_classes,
-            self._chance_loss,
-            state.max_steps,
-            1 if is_stream(state) else state.num_train_epochs,
-            self._num_eval_examples,
-            self._prefix,
-            self._epsilon_grows,
+            num_classes=self._trainer.model.config.num_labels,
+            chance_loss=functools.cache(self._chance_loss),
+            max_steps=state.max_steps,
+            num_epochs=1 if is_stream(state) else state.num_train_epochs,
+            num_eval_examples=len(dataset) if hasattr(dataset, "__len__") else None,
+            prefix=eval_prefix(self._trainer),
+            epsilon_grows=schedule is not None and schedule.grows(state),
         )
         self._known = set(recorded_alarms(state.log_history))
         if any("adaptation_onset" in entry for entry in state.log_history):
             self._known.add("onset")
 
-    # Between two steps, after the log and the checkpoint of the one before: a run resumed there makes the same probe.
+    # Between two steps, after the log and checkpoint of the previous one: a run resumed there makes the same probe.
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        # Not before the first step: where a new head starts from zero, so does every gradient.
+        # Not before the first step: a new head that starts at zero has zero gradients.
         if state.global_step > 0 and state.global_step % probe_interval(state.max_steps, state.num_train_epochs) == 0:
             self._make_probe()
 
@@ -84,10 +65,10 @@ class AlarmCallback(TrainerCallback):
             self._record(metrics)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs):
-        if self._run is None or logs is None:  # an evaluation by hand, before or after training
+        if self._run is None or logs is None:  # the user called `evaluate` before or after training
             return
-        if f"{self._prefix}_accuracy" in logs and "onset" not in self._known:
-            onset = find_onset(state.log_history, self._num_classes, self._prefix)
+        if f"{self._run.prefix}_accuracy" in logs and "onset" not in self._known:
+            onset = find_onset(state.log_history, self._run.num_classes, self._run.prefix)
             if onset is not None:
                 self._known.add("onset")
                 self._record({"adaptation_onset": onset})
@@ -99,41 +80,26 @@ class AlarmCallback(TrainerCallback):
                 logger.warning(alarm.message)
             self._record(alarm_entry(alarm.name), message=alarm.message)
             if getattr(args, "abort_on_alarm", False):
-                self._interrupt(AlarmRaised(alarm.message))
+                self._trainer.interruption.request(AlarmRaised(alarm.message))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         self._run = None
 
-
-def make_alarm_callback(trainer: Any) -> AlarmCallback:
-    """The [`AlarmCallback`] of a [`RobustTrainer`]."""
-    dataset, num_classes = trainer.eval_dataset, trainer.model.config.num_labels
-    if isinstance(dataset, dict):
-        dataset = next(iter(dataset.values()), None)
-
     @torch.no_grad()
-    def chance_loss() -> float:
-        labels = torch.arange(min(num_classes, 32), device=trainer.args.device)
-        logits = torch.zeros(len(labels), num_classes, device=trainer.args.device)
-        args = trainer.args
+    def _chance_loss(self) -> float:
+        """The training loss of a model that gives every class the same probability."""
+        trainer, args = self._trainer, self._trainer.args
+        num_classes = trainer.model.config.num_labels
+        labels = torch.arange(min(num_classes, 32), device=args.device)
+        logits = torch.zeros(len(labels), num_classes, device=args.device)
         options = {"weight": args.robust_loss_weight, "label_smoothing": args.label_smoothing_factor}
         return trainer.robust_loss(logits, logits, labels, **options).mean().item()
 
-    def record(metrics: dict[str, float], message: str | None = None) -> None:
-        # A text is kept in the history only, for tools that read logs want numbers.
+    def _record(self, metrics: dict[str, float], message: str | None = None) -> None:
+        """Log numbers. The message goes into the history only, since loggers expect numbers."""
+        trainer = self._trainer
         position, should_log = len(trainer.state.log_history), trainer.control.should_log
         trainer.log(metrics)
-        trainer.control.should_log = should_log  # the log that is due is another one
+        trainer.control.should_log = should_log  # this was not the training log that is due
         if message is not None:
             trainer.state.log_history[position]["message"] = message
-
-    return AlarmCallback(
-        num_classes=num_classes,
-        chance_loss=chance_loss,
-        probe=Probe(trainer),
-        record=record,
-        interrupt=trainer.interruption.request,
-        num_eval_examples=len(dataset) if hasattr(dataset, "__len__") else None,
-        prefix=eval_prefix(trainer),
-        epsilon_grows=lambda: trainer.epsilon_callback is not None and trainer.epsilon_callback.grows(trainer.state),
-    )

@@ -1,4 +1,4 @@
-"""`RobustTrainingArguments`: everything about robust fine-tuning that is an argument."""
+"""`RobustTrainingArguments`: the arguments of robust fine-tuning, and their checks."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from ..threat_model import NORMS, ThreatModel, parse_epsilon, parse_epsilons
 from ..utils.values import COUNT, NOT_NEGATIVE, POSITIVE, SECONDS, check_ranges
 
 
-# Learning rate schedules that follow `metric_for_best_model`, and expect it to fall.
+# Learning rate schedules that follow `metric_for_best_model`, which they expect to decrease.
 METRIC_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 ROBUST_METRICS = ("robust_accuracy", "expected_robustness")
 
@@ -41,7 +41,7 @@ class RobustTrainingArguments(TrainingArguments):
         norm (`str`, *optional*, defaults to `"linf"`):
             A name in `hf_rft.threat_model.NORMS`.
         epsilon (`str`, *optional*, defaults to `"4/255"`):
-            Target perturbation strength, in pixels scaled to [0, 1]: a fraction or a decimal.
+            Target perturbation strength, in pixels scaled to [0, 1]; a fraction or a decimal.
 
         > Parameters that control the training attack
 
@@ -50,8 +50,8 @@ class RobustTrainingArguments(TrainingArguments):
         attack_steps (`int`, *optional*, defaults to 7):
             Gradient evaluations per example; 1 for `"fgsm"`.
         attack_steps_schedule (`str`, *optional*, defaults to `"constant"`):
-            `"constant"`, or `"epsilon"`: `attack_steps` times the present share of epsilon, rounded up (18 % cheaper,
-            for 0.7 points of expected robustness, in benchmarks/README.md). Evaluation always takes its full steps.
+            `"constant"`, or `"epsilon"`: `attack_steps` times the current share of epsilon, rounded up (18 % cheaper,
+            for 0.7 points of expected robustness, in benchmarks/README.md). Evaluation always takes all its steps.
         attack_step_size (`float`, *optional*):
             Step size relative to the current epsilon. None: the attack's own rule.
         attack_random_start (`bool`, *optional*, defaults to `True`):
@@ -59,9 +59,9 @@ class RobustTrainingArguments(TrainingArguments):
         attack_model_mode (`str`, *optional*, defaults to `"eval"`):
             Mode of the model while it is attacked: `"eval"` (no dropout) or `"train"`.
         attack_dtype (`str`, *optional*):
-            `"bfloat16"`: the training attack passes through the model under autocast. Gradients are rounded, so it
-            finds slightly weaker examples; these stay inside the ball. Robust accuracy was the same up to the spread
-            of seeds (benchmarks/README.md). Update and evaluation are as they were. None: as the update.
+            `"bfloat16"` runs the training attack under autocast. Gradients are rounded, so its examples, which stay
+            inside the ball, are slightly weaker; robust accuracy was the same within the spread of seeds
+            (benchmarks/README.md). Update and evaluation do not change. None: the precision of the update.
         freeze_batch_norm (`bool`, *optional*, defaults to `True`):
             Keep BatchNorm in evaluation mode while training. If False, the clean and adversarial examples of TRADES
             and MART share their batch statistics.
@@ -71,7 +71,7 @@ class RobustTrainingArguments(TrainingArguments):
         robust_loss (`str`, *optional*, defaults to `"at"`):
             A name in `hf_rft.losses.LOSSES`; `"standard"` is plain fine-tuning.
         robust_loss_weight (`float`, *optional*):
-            Weight of the loss's regulariser, if it has one. None: the published one.
+            Weight of the loss's regulariser, if it has one. None: the published weight.
 
         > Parameters that control the epsilon schedule
 
@@ -85,43 +85,43 @@ class RobustTrainingArguments(TrainingArguments):
         > Parameters that control the evaluation
 
         eval_attack (`str`, *optional*, defaults to `"apgd"`):
-            A name in `hf_rft.attacks.ATTACKS`. Evaluation is at fixed epsilons, whatever the training schedule.
+            A name in `hf_rft.attacks.ATTACKS`. Evaluation uses fixed epsilons, whatever the training schedule.
         eval_attack_steps (`int`, *optional*, defaults to 10):
-            Its gradient evaluations.
+            Gradient evaluations of the evaluation attack.
         eval_epsilons (`list[str]`, *optional*):
             Increasing, from 0, with `epsilon` among them. None: 0, 1/4, 1/2, 3/4 and 1 times `epsilon`. Expected
             robustness depends on this grid.
         eval_attack_during_training (`bool`, *optional*, defaults to `True`):
-            Attack in the evaluations that happen while training runs. If False those report clean accuracy only,
-            which is cheap; calling `evaluate` always attacks.
+            Attack in the evaluations during training. If False, those report only clean accuracy, which is cheap;
+            calling `evaluate` always attacks.
         best_model_at_any_epsilon (`bool`, *optional*, defaults to `False`):
-            Let every evaluation decide which model is the best. If False, only those do that follow a step at the
-            final epsilon: on the ramp, models trained at different epsilons would be compared.
-            `load_best_model_at_end`, `save_strategy="best"` and [`~transformers.EarlyStoppingCallback`] begin there.
+            Let every evaluation determine the best model. If False, only those at the final epsilon count, since
+            models trained at different epsilons are not comparable; `load_best_model_at_end`, `save_strategy="best"`
+            and [`~transformers.EarlyStoppingCallback`] take effect from there.
 
         > Parameters that control the alarms
 
         abort_on_alarm (`bool`, *optional*, defaults to `False`):
-            Stop when an alarm goes off (transfer failure, catastrophic or robust overfitting, gradient masking): a
-            checkpoint is written, and `train` raises [`hf_rft.AlarmRaised`]. If False an alarm is a warning, and an
-            entry of the log history. It goes off once a run: resuming carries on in spite of it.
+            Stop at an alarm (transfer failure, catastrophic or robust overfitting, gradient masking): a checkpoint is
+            written, and `train` raises [`hf_rft.AlarmRaised`]. If False, an alarm is only a warning and an entry of
+            the log history. Each is raised once per run, so resuming continues despite it.
 
         > Parameters that control pushing to the Hub
 
         hub_timeout (`float`, *optional*):
-            Seconds after which an upload is given up. None: five minutes plus the time it takes at 250 kB/s.
+            Time limit of an upload in seconds. None: five minutes plus the time it takes at 250 kB/s.
 
-    Activation checkpointing applies to the update, not to the attack before it, which runs in evaluation mode on the
-    bare model. `torch_compile` applies to both: the pass that an attack repeats is a graph of its own. (CUDA graphs,
-    `torch_compile_mode="reduce-overhead"`, allow no `gradient_accumulation_steps`, a limit of torch.)
+    Activation checkpointing applies to the update, but not to the attack, which runs in evaluation mode on the bare
+    model. `torch_compile` applies to both: the pass that an attack repeats is a separate graph. (CUDA graphs,
+    `torch_compile_mode="reduce-overhead"`, do not support `gradient_accumulation_steps`, a limitation of torch.)
 
     > [!NOTE]
-    > Other defaults than in [`~transformers.TrainingArguments`]: `remove_unused_columns` is `False`: images are
-    > transformed on the fly, from a column that the model does not know. With `load_best_model_at_end`,
-    > `metric_for_best_model` is `"robust_accuracy"` instead of the clean `"loss"`: a model that overfits loses its
-    > robustness first. (It stays `"loss"` with `eval_attack_during_training=False`, and for learning rate schedules
-    > that follow the metric.) The trainer decides on `ddp_find_unused_parameters` and `ddp_broadcast_buffers`, left at
-    > None: parameters are looked for in models that have unused ones, buffers sent if BatchNorm is not frozen.
+    > Defaults that differ from [`~transformers.TrainingArguments`]: `remove_unused_columns` is `False`, since images
+    > are transformed on the fly from a column that the model does not know. With `load_best_model_at_end`,
+    > `metric_for_best_model` is `"robust_accuracy"` instead of the clean `"loss"`, since a model that overfits loses
+    > its robustness first. (It stays `"loss"` with `eval_attack_during_training=False`, and for learning rate
+    > schedules that follow the metric.) If left at None, `ddp_find_unused_parameters` is on only for models that have
+    > unused parameters, and `ddp_broadcast_buffers` only if BatchNorm is not frozen.
 
     Raises:
         ValueError: naming the argument, its value and the remedy.
@@ -144,7 +144,7 @@ class RobustTrainingArguments(TrainingArguments):
     attack_steps_schedule: str = field(
         default="constant",
         metadata={
-            "help": "Take attack_steps always, or fewer while epsilon is below its target.",
+            "help": "Always take attack_steps, or fewer while epsilon is below its target.",
             "choices": ["constant", "epsilon"],
         },
     )
@@ -161,7 +161,7 @@ class RobustTrainingArguments(TrainingArguments):
     attack_dtype: str | None = field(
         default=None,
         metadata={
-            "help": "Precision of the training attack's passes: bfloat16. Default: as the update.",
+            "help": "Precision of the training attack: bfloat16. Default: that of the update.",
             "choices": ["bfloat16"],
         },
     )
@@ -172,7 +172,7 @@ class RobustTrainingArguments(TrainingArguments):
     # --- Loss ---
     robust_loss: str = field(default="at", metadata={"help": "Training loss.", "choices": LOSSES})
     robust_loss_weight: float | None = field(
-        default=None, metadata={"help": "Weight of the loss's regulariser, if any. Default: the published one."}
+        default=None, metadata={"help": "Weight of the loss's regulariser, if any. Default: the published weight."}
     )
 
     # --- Epsilon schedule ---
@@ -185,7 +185,7 @@ class RobustTrainingArguments(TrainingArguments):
     )
     epsilon_schedule_interval: str = field(
         default="step",
-        metadata={"help": "Let epsilon grow with every step, or once an epoch.", "choices": ["step", "epoch"]},
+        metadata={"help": "Change epsilon at every step, or once per epoch.", "choices": ["step", "epoch"]},
     )
 
     # --- Robust evaluation ---
@@ -227,7 +227,7 @@ class RobustTrainingArguments(TrainingArguments):
         self.epsilon = str(self.epsilon)
         self._check_attacks()
         self._check_loss()
-        # Build once: a bad epsilon or schedule is an error now, not after the model was loaded.
+        # Raise for a bad epsilon or schedule now, not after the model has been loaded.
         ThreatModel(self.norm, self.epsilon)
         EpsilonScheduleCallback(self.make_epsilon_schedule(), self.epsilon_schedule_interval)
         self._check_eval_epsilons()
@@ -262,12 +262,12 @@ class RobustTrainingArguments(TrainingArguments):
                 )
         if self.attack_steps_schedule != "constant" and self.attack == "fgsm":
             raise ValueError(
-                f"`attack_steps_schedule={self.attack_steps_schedule!r}` has nothing to vary: `attack='fgsm'` takes "
-                "exactly one step. Leave it 'constant', or set `attack='pgd'`."
+                f"`attack_steps_schedule={self.attack_steps_schedule!r}` has no effect: `attack='fgsm'` takes exactly "
+                "one step. Leave it 'constant', or set `attack='pgd'`."
             )
         if self.attack_dtype is not None and self.fp16:
             raise ValueError(
-                f"`attack_dtype={self.attack_dtype!r}` is lost with `fp16=True`, which has the whole model compute in "
+                f"`attack_dtype={self.attack_dtype!r}` has no effect with `fp16=True`, which runs the whole model in "
                 "float16; leave it out, or set `bf16=True` instead of `fp16`."
             )
 
@@ -280,8 +280,8 @@ class RobustTrainingArguments(TrainingArguments):
         has_own_objective = LOSSES[self.robust_loss].attack_objective == "kl"
         if has_own_objective and self.attack == "apgd_dlr":
             raise ValueError(
-                f"`attack='apgd_dlr'` brings its own objective, but `robust_loss={self.robust_loss!r}` attacks a "
-                "divergence of its own; set `attack='apgd'`."
+                f"`attack='apgd_dlr'` has its own objective, but so does `robust_loss={self.robust_loss!r}`; set "
+                "`attack='apgd'`."
             )
         if has_own_objective and not self.attack_random_start:
             raise ValueError(
@@ -293,16 +293,16 @@ class RobustTrainingArguments(TrainingArguments):
         target = parse_epsilon(self.epsilon)
         if target == 0:
             raise ValueError(
-                f"`epsilon={self.epsilon!r}` leaves nothing to attack; for plain fine-tuning set "
-                "`robust_loss='standard'`, and `epsilon` to the strength at which robustness is measured."
+                f"`epsilon={self.epsilon!r}` means no attack; for plain fine-tuning set `robust_loss='standard'`, and "
+                "`epsilon` to the strength at which robustness is measured."
             )
         grid = self.epsilon_grid
         if self.eval_epsilons is not None:
             self.eval_epsilons = [str(epsilon) for epsilon in self.eval_epsilons]
         if target not in grid:
             raise ValueError(
-                f"`eval_epsilons={self.eval_epsilons}` does not hold `epsilon={self.epsilon!r}`, at which "
-                "`robust_accuracy` is measured; add it."
+                f"`eval_epsilons={self.eval_epsilons}` lacks `epsilon={self.epsilon!r}`, at which `robust_accuracy` "
+                "is measured; add it."
             )
         metric = self.metric_for_best_model or ""
         if not self.eval_attack_during_training and metric.endswith(ROBUST_METRICS):
@@ -312,8 +312,8 @@ class RobustTrainingArguments(TrainingArguments):
             )
 
     def _check_supported(self) -> None:
-        """Refuse what would silently train or measure something else."""
-        # The older names: transformers before 5.23 has no others, and later versions keep them equal to the new ones.
+        """Refuse settings that would silently train or measure something else."""
+        # These older names work in all supported versions; transformers 5.23 added others.
         checkpointing = self.gradient_checkpointing_kwargs
         if self.gradient_checkpointing and isinstance(checkpointing, dict) and checkpointing.get("use_reentrant"):
             raise ValueError(
@@ -323,13 +323,13 @@ class RobustTrainingArguments(TrainingArguments):
         started = int(os.environ.get("WORLD_SIZE") or 1) if "LOCAL_RANK" in os.environ else 1  # by torchrun
         if started != self.world_size:
             raise ValueError(
-                f"{started} processes were started, but each would train by itself into the same `output_dir`: they "
-                "find each other without an accelerator only with `use_cpu=True`. Set it, or start one process."
+                f"{started} processes were started, but each would train by itself into the same `output_dir`: "
+                "without an accelerator, they need `use_cpu=True` to communicate. Set it, or start one process."
             )
         if self.enable_jit_checkpoint:
             raise ValueError(
-                "`enable_jit_checkpoint=True` saves before the optimizer step that it then takes, so that resuming "
-                "takes it twice. Leave it out: `RobustTrainer` saves and stops on SIGTERM by itself."
+                "`enable_jit_checkpoint=True` saves before the optimizer step that it then takes, so resuming takes "
+                "it twice. Leave it out: `RobustTrainer` saves and stops on SIGTERM by itself."
             )
         for name, needed in (("eval_do_concat_batches", True), ("batch_eval_metrics", False)):
             if getattr(self, name) != needed:
@@ -339,7 +339,7 @@ class RobustTrainingArguments(TrainingArguments):
 
 
 def _read_json(name: str, value: Any) -> Any:
-    """A dictionary, which the command line gives as JSON."""
+    """A dictionary, given as JSON on the command line."""
     if not isinstance(value, str):
         return value
     try:

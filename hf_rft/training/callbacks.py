@@ -1,4 +1,4 @@
-"""Callbacks of every run: the schedule of epsilon, and what `Trainer` leaves undone."""
+"""Callbacks for the epochs of the dataset, waiting for data, steps without an attack, and the best checkpoint."""
 
 import math
 import time
@@ -16,10 +16,10 @@ logger = logging.get_logger(__name__)
 
 
 class DatasetEpochCallback(TrainerCallback):
-    """Tells the training dataset which epoch begins, if it has a `set_epoch`, and counts the passes over a stream.
+    """Calls `set_epoch` of the training dataset, if it has one, and counts the passes over a stream.
 
-    Accelerate tells it too, but not a dataset behind a sharded batch sampler (several processes), where random
-    augmentation would then repeat itself every epoch.
+    accelerate calls it too, but not for a dataset behind a sharded batch sampler (several processes), where random
+    augmentation would repeat itself every epoch.
     """
 
     def on_epoch_begin(
@@ -30,8 +30,8 @@ class DatasetEpochCallback(TrainerCallback):
             set_epoch(math.floor(state.epoch or 0.0))
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        # `Trainer` counts a step as 1 / max_steps of an epoch, and so never learns that the pass is complete: a run
-        # resumed here would begin by ending it once more.
+        # `Trainer` counts a step as 1 / max_steps of an epoch, and does not notice that the pass is complete: a run
+        # resumed here would start by completing it again.
         if is_stream(state) and not control.should_training_stop:
             state.epoch = math.floor(state.epoch or 0.0) + 1.0
 
@@ -41,7 +41,7 @@ class DataWaitCallback(TrainerCallback):
 
     Args:
         waited (`Callable[[], float]`):
-            Seconds spent waiting for batches so far.
+            Returns the seconds spent waiting for batches so far.
     """
 
     def __init__(self, waited: Callable[[], float]):
@@ -61,24 +61,19 @@ class DataWaitCallback(TrainerCallback):
 
 
 def data_wait_message(waited: float, elapsed: float, num_workers: int) -> str | None:
-    """What to do if more than a tenth of the time went into waiting; None if less, or in the first minute."""
+    """A warning if more than 10 % of the time was spent waiting; None otherwise, and in the first minute."""
     if elapsed < 60 or waited <= 0.1 * elapsed:
         return None
     return (
-        f"{waited / elapsed:.0%} of the training time so far went into waiting for batches. Raise "
-        f"`dataloader_num_workers` (now {num_workers}), or prepare smaller images beforehand."
+        f"{waited / elapsed:.0%} of the training time so far was spent waiting for batches. Raise "
+        f"`dataloader_num_workers` (now {num_workers}), or resize the images beforehand."
     )
 
 
 class AttackCheckCallback(TrainerCallback):
-    """Ends training, before the weights change, if a step in which an attack was due ran none.
+    """Raises, before the weights change, if a step that should run an attack ran none.
 
-    An override of `compute_loss` that forgets `super()` would otherwise train without any attack, and nobody would
-    notice.
-
-    Args:
-        trainer ([`RobustTrainer`]):
-            Whose attacks are counted.
+    Otherwise an override of `compute_loss` without `super()` would silently train without any attack.
     """
 
     def __init__(self, trainer: Any):
@@ -89,29 +84,27 @@ class AttackCheckCallback(TrainerCallback):
         threat_model, _ = self._trainer.adversary.strength(self._trainer.share_of_epsilon)
         if self._before == before and not threat_model.is_trivial:
             raise RuntimeError(
-                f"{type(self._trainer).__name__} ran no attack in optimizer step {state.global_step + 1}, where the "
-                "schedule asks for one: this would be training without robustness. If it overrides `compute_loss` or "
+                f"{type(self._trainer).__name__} ran no attack in optimizer step {state.global_step + 1}, although "
+                "epsilon is above 0: the model would not become robust. If it overrides `compute_loss` or "
                 "`training_step`, call `super()` there; `super().compute_loss(..., return_outputs=True)` also returns "
-                "the outputs for the attacked images. Another loss, such as one with class weights, is better passed "
-                "as `RobustTrainer(robust_loss=...)`; to train without attacks set `robust_loss='standard'`."
+                "the outputs for the attacked images. Pass another loss, such as one with class weights, as "
+                "`RobustTrainer(robust_loss=...)`; to train without attacks set `robust_loss='standard'`."
             )
 
 
 class BestCheckpointCallback(TrainerCallback):
-    """Forgets a best checkpoint that a resumed run can no longer load, so that another one becomes the best, and says
-    if none was found.
-    """
+    """Forgets a best checkpoint that a resumed run cannot load, and warns at the end if there is no best one."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         best = state.best_model_checkpoint
         if best is not None and (reason := why_incomplete(best)) is not None:
-            logger.warning("The best checkpoint so far, %s, is ignored, it is not complete: %s.", best, reason)
+            logger.warning("The best checkpoint so far, %s, is ignored because it is not complete: %s.", best, reason)
             state.best_model_checkpoint = state.best_metric = state.best_global_step = None
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         if args.load_best_model_at_end and state.best_metric is None and state.is_world_process_zero:
             logger.warning(
-                "There is no best model to load: no evaluation was made once epsilon had its final value. The model "
-                "is that of the last step. Evaluate more often, let the schedule end earlier, or set "
+                "There is no best model to load: no evaluation took place at the final epsilon. The model is that of "
+                "the last step. Evaluate more often, let the schedule end earlier, or set "
                 "`best_model_at_any_epsilon=True`."
             )

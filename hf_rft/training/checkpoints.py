@@ -1,7 +1,7 @@
 """Checkpoint folders: which are complete, which could run code, and restoring a model from one.
 
-A process can be killed at any moment, also while it writes a checkpoint. So a checkpoint counts only if it holds a
-marker, written after everything else, which lists its files and their sizes, and if they are all there.
+A process can be killed while it writes a checkpoint. So a checkpoint counts only if it has a marker, written last,
+which lists its files and their sizes, and if all of them are there.
 """
 
 import copy
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.trainer_pt_utils import safe_globals
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_NAME, logging
 from transformers.utils.peft_utils import ADAPTER_WEIGHTS_NAME
 
@@ -29,22 +29,18 @@ logger = logging.get_logger(__name__)
 
 MARKER_NAME = "checkpoint_complete.json"
 
-# What `Trainer` saves with pickle, apart from training_args.bin, which nothing loads.
+# What `Trainer` pickles, except for training_args.bin, which is never loaded.
 _PICKLES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "rng_state*.pth")
 
 
 def mark_complete(folder: str | os.PathLike) -> None:
     """Write the marker, once every process has written its files."""
     files = [path for path in sorted(Path(folder).rglob("*")) if path.is_file() and path.name != MARKER_NAME]
-    for path in files:
-        _flush(path)  # a machine that is switched off must not keep the marker and lose what it vouches for
+    for path in files:  # a machine that loses power must not keep the marker without the files
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     write_text(Path(folder) / MARKER_NAME, json.dumps({"files": sizes}, indent=2) + "\n")
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
 
 
 def why_incomplete(folder: str | os.PathLike) -> str | None:
@@ -67,11 +63,8 @@ def why_incomplete(folder: str | os.PathLike) -> str | None:
 
 def all_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     """Folders that are named like checkpoints, complete or not, oldest first."""
-    found = []
-    for folder in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", folder.name)) and folder.is_dir():
-            found.append((int(match[1]), folder))
-    return [folder for _, folder in sorted(found)]
+    folders = map(Path, sort_checkpoints(str(output_dir)))
+    return [folder for folder in folders if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name)]
 
 
 def complete_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
@@ -82,26 +75,26 @@ def complete_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
         if reason is None:
             complete.append(folder)
         else:
-            logger.warning("%s is ignored, it is not complete: %s.", folder, reason)
+            logger.warning("%s is ignored because it is not complete: %s.", folder, reason)
     return complete
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> Path | None:
-    """Where a run that was interrupted can go on; None if no complete checkpoint was written."""
+    """Where an interrupted run can resume; None if there is no complete checkpoint."""
     complete = complete_checkpoints(output_dir)
     return complete[-1] if complete else None
 
 
 def remove_checkpoint(folder: str | os.PathLike) -> None:
-    """Delete a checkpoint; half deleted, it is no longer a complete one."""
+    """Delete a checkpoint, the marker first, so that a half-deleted one does not count as complete."""
     (Path(folder) / MARKER_NAME).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None, keep: Iterable[str | os.PathLike]) -> None:
-    """Delete the oldest complete checkpoints until `limit` are left, never the newest or one of those to `keep`.
+    """Delete the oldest complete checkpoints until `limit` are left, but never the newest or one of those to `keep`.
 
-    Incomplete ones do not count: they would displace complete ones.
+    transformers' function of this name also counts incomplete checkpoints, which would displace complete ones.
     """
     if limit is None or limit <= 0:
         return
@@ -113,9 +106,9 @@ def rotate_checkpoints(output_dir: str | os.PathLike, limit: int | None, keep: I
 
 
 def check_resumable(folder: str | os.PathLike) -> None:
-    """Refuse a folder from which training cannot go on exactly, or not safely.
+    """Refuse a folder from which training cannot resume exactly or safely.
 
-    A checkpoint without a marker (of a plain `Trainer`, or from the Hub) is accepted with a warning.
+    A checkpoint without a marker (from a plain `Trainer`, or from the Hub) is accepted with a warning.
 
     Raises:
         ValueError: naming what is wrong.
@@ -123,7 +116,7 @@ def check_resumable(folder: str | os.PathLike) -> None:
     names = [path.name for path in Path(folder).iterdir()] if Path(folder).is_dir() else []
     if "trainer_state.json" not in names:
         raise ValueError(
-            f"`resume_from_checkpoint={str(folder)!r}` is no checkpoint: it holds no trainer_state.json. Name a "
+            f"`resume_from_checkpoint={str(folder)!r}` is not a checkpoint: it has no trainer_state.json. Give a "
             f"folder such as {PREFIX_CHECKPOINT_DIR}-500, or True for the last complete one of `output_dir`."
         )
     reason = why_incomplete(folder)
@@ -133,64 +126,60 @@ def check_resumable(folder: str | os.PathLike) -> None:
             "True for the last complete one of `output_dir`."
         )
     if reason is not None:
-        logger.warning("Resuming from %s, of which nobody knows whether it is complete: %s.", folder, reason)
-    if not any(name.startswith(("optimizer", "global_step")) for name in names):  # the latter is DeepSpeed's
+        logger.warning("Resuming from %s, which may not be complete: %s.", folder, reason)
+    if not any(name.startswith(("optimizer", "global_step")) for name in names):  # "global_step" is DeepSpeed's
         raise ValueError(
-            f"`resume_from_checkpoint={str(folder)!r}` holds no optimizer state (`save_only_model=True`?), without "
-            "which training does not go on, but begins anew. Load the model from there and train without resuming."
+            f"`resume_from_checkpoint={str(folder)!r}` has no optimizer state (`save_only_model=True`?), so training "
+            "cannot resume from it. Load the model from there and start a new training."
         )
     check_pickles(folder)
 
 
 def check_pickles(folder: str | os.PathLike) -> None:
-    """Refuse a checkpoint that resuming cannot read, before anything of it was restored.
+    """Refuse a checkpoint with pickles that are damaged or could run code, before anything is restored from it.
 
-    torch's own message names no file, and advises to open it without the restriction that protects.
+    torch's own error does not name the file, and advises loading it without protection.
 
     Raises:
-        ValueError: naming the file: damaged, or a pickle that holds more than tensors and plain values (it could run
-            code), or weights as a pickle.
+        ValueError: naming the file.
     """
     folder = Path(folder)
     for path in sorted(path for pattern in _PICKLES for path in folder.glob(pattern)):
         try:
             with safe_globals():
                 torch.load(path, map_location="meta", mmap=True, weights_only=True)
-        except Exception as error:  # on damaged files, whatever the decoder comes across
+        except Exception as error:  # damaged files raise all kinds of errors
             raise ValueError(
-                f"{path} is not loaded ({type(error).__name__}): it is damaged, or a pickle that holds more than "
-                "tensors and plain values and could run code. Resume from another checkpoint."
+                f"{path} is not loaded ({type(error).__name__}): it is damaged, or a pickle with more than tensors "
+                "and plain values, which could run code. Resume from another checkpoint."
             ) from None
     for name in (WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json", ADAPTER_WEIGHTS_NAME):
         if (folder / name).exists() and not list(folder.glob("*.safetensors")):
             raise ValueError(
-                f"{folder / name} is not loaded: the checkpoint holds its weights as a pickle, which could run code. "
-                "Resume from a checkpoint with safetensors files, as `RobustTrainer` writes them."
+                f"{folder / name} is not loaded: weights in a pickle could run code. Resume from a checkpoint with "
+                "safetensors files, as `RobustTrainer` writes them."
             )
 
 
 def restore_weights(model: nn.Module, folder: str | os.PathLike, *, sharded: bool = False) -> bool:
     """Load every tensor of an ordinary transformers checkpoint into `model`, in place.
 
-    `Trainer` loads a checkpoint's raw keys, which skips, with a warning only, every tensor whose name the saved format
-    changes (ViT, DeiT, BEiT, DINOv2, Swin): huggingface/transformers#43701. `from_pretrained` maps the names. Delete
-    this function and its two calls when that issue is fixed.
+    `Trainer` loads a checkpoint by its raw keys, and skips every tensor whose name differs in the saved format (ViT,
+    DeiT, BEiT, DINOv2, Swin) with just a warning: huggingface/transformers#43701. `from_pretrained` maps the names.
+    Delete this function and its two calls when that issue is fixed.
 
     Returns:
-        `bool`: False if the folder or the model is of another kind (PEFT, or divided over processes); then nothing was
-        done.
+        `bool`: False if nothing was loaded, because the model is sharded or a PEFT model.
 
     Raises:
-        ValueError: if a tensor is missing, left over or has another shape.
+        ValueError: if a tensor is missing, unexpected or has another shape.
     """
-    has_weights = any(
-        os.path.isfile(os.path.join(folder, name)) for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-    )
+    has_weights = any(Path(folder, name).is_file() for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
     if sharded or not has_weights or not isinstance(model, PreTrainedModel):
         return False
     check_weight_index(folder)
     config = copy.deepcopy(model.config)
-    # Other sizes are let through here and refused below, with the missing ones.
+    # Mismatched sizes are refused below, together with missing tensors.
     options = {"config": config, "use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     restored, report = cast(tuple, type(model).from_pretrained(folder, **options))
     problems = {kind: sorted(map(str, keys)) for kind, keys in report.items() if kind.endswith("_keys") and keys}

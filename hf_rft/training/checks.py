@@ -1,4 +1,4 @@
-"""Checks of what a user hands over, before anything is computed from it."""
+"""Checks before training: the model, the datasets, the loss, the attack and the kind of parallelism."""
 
 import inspect
 from collections.abc import Callable
@@ -6,6 +6,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import torch
+from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -14,7 +16,6 @@ from ..data.augmentation import SeededAugmentation
 from ..data.labels import LABEL_COLUMNS, check_class_order
 from ..losses import LOSSES, RobustLoss
 from ..models.classifier import check_labels
-from .distributed import check_parallelism
 
 
 logger = logging.get_logger(__name__)
@@ -29,7 +30,7 @@ def check_setup(trainer: Trainer) -> None:
     if trainer.processing_class is None:
         raise ValueError(
             "`processing_class` is None; pass the model's image processor, "
-            "`AutoImageProcessor.from_pretrained(...)`: perturbations are measured in its pixels."
+            "`AutoImageProcessor.from_pretrained(...)`, which says how pixels are normalised."
         )
     config = getattr(trainer.model, "config", None)
     num_labels, problem_type = getattr(config, "num_labels", None), getattr(config, "problem_type", None)
@@ -56,47 +57,47 @@ def check_setup(trainer: Trainer) -> None:
 
 
 def check_loss(robust_loss: RobustLoss, args: Any, attack: Callable | None) -> None:
-    """Refuse a loss of another signature, a weight that it does not have, and an attack that cannot serve it."""
+    """Refuse a loss with another signature, a weight the loss does not have, and an attack it cannot use."""
     for name, function in (("robust_loss", robust_loss.function), ("attack", attack)):
         if function is not None and not callable(function):
             raise ValueError(
-                f"`{name}={function!r}` is no function; pass one, or name a built-in one with "
+                f"`{name}={function!r}` is not a function; pass one, or name a built-in one with "
                 f"`RobustTrainingArguments({name}=...)`."
             )
     _check_loss_signature(robust_loss.function)
     weight = args.robust_loss_weight
     if weight is not None and robust_loss in LOSSES.values() and robust_loss.weight is None:
         raise ValueError(
-            f"`robust_loss_weight={weight}` has no meaning for `robust_loss={args.robust_loss!r}`; leave it out, or "
+            f"`robust_loss_weight={weight}` has no effect on `robust_loss={args.robust_loss!r}`; leave it out, or "
             "choose 'trades' or 'mart'."
         )
     if robust_loss.attack_objective == "kl" and attack is not None and not takes(attack, "objective"):
         raise ValueError(
-            f"`attack={attack!r}` takes no `objective`, but this `robust_loss` chooses what its attack increases; add "
-            "the argument `objective`, a function of logits and labels."
+            f"`attack={attack!r}` takes no `objective`, but this `robust_loss` chooses what the attack increases; add "
+            "an `objective` argument: a function of logits and labels."
         )
 
 
 def _check_loss_signature(function: Callable) -> None:
-    """Refuse a loss that cannot be called as training will; one whose signature cannot be read is let through."""
+    """Refuse a loss that cannot be called as in training; accept one whose signature cannot be read."""
     try:
         inspect.signature(function).bind(None, None, None, weight=None, label_smoothing=0.0)
     except TypeError as error:
         raise ValueError(
             f"`robust_loss={function!r}` must take `(clean_logits, adversarial_logits, labels, *, weight, "
-            f"label_smoothing)`, which its signature {inspect.signature(function)} does not: {error}. Take what it "
-            "does not use as well, or `**_`."
+            f"label_smoothing)`, but its signature is {inspect.signature(function)}: {error}. Add `**_` for arguments "
+            "it does not use."
         ) from error
     except ValueError:  # some callables written in C have no signature
         pass
 
 
 def check_dataset(name: str, dataset: Any, num_labels: int) -> None:
-    """Refuse an empty dataset, and labels the model has no class for, where the dataset can tell.
+    """Refuse an empty dataset and, if the dataset allows to check, labels the model has no class for.
 
     Args:
         name (`str`):
-            The argument, for the message.
+            Name of the argument, for the message.
         dataset:
             Any dataset, a dictionary of them, or None.
         num_labels (`int`):
@@ -118,5 +119,80 @@ def check_dataset(name: str, dataset: Any, num_labels: int) -> None:
     if isinstance(dataset, datasets.Dataset):
         for column in LABEL_COLUMNS:
             dtype = getattr(dataset.features.get(column), "dtype", "")
-            if dtype.startswith(("int", "uint")):  # other columns are the transform's to turn into labels
+            if dtype.startswith(("int", "uint")):  # a transform must convert other types
                 check_labels(f"`{name}`", np.asarray(dataset.with_format("numpy")[column][:]), num_labels)
+
+
+def check_parallelism(trainer: Any) -> None:
+    """Refuse kinds of parallelism that would deadlock, or train or evaluate differently from one process.
+
+    DDP, FSDP2 and DeepSpeed ZeRO-1 and -2 are supported.
+
+    Raises:
+        ValueError: naming the setting, why it is not supported, and the remedy.
+    """
+    args, state = trainer.args, trainer.accelerator.state
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process (DataParallel) are not supported; start one process per GPU "
+            "with `accelerate launch` or `hf-rft train --num_processes`, or set CUDA_VISIBLE_DEVICES to one."
+        )
+    if args.world_size > 1 and not args.accelerator_config.even_batches:
+        raise ValueError(
+            "`even_batches=False` lets some processes run out of batches while the others wait for their gradients; "
+            "leave it True: the examples that pad the last batch are not counted."
+        )
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    sizes = {name: getattr(parallelism, name, None) or 1 for name in ("tp_size", "cp_size", "sp_size")}
+    divided = {name: size for name, size in sizes.items() if size > 1}
+    if divided or getattr(trainer, "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            f"Processes that share one batch ({divided or 'a model that was split when it was loaded'}) are not "
+            "supported: loss and noise assume that each process has its own examples. Use data parallelism only: DDP, "
+            "FSDP2 or DeepSpeed ZeRO-2."
+        )
+    if trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3:
+        raise ValueError(
+            "DeepSpeed `zero_stage: 3` is not supported: all processes must gather the weights together in each pass, "
+            "but an attack may take more passes on one process than on another. Set `zero_stage: 2`, or use FSDP2 "
+            "(`hf-rft train --accelerate_config fsdp`)."
+        )
+    if trainer.is_fsdp_enabled:
+        _check_fsdp(trainer, state.fsdp_plugin)
+    if (
+        args.world_size > 1
+        and isinstance(trainer.train_dataset, torch.utils.data.IterableDataset)
+        and args.accelerator_config.dispatch_batches is False
+    ):
+        logger.warning(
+            "With `dispatch_batches=False` each process reads its own part of the iterable `train_dataset`. If the "
+            "parts have different lengths, some examples are repeated and count twice; leave `dispatch_batches` out "
+            "to train as one process would."
+        )
+
+
+def _check_fsdp(trainer: Any, plugin: Any) -> None:
+    problem = None
+    if plugin.fsdp_version != 2:
+        problem = f"`fsdp_version: {plugin.fsdp_version}` flattens the weights; set it to 2"
+    elif "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        problem = (
+            f"`fsdp_state_dict_type: {plugin.state_dict_type}` saves no model that `from_pretrained` can load; set "
+            "it to FULL_STATE_DICT"
+        )
+    elif plugin.cpu_ram_efficient_loading:
+        problem = "`fsdp_cpu_ram_efficient_loading: true` starts processes without weights; set it to false"
+    elif isinstance(plugin.cpu_offload, CPUOffloadPolicy):
+        problem = "`fsdp_offload_params: true` would move all weights back for each attack; set it to false"
+    elif trainer.args.torch_compile:
+        problem = "`torch_compile=True` is untested with sharded weights; set it to False"
+    else:
+        try:  # accelerate calls this method, which some models lack
+            trainer.model.get_input_embeddings()
+        except NotImplementedError:
+            problem = (
+                f"accelerate cannot shard a {type(trainer.model).__name__}, which has no `get_input_embeddings`; use "
+                "DDP (`hf-rft train --accelerate_config multi_gpu`)"
+            )
+    if problem is not None:
+        raise ValueError(f"FSDP: {problem}.")

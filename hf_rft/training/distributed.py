@@ -1,4 +1,6 @@
-"""What several processes need: which parallelism is supported, and how DDP is to treat the model."""
+"""Training with several processes: options of DDP and of the compiler, which examples of a batch are real, and errors
+that all processes raise together.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -8,33 +10,28 @@ import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderDispatcher
 from accelerate.utils import DistributedDataParallelKwargs, DynamoBackend
-from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.utils.data import BatchSampler, IterableDataset
 from transformers import PreTrainedModel, Trainer
-from transformers.utils import logging
 
 from ..models.classifier import blank_image, in_mode
 from ..models.folding import exactly_foldable_pairs
 
 
-logger = logging.get_logger(__name__)
-
-
 def is_sharded(trainer: Trainer) -> bool:
-    """Whether an engine divides weights, gradients or optimizer state over the processes."""
+    """Whether weights, gradients or optimizer state are sharded over the processes."""
     return trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
 
 
 def over_processes(args: Any, batch_size: int) -> int:
-    """Examples in the batch of all processes together; `split_batches` makes the argument that number."""
+    """Number of examples in the global batch; with `split_batches`, `batch_size` already is that number."""
     return batch_size * (1 if args.accelerator_config.split_batches else args.world_size)
 
 
 def prepare_processes(trainer: Any) -> dict[str, Any]:
-    """To be called before the model is wrapped: set the options of DDP, and say how the adversary may save time.
+    """Set the options of DDP, and choose what makes the attack faster. Call it before the model is wrapped.
 
     Returns:
-        `dict`: arguments of [`Adversary`]: `foldable_pairs`, or `compiler_options` with `torch_compile`.
+        `dict`: arguments for [`Adversary`]: `compiler_options` with `torch_compile`, otherwise `foldable_pairs`.
     """
     args, accelerator = trainer.args, trainer.accelerator
     if is_sharded(trainer):
@@ -43,20 +40,20 @@ def prepare_processes(trainer: Any) -> dict[str, Any]:
         set_ddp_options(accelerator.ddp_handler, args, trainer.model)
     dynamo = accelerator.state.dynamo_plugin
     if dynamo is not None and dynamo.backend != DynamoBackend.NO:
-        # A graph for each size of a batch, never one for any size, which is slower: there are few sizes.
+        # A graph per batch size, of which there are few: one for all sizes would be slower.
         if dynamo.dynamic is None:
             dynamo.dynamic = False
         return {"compiler_options": dynamo.to_kwargs()}
-    if args.attack_model_mode == "train":  # with dropout, the graph in training mode is another one
+    if args.attack_model_mode == "train":  # folding is checked in evaluation mode only
         return {}
     return {"foldable_pairs": exactly_foldable_pairs(trainer.model)}
 
 
 def set_ddp_options(ddp: DistributedDataParallelKwargs, args: Any, model: PreTrainedModel) -> None:
-    """Switch off, where the arguments leave it open and it is safe, what DDP would do in every step for nothing.
+    """Switch off needless work of DDP, unless the arguments ask for it.
 
-    Buffers are sent from process 0 to the others; those of a frozen BatchNorm are equal anyway. Parameters that have
-    no gradient are looked for in the whole graph; models without such parameters need no search.
+    DDP broadcasts buffers, although those of a frozen BatchNorm are equal anyway, and searches the graph for
+    parameters without a gradient, which few models have.
     """
     if args.ddp_broadcast_buffers is None and args.freeze_batch_norm:
         ddp.broadcast_buffers = False
@@ -65,9 +62,9 @@ def set_ddp_options(ddp: DistributedDataParallelKwargs, args: Any, model: PreTra
 
 
 def may_have_unused_parameters(model: PreTrainedModel) -> bool:
-    """Whether a trainable parameter has no part in the logits (the mask token of DINOv2, for example).
+    """Whether the logits of a blank image do not depend on some trainable parameter, as the mask token of DINOv2.
 
-    One blank image tells. A model that cannot be asked in this way may have such parameters.
+    True as well for a model that does not take that image.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not parameters:
@@ -75,7 +72,7 @@ def may_have_unused_parameters(model: PreTrainedModel) -> bool:
     with torch.enable_grad(), in_mode(model, training=False):
         try:
             logits = model(pixel_values=blank_image(model)).logits
-        except (RuntimeError, ValueError, AssertionError):  # an image of this size does not suit the model
+        except (RuntimeError, ValueError, AssertionError):  # the model does not take images of this size
             return True
         gradients = torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
     return any(gradient is None for gradient in gradients)
@@ -84,12 +81,12 @@ def may_have_unused_parameters(model: PreTrainedModel) -> bool:
 def leave_process_group(*, all_do: bool = True) -> None:
     """Close the connections to the other processes, if there are any, at the end of a program.
 
-    Otherwise the end of one process races with what the others still read from it; with gloo, some are aborted
-    (SIGABRT), and the launcher reports that instead of their exit status.
+    Otherwise gloo may abort the processes that still read from one that has ended (SIGABRT), and the launcher reports
+    that instead of their exit status.
 
     Args:
         all_do (`bool`, *optional*, defaults to `True`):
-            Whether all processes end here. One that ends alone leaves with gloo only: NCCL would wait for the others.
+            Whether all processes end here. If not, only gloo's connections are closed: NCCL waits for all processes.
     """
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return
@@ -97,26 +94,26 @@ def leave_process_group(*, all_do: bool = True) -> None:
         torch.distributed.destroy_process_group()
 
 
-# --- Which examples of a batch count ---
+# --- Which examples of a batch are real ---
 #
-# All processes need batches of one size, so accelerate completes the last global batch with examples from the first.
-# Only the real ones count, so that several processes train on and measure what one would. In the global batch the
-# repeated ones come last, and each process holds one consecutive piece of it.
+# All processes need batches of the same size, so accelerate pads the last global batch with examples from the first.
+# Only the real examples count, so that several processes train and evaluate as one would. The padding is at the end of
+# the global batch, of which each process holds one consecutive piece.
 
 
 @dataclass
 class OptimizerStep:
-    """What belongs to one optimizer step: the examples it learns from, and how strongly it attacks them."""
+    """The number of examples of one optimizer step, and how strongly they are attacked."""
 
-    examples: int  # of all micro-batches and processes
-    real: list[int]  # of this process, in each micro-batch: those that do not merely complete it
+    examples: int  # real ones, of all micro-batches and processes
+    real: list[int]  # real ones in each micro-batch of this process
     micro_batch: int = 0
     epsilon: float | None = None
     attack_steps: int = 0
 
     @classmethod
     def of(cls, real: list[int], accelerator: Accelerator) -> "OptimizerStep":
-        """The step that learns from micro-batches with these numbers of examples; all processes ask together."""
+        """The step with these numbers of real examples in its micro-batches; all processes must call this."""
         examples = sum(real)
         if accelerator.num_processes > 1:
             examples = int(accelerator.reduce(torch.tensor(examples, device=accelerator.device), "sum"))
@@ -124,11 +121,9 @@ class OptimizerStep:
 
 
 def own_real_examples(remainder: int, batch_size: int, process_index: int) -> int:
-    """How many of this process's `batch_size` examples are real; there may be none.
+    """How many of this process's `batch_size` examples are real, given the number in the global batch.
 
-    Args:
-        remainder (`int`):
-            Real examples in the batch of all processes together. 0 or less stands for all of them, as in accelerate.
+    As in accelerate, a `remainder` of 0 or less means that all are.
     """
     if remainder <= 0:
         return batch_size
@@ -136,10 +131,9 @@ def own_real_examples(remainder: int, batch_size: int, process_index: int) -> in
 
 
 def completed(batches: list, counts: list[int], num_batches: int) -> tuple[list, list[int]]:
-    """`num_batches` micro-batches, and how many examples of each count.
+    """Repeat the last micro-batch, without real examples, until there are `num_batches`.
 
-    Where a pass over a stream ends within an optimizer step, repetitions of which no example counts complete the step:
-    the parent takes it after that many micro-batches only.
+    This is needed where a stream ends within an optimizer step: `Trainer` always waits for that many micro-batches.
     """
     missing = num_batches - len(batches) if batches else 0
     return batches + missing * batches[-1:], counts + missing * [0]
@@ -148,19 +142,18 @@ def completed(batches: list, counts: list[int], num_batches: int) -> tuple[list,
 def training_remainder(dataloader: Any, num_processes: int) -> int:
     """How many examples of the last global batch of a prepared `dataloader`, once it has been fetched, are real.
 
-    accelerate's own `dataloader.remainder` is lost when training resumes within an epoch, and takes the sampler to be
-    as long as the dataset.
+    accelerate's own `dataloader.remainder` is lost when training resumes within an epoch, and assumes that the sampler
+    is as long as the dataset.
 
     Returns:
-        `int`: 0 or less if all are, or if nobody knows: of an iterable dataset with `dispatch_batches=False`, each
-        process reads a part of unknown length.
+        `int`: 0 or less if all are, or if it is unknown (an iterable dataset with `dispatch_batches=False`).
     """
     sampler = dataloader.sampler if isinstance(dataloader.sampler, BatchSampler) else dataloader.batch_sampler
     is_split = getattr(sampler, "split_batches", False)
-    # accelerate's samplers, of one process or of the rest of an epoch after resuming, wrap the one that was prepared.
+    # accelerate wraps the sampler: once per process, and once more to skip batches after resuming.
     while (inner := getattr(sampler, "batch_sampler", None)) is not None:
         sampler, is_split = inner, is_split or getattr(inner, "split_batches", False)
-    # One process reads for all of them, and notes what it found; a sampler of another kind tells no length.
+    # A dispatcher counts what it reads; other kinds of samplers have no length.
     is_counted = isinstance(dataloader, DataLoaderDispatcher) or isinstance(dataloader.dataset, IterableDataset)
     if is_counted or getattr(sampler, "sampler", None) is None or sampler.batch_size is None:
         return dataloader.remainder
@@ -170,7 +163,7 @@ def training_remainder(dataloader: Any, num_processes: int) -> int:
 
 
 def with_real_examples(batches: Iterable, accelerator: Accelerator, counts: list[int]) -> Iterator:
-    """The batches of one process, while `counts` grows by the number of real examples in each."""
+    """The batches of this process; the number of real examples in each is appended to `counts`."""
     for batch in batches:
         size, state = len(batch["labels"]) if "labels" in batch else 0, accelerator.gradient_state
         if size > 0 and state.end_of_dataloader:
@@ -181,7 +174,7 @@ def with_real_examples(batches: Iterable, accelerator: Accelerator, counts: list
 
 
 def first_examples(inputs: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """A batch that holds the first `count` examples of another."""
+    """The first `count` examples of a batch."""
     return {
         name: value[:count] if isinstance(value, torch.Tensor) and value.dim() > 0 else value
         for name, value in inputs.items()
@@ -189,103 +182,28 @@ def first_examples(inputs: Mapping[str, Any], count: int) -> dict[str, Any]:
 
 
 def filled_up(values: torch.Tensor, batch_size: int) -> torch.Tensor:
-    """Zeros behind the rows of a tensor, `batch_size` rows in all: what processes exchange must have one shape."""
+    """The tensor padded with zeros to `batch_size` rows, since processes exchange tensors of one shape."""
     missing = batch_size - len(values)
     return values if missing == 0 else torch.cat([values, values.new_zeros(missing, *values.shape[1:])])
 
 
-# --- Checks ---
-
-
-def check_parallelism(trainer: Any) -> None:
-    """Refuse what would train or measure something else than one process does, or wait for ever.
-
-    DDP, FSDP2 and DeepSpeed ZeRO-1 and -2 remain.
-
-    Raises:
-        ValueError: naming the setting, why it cannot be supported, and the remedy.
-    """
-    args, state = trainer.args, trainer.accelerator.state
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs in one process (DataParallel) are not supported; start one process a GPU "
-            "with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
-        )
-    if args.world_size > 1 and not args.accelerator_config.even_batches:
-        raise ValueError(
-            "`even_batches=False` lets some processes run out of batches while the others wait for their gradients; "
-            "leave it True: the examples that complete the last batch count for nothing."
-        )
-    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
-    sizes = {name: getattr(parallelism, name, None) or 1 for name in ("tp_size", "cp_size", "sp_size")}
-    divided = {name: size for name, size in sizes.items() if size > 1}
-    if divided or getattr(trainer, "is_distributed_loading_by_transformers", False):
-        raise ValueError(
-            f"Several processes that share one batch ({divided or 'a model divided when it was loaded'}) are not "
-            "supported: loss and noise take each process to have examples of its own. Use data parallelism alone: "
-            "DDP, FSDP2 or DeepSpeed ZeRO-2."
-        )
-    if trainer.is_deepspeed_enabled and state.deepspeed_plugin.zero_stage == 3:
-        raise ValueError(
-            "DeepSpeed `zero_stage: 3` is not supported: all processes gather the weights in each pass together, but "
-            "an attack may take more passes on one process than on another. Set `zero_stage: 2`, or use FSDP2 "
-            "(recipes/accelerate_configs/fsdp.yaml)."
-        )
-    if trainer.is_fsdp_enabled:
-        _check_fsdp(trainer, state.fsdp_plugin)
-    if (
-        args.world_size > 1
-        and isinstance(trainer.train_dataset, torch.utils.data.IterableDataset)
-        and args.accelerator_config.dispatch_batches is False
-    ):
-        logger.warning(
-            "With `dispatch_batches=False` each process reads its own part of the iterable `train_dataset`. Should "
-            "the parts end unevenly, examples are repeated, and nobody can tell which; leave `dispatch_batches` out "
-            "to train as one process would."
-        )
-
-
-def _check_fsdp(trainer: Any, plugin: Any) -> None:
-    problem = None
-    if plugin.fsdp_version != 2:
-        problem = f"`fsdp_version: {plugin.fsdp_version}` flattens weights, so that none is whole; set it to 2"
-    elif "FULL_STATE_DICT" not in str(plugin.state_dict_type):
-        problem = (
-            f"`fsdp_state_dict_type: {plugin.state_dict_type}` saves no model that `from_pretrained` could load; set "
-            "it to FULL_STATE_DICT"
-        )
-    elif plugin.cpu_ram_efficient_loading:
-        problem = "`fsdp_cpu_ram_efficient_loading: true` leaves processes without weights at first; set it to false"
-    elif isinstance(plugin.cpu_offload, CPUOffloadPolicy):
-        problem = "`fsdp_offload_params: true` would bring all weights back for each attack anyway; set it to false"
-    elif trainer.args.torch_compile:
-        problem = "`torch_compile=True` has not been tried with divided weights; set it to False"
-    else:
-        try:  # accelerate calls this method of every model, and some have none
-            trainer.model.get_input_embeddings()
-        except NotImplementedError:
-            problem = (
-                f"accelerate cannot divide a {type(trainer.model).__name__}, which has no `get_input_embeddings`; use "
-                "DDP (recipes/accelerate_configs/multi_gpu.yaml)"
-            )
-    if problem is not None:
-        raise ValueError(f"FSDP: {problem}.")
+# --- Losses and gradients that are not finite ---
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or gradient is infinite or not a number; the weights are those of the last optimizer step."""
+    """A loss or gradient is infinite or NaN; the weights are those of the last optimizer step."""
 
 
 def check_finite(what: str, values: torch.Tensor, when: str, world_size: int = 1) -> None:
-    """Refuse NaN and infinity; where `world_size` processes have values of their own, on all of them or none.
+    """Refuse NaN and infinity.
 
     Args:
-        what (`str`):
-            What `values` are, for the message.
+        what, when (`str`):
+            For the message: what the values are; step and micro-batch.
         values (`torch.Tensor`):
-            Of this process; any shape.
-        when (`str`):
-            Step and micro-batch.
+            Values of any shape.
+        world_size (`int`, *optional*, defaults to 1):
+            Number of processes if each has values of its own.
 
     Raises:
         NonFiniteError: on every process if any of them found one.
@@ -302,7 +220,7 @@ def check_finite(what: str, values: torch.Tensor, when: str, world_size: int = 1
         values = values.detach().flatten()[bad]
         where = f"{values[0].item()}" + (f" for examples {positions} of the batch" if len(bad) > 1 else "")
     raise NonFiniteError(
-        f"The {what} is not finite {when}: {where}. No optimizer step was taken from it and no checkpoint written. Go "
-        "on from the last checkpoint with `resume_from_checkpoint=True`, after looking at the images, with a lower "
-        "`learning_rate`, a `max_grad_norm`, or `bf16` in place of `fp16`."
+        f"The {what} is not finite {when}: {where}. No optimizer step was taken and no checkpoint written. Check the "
+        "images, then resume from the last checkpoint (`resume_from_checkpoint=True`) with a lower `learning_rate`, a "
+        "`max_grad_norm`, or `bf16` instead of `fp16`."
     )

@@ -1,4 +1,4 @@
-"""What `RobustTrainer` adds to the evaluation of its parent: metrics and a report of the attacked examples."""
+"""What `RobustTrainer` adds to `Trainer`'s evaluation: robust metrics and a report."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -18,19 +18,16 @@ from .distributed import over_processes
 
 
 def check_can_evaluate(trainer: Any) -> None:
-    """
-    Raises:
-        ValueError: with FSDP2, before training.
-    """
+    """Refuse evaluation before training with FSDP2."""
     if trainer.is_fsdp_enabled and not isinstance(trainer.model, FSDPModule):
         raise ValueError(
-            "FSDP2 can evaluate only a model that it has trained: accelerate divides a model together with its "
+            "With FSDP2 only a trained model can be evaluated, since accelerate shards a model together with its "
             "optimizer. Call `evaluate` after `train`, or start the processes without FSDP."
         )
 
 
 def on_clean_logits(preprocess: Callable | None) -> Callable | None:
-    """A user's `preprocess_logits_for_metrics`, applied to the clean logits only: those a plain `Trainer` has."""
+    """The user's `preprocess_logits_for_metrics`, applied to the clean logits only."""
     if preprocess is None:
         return None
 
@@ -45,7 +42,7 @@ def on_clean_logits(preprocess: Callable | None) -> Callable | None:
 def with_robust_metrics(
     trainer: Any, compute_metrics: Callable | None
 ) -> Callable[[EvalPrediction], dict[str, float]]:
-    """A `compute_metrics` that adds the robust metrics to those of the user's function, which sees clean logits."""
+    """A `compute_metrics` that adds the robust metrics to those of the user's, which gets the clean logits."""
 
     def compute_all(evaluation: EvalPrediction) -> dict[str, float]:
         logits, predictions, _ = cast(tuple[np.ndarray, np.ndarray, np.ndarray], evaluation.predictions)
@@ -60,10 +57,9 @@ def with_robust_metrics(
 
 
 def make_report(trainer: Any, output: Any, dataset: Any, batches: list[AttackedBatch]) -> RobustnessReport | None:
-    """The report of an evaluation, from what the parent's loop returned; the one before if nothing was attacked."""
-    if not isinstance(output.predictions, tuple) or len(trainer.current_evaluator.epsilons) == 1:
-        return trainer.robustness_report
-    if output.num_samples == 0:
+    """The report of what `Trainer`'s evaluation loop returned; the previous report if nothing was attacked."""
+    is_attacked = isinstance(output.predictions, tuple) and len(trainer.current_evaluator.epsilons) > 1
+    if not is_attacked or output.num_samples == 0:
         return trainer.robustness_report
     _, predictions, distances = output.predictions
     batches = gather_object(batches)

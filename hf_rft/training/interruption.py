@@ -1,8 +1,8 @@
-"""Stopping a training run before its end, with nothing lost.
+"""Stopping a training run early without losing anything.
 
-Whoever wants to stop it, a signal or an alarm, makes a request. The optimizer step in progress ends, an ordinary
-checkpoint is written, and once that is complete `train` raises. (transformers' `enable_jit_checkpoint` saves before
-the step that it then takes, and returns as if training had ended.)
+A signal or an alarm requests the stop. The optimizer step in progress is completed, a checkpoint written, and then
+`train` raises. (transformers' `enable_jit_checkpoint` saves before the step that it then takes, and returns as if
+training had ended.)
 """
 
 import contextlib
@@ -15,6 +15,10 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
 
 
 class TrainingInterrupted(RuntimeError):
@@ -22,29 +26,32 @@ class TrainingInterrupted(RuntimeError):
 
     Attributes:
         checkpoint (`str`, *optional*):
-            Folder of that checkpoint; training goes on from there with `resume_from_checkpoint`.
+            Folder of that checkpoint, for `resume_from_checkpoint`.
     """
 
     checkpoint: str | None = None
 
     def __str__(self) -> str:
-        saved = f" Everything up to here is in {self.checkpoint}." if self.checkpoint else ""
-        return super().__str__() + saved
+        return super().__str__() + (f" Everything up to here is in {self.checkpoint}." if self.checkpoint else "")
 
 
 class TrainingPreempted(TrainingInterrupted):
-    """The process was asked to end (SIGTERM), as clusters do before they take a machine away."""
+    """The process received SIGTERM, which clusters send before they reclaim a machine."""
+
+
+class TrainingCancelled(TrainingInterrupted):
+    """Somebody pressed Ctrl-C (SIGINT), inside [`cancellation_requests`]."""
 
 
 class AlarmRaised(TrainingInterrupted):
-    """An alarm went off and `abort_on_alarm` is set."""
+    """An alarm was raised and `abort_on_alarm` is set."""
 
 
-_KINDS = (TrainingPreempted, AlarmRaised)
+_KINDS = (TrainingPreempted, AlarmRaised, TrainingCancelled)
 
 
 class InterruptionCallback(TrainerCallback):
-    """Ends training in an orderly way once somebody has asked for it."""
+    """Ends training with a checkpoint once a stop has been requested."""
 
     def __init__(self):
         self.requested: TrainingInterrupted | None = None
@@ -52,12 +59,12 @@ class InterruptionCallback(TrainerCallback):
         self._is_training = False
 
     def request(self, reason: TrainingInterrupted) -> None:
-        """Stop after the optimizer step in progress, save, and raise `reason`. The first request counts."""
+        """Stop after the optimizer step in progress, save, and raise `reason`. Later requests are ignored."""
         if self.requested is None:
             self.requested = reason
 
     def reset(self) -> None:
-        """Forget the request of an earlier training."""
+        """Forget a request from an earlier training."""
         self.requested, self._is_agreed = None, False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -80,13 +87,7 @@ class InterruptionCallback(TrainerCallback):
         self._is_training = False
 
     def _stop_if_requested(self, args: TrainingArguments, control: TrainerControl) -> TrainerControl:
-        self._agree(args)
-        if self._is_agreed:
-            control.should_save = control.should_training_stop = True
-        return control
-
-    def _agree(self, args: TrainingArguments) -> None:
-        """Signals reach processes at different moments: one that has heard nothing learns of it here."""
+        # Signals reach processes at different moments: a process without a request learns of it here.
         kind = 0
         if self.requested is not None:
             kind = 1 + next(i for i, kind in enumerate(_KINDS) if isinstance(self.requested, kind))
@@ -97,44 +98,62 @@ class InterruptionCallback(TrainerCallback):
         if kind > 0:
             self.request(_KINDS[kind - 1]("Another process of this run was asked to stop."))
             self._is_agreed = True
+        if self._is_agreed:
+            control.should_save = control.should_training_stop = True
+        return control
 
 
 def start_worker_in_own_group(initialize: Callable[[int], None] | None, worker_id: int) -> None:
-    """The start of a data loader's worker process, which signals to the process group of training shall not reach.
+    """Move a data loader's worker out of the process group of training.
 
-    Launchers and users send SIGTERM to that group: it would end the workers, and training with an error, instead of
-    letting the step in progress end.
+    Launchers and users send SIGTERM to that group: it would kill the workers, and so training, before the step in
+    progress is completed.
     """
-    if hasattr(os, "setpgrp"):  # there are no groups on Windows
+    if hasattr(os, "setpgrp"):  # not on Windows
         os.setpgrp()
     if initialize is not None:
         initialize(worker_id)
 
 
 def with_workers_in_own_group(dataloader: Any) -> Any:
-    """A prepared data loader whose workers signals to the process group of training do not reach."""
-    # Behind accelerate's adapter, which reads attributes of the loader it holds, but does not set them.
+    """The prepared data loader, whose workers signals to the process group of training do not reach."""
+    # accelerate's adapter passes on reads of attributes, but not writes.
     loader = getattr(dataloader, "base_dataloader", dataloader)
     if loader.num_workers > 0:
         loader.worker_init_fn = partial(start_worker_in_own_group, loader.worker_init_fn)
     return dataloader
 
 
-@contextlib.contextmanager
-def preemption_requests(interruption: InterruptionCallback) -> Iterator[None]:
-    """While the block runs, SIGTERM is a request to stop; the handler that was there before comes back afterwards.
+def preemption_requests(interruption: InterruptionCallback) -> contextlib.AbstractContextManager[None]:
+    """Treat SIGTERM as a request to stop during the block, and restore the previous handler afterwards.
 
-    Only the main thread of a process can receive signals; in another one nothing changes.
+    Only the main thread can receive signals; in other threads this does nothing.
     """
+    reason = TrainingPreempted("Training received SIGTERM and stopped after this step.")
+    return _handling(signal.SIGTERM, lambda *_: interruption.request(reason))
+
+
+def cancellation_requests(interruption: InterruptionCallback) -> contextlib.AbstractContextManager[None]:
+    """Treat Ctrl-C as a request to stop during the block, and a second one as a `KeyboardInterrupt`.
+
+    For programs: in a notebook, and by default, Ctrl-C ends training at once, without a checkpoint.
+    """
+
+    def on_sigint(*_):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        logger.warning("Stopping after this step, with a checkpoint. Ctrl-C again stops at once, without one.")
+        interruption.request(TrainingCancelled("Training was interrupted (Ctrl-C) and stopped after this step."))
+
+    return _handling(signal.SIGINT, on_sigint)
+
+
+@contextlib.contextmanager
+def _handling(number: signal.Signals, handler: Callable[..., Any]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def on_sigterm(signal_number, frame):
-        interruption.request(TrainingPreempted("Training was asked to end (SIGTERM) and stopped after this step."))
-
-    previous = signal.signal(signal.SIGTERM, on_sigterm)
+    previous = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+        signal.signal(number, signal.SIG_DFL if previous is None else previous)

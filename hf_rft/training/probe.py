@@ -1,7 +1,7 @@
-"""A quick look, while training runs, at how a few training examples fare under a weak and under a stronger attack.
+"""A quick look, during training, at how a few training examples fare under a weak and a stronger attack.
 
-A model that withstands one step but not several has overfitted to one step (*catastrophic overfitting*), and one whose
-input gradient is exactly zero cannot be attacked, nor trained against attacks, by any gradient.
+A model that withstands one step but not several has overfitted to one step (*catastrophic overfitting*). One whose
+input gradient is exactly zero can be neither attacked by gradients nor trained against such attacks.
 """
 
 import contextlib
@@ -23,9 +23,9 @@ from ..utils.noise import PROBE, Generators, example_generators, mix_seed
 
 PROBED_EXAMPLES = 32
 MULTI_STEPS = 10
-# Times a run that the probe is made: once an epoch, but within these bounds.
+# Probes per run: one per epoch, but within these bounds, and not more often than every few steps, since a probe costs
+# as much as a step or two.
 LEAST_PROBES, MOST_PROBES = 10, 100
-# Steps between two of them: a probe costs as much as a step or two.
 LEAST_STEPS = 5
 
 
@@ -38,10 +38,10 @@ def probe(
     random_start: bool = True,
     generator: Generators = None,
 ) -> dict[str, torch.Tensor]:
-    """Look at each example once clean, and at epsilon above 0 under FGSM and under 10-step PGD.
+    """Whether each example is classified correctly: clean and, at epsilon above 0, under FGSM and 10-step PGD.
 
-    Passes: 1 forward and 1 backward for each example at epsilon 0; else at most 14 forward and 12 backward, which is
-    less than that of training twice on the example with the default 7-step attack.
+    Passes per example: 1 forward and 1 backward at epsilon 0; otherwise at most 14 forward and 12 backward, less than
+    training on it twice with the default 7-step attack.
 
     Args:
         forward (`Callable`):
@@ -51,15 +51,15 @@ def probe(
         labels (`torch.Tensor` of shape `(batch,)`):
             True classes.
         threat_model ([`ThreatModel`]):
-            Norm and epsilon, the current one of training.
+            Norm, and the current epsilon of training.
         random_start (`bool`, *optional*, defaults to `True`):
-            Of the single step, as in training: overfitting is to the step that training takes.
+            Whether FGSM starts from a random point. Set it as in training: models overfit to the step they train on.
         generator (`torch.Generator`, or a list of them, one per example, *optional*):
             Source of the random starts.
 
     Returns:
-        `dict[str, torch.Tensor]`: one truth value an example, shape `(batch,)`: `clean_accuracy`,
-        `zero_gradient_share`, and at epsilon above 0 `single_step_accuracy` and `multi_step_accuracy`.
+        `dict[str, torch.Tensor]`: booleans of shape `(batch,)`: `clean_accuracy`, `zero_gradient_share` and, at
+        epsilon above 0, `single_step_accuracy` and `multi_step_accuracy`.
     """
     clean = evaluate(forward, pixels, labels, log_odds)
     found = {"clean_accuracy": ~clean.fooled, "zero_gradient_share": has_zero_gradient(clean.gradient)}
@@ -75,24 +75,20 @@ def probe(
 
 
 class Probe:
-    """[`probe`] of a few training examples of a trainer, at its current epsilon.
-
-    Args:
-        trainer ([`RobustTrainer`]):
-            Its training dataset, collator and adversary are used.
-    """
+    """[`probe`] of a few of a trainer's training examples, at its current epsilon."""
 
     def __init__(self, trainer: Any):
         self._trainer = trainer
         self._batches: list[dict[str, Any]] | None = None
 
     def __call__(self) -> dict[str, float]:
-        """Shares under names that begin with `probe_`. Every process looks at the same examples, and all get the same
-        shares; an empty dictionary if the dataset has no random access.
-        """
+        """Shares named `probe_...`, equal on all processes; empty for a dataset without random access."""
         trainer, found, first = self._trainer, defaultdict(list), 0
         if self._batches is None:
-            self._batches = self._make_batches()
+            examples = probe_examples(trainer.train_dataset, trainer.args.seed)
+            collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="probe")
+            size = trainer._train_batch_size
+            self._batches = [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
         if not self._batches:
             return {}
         threat_model, _ = trainer.adversary.strength(trainer.share_of_epsilon)
@@ -113,45 +109,35 @@ class Probe:
                 )
             for name, values in of_batch.items():
                 found[name].append(values)
-        # Rounding may differ between devices; the mean over processes is the same number on all of them.
+        # Rounding may differ between devices; the mean over processes does not.
         shares = torch.stack([torch.cat(values).double().mean() for values in found.values()]).float()
         shares = trainer.accelerator.reduce(shares, "mean").tolist()
         named = {f"probe_{name}": share for name, share in zip(found, shares, strict=True)}
         return {"probe_epsilon": float(threat_model.epsilon), **named}
 
-    def _make_batches(self) -> list[dict[str, Any]]:
-        trainer = self._trainer
-        examples = probe_examples(trainer.train_dataset, trainer.args.seed)
-        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="probe")
-        size = trainer._train_batch_size
-        return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
-
 
 def probe_interval(max_steps: int, num_epochs: float) -> int:
-    """Optimizer steps from one probe to the next: an epoch, but at least 10 and at most 100 probes a run, and at
-    least 5 steps from one to the next.
-    """
+    """Optimizer steps from one probe to the next: an epoch, but for 10 to 100 probes per run, and at least 5 steps."""
     number = min(max(num_epochs, LEAST_PROBES), MOST_PROBES)
     return max(LEAST_STEPS, round(max_steps / number))
 
 
 def probe_examples(dataset: Any, seed: int) -> list[Any]:
-    """A few examples of a training dataset, drawn at random: the same in every process, and after resuming.
+    """A few random examples of a training dataset: the same ones on every process, and after resuming.
 
-    Random transforms see generators seeded for the purpose (those of a [`SeededAugmentation`] its first epoch); the
-    global ones are untouched afterwards.
+    Random transforms draw from the global generators, which are seeded for them and restored afterwards; a
+    [`SeededAugmentation`] is that of its first epoch.
 
     Returns:
-        `list`: at most 32 examples; empty if the dataset has no random access (an iterable dataset).
+        `list`: at most 32 examples; none if the dataset has no random access.
     """
-    if isinstance(dataset, torch.utils.data.IterableDataset):
-        return []
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+    is_stream = isinstance(dataset, torch.utils.data.IterableDataset)
+    if is_stream or not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         return []
     if isinstance(dataset, SeededAugmentation):
         dataset = SeededAugmentation(dataset.dataset, dataset.transform, dataset.seed)
     count = min(PROBED_EXAMPLES, len(dataset))
-    # Not at equal distances: datasets are often sorted, or repeat their classes in turn.
+    # Not evenly spaced: datasets are often sorted, or cycle through their classes.
     indices = np.random.default_rng(mix_seed(PROBE, seed)).choice(len(dataset), count, replace=False)
     with _global_generators_seeded(seed):
         return [dataset[index] for index in sorted(indices.tolist())]
@@ -159,7 +145,7 @@ def probe_examples(dataset: Any, seed: int) -> list[Any]:
 
 @contextlib.contextmanager
 def _global_generators_seeded(seed: int) -> Iterator[None]:
-    """Python's, numpy's and torch's global generators on the CPU start from `seed`, and go on afterwards as before."""
+    """Seed the CPU generators of Python, numpy and torch for the block, and restore them afterwards."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):

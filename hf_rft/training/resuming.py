@@ -1,6 +1,6 @@
-"""How a run survives being killed: a checkpoint is complete or ignored, and training goes on from the last one.
+"""How a run survives being killed: it resumes from the last complete checkpoint.
 
-Functions that `RobustTrainer` calls around those of `Trainer`; what a complete checkpoint is, says checkpoints.py.
+`RobustTrainer` calls these functions around those of `Trainer`; checkpoints.py defines what a complete checkpoint is.
 """
 
 import contextlib
@@ -46,38 +46,38 @@ def find_checkpoint(trainer: Trainer) -> Path | None:
 
 
 def checkpoint_to_resume(trainer: Trainer, resume_from_checkpoint: str | PathLike | bool | None) -> str | None:
-    """Path of the checkpoint that `train(resume_from_checkpoint=...)` asks for; None to start anew.
+    """Path of the checkpoint that `train(resume_from_checkpoint=...)` asks for; None to start from the beginning.
 
     Raises:
-        ValueError: if there is no such checkpoint, or training cannot go on from it.
+        ValueError: if there is no such checkpoint, or training cannot resume from it.
     """
     if resume_from_checkpoint is True:
         resume_from_checkpoint = find_checkpoint(trainer)
         if resume_from_checkpoint is None:
             raise ValueError(
                 f"`resume_from_checkpoint=True`, but `output_dir={trainer.args.output_dir!r}` holds no complete "
-                "checkpoint; leave it out to start anew."
+                "checkpoint; leave it out to start from the beginning."
             )
     if not resume_from_checkpoint:
         return None
     check_resumable(resume_from_checkpoint)
     if trainer.is_world_process_zero():
-        logger.warning("Training goes on from %s.", resume_from_checkpoint)
+        logger.warning("Training resumes from %s.", resume_from_checkpoint)
     return str(resume_from_checkpoint)
 
 
 def stream_position(
     trainer: Trainer, checkpoint: str | None, max_steps: int, num_train_epochs: int
 ) -> tuple[int, int] | None:
-    """Where to go on in a stream: completed passes, and batches of the present one; None where the parent knows.
+    """Where to resume in a stream: completed passes, and batches of the current one; None where `Trainer` knows.
 
-    The parent takes a stream to be one endless pass; how far the present one has come is in the state.
+    `Trainer` assumes that a stream is one endless pass; the saved state says how far the current one has come.
     """
     if checkpoint is None or not is_stream(trainer.state):
         return None
     if trainer.state.global_step >= max_steps:
-        return num_train_epochs, 0  # nothing is left to do
-    # The parent counts a step as this share of an epoch; the user may have changed `max_steps` since.
+        return num_train_epochs, 0  # training is complete
+    # `Trainer` counts a step as 1 / max_steps of an epoch; the user may have changed `max_steps` since.
     saved = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
     passes = math.floor(saved.epoch)
     steps = round((saved.epoch - passes) * saved.max_steps)
@@ -86,7 +86,7 @@ def stream_position(
 
 @contextlib.contextmanager
 def saved_whole(trainer: Trainer, trial, interruption: InterruptionCallback) -> Iterator[None]:
-    """Around `Trainer._save_checkpoint`: the checkpoint counts once it is complete, and old ones go after that.
+    """Around `Trainer._save_checkpoint`: mark the checkpoint as complete, and only then delete old ones.
 
     Raises:
         OSError: if it could not be written; the message names the last complete one.
@@ -94,9 +94,9 @@ def saved_whole(trainer: Trainer, trial, interruption: InterruptionCallback) -> 
     args, accelerator = trainer.args, trainer.accelerator
     folder = Path(trainer._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
     if args.should_save:
-        remove_checkpoint(folder)  # of an attempt that was killed, or of an earlier run
+        remove_checkpoint(folder)  # left by a killed attempt or an earlier run
     accelerator.wait_for_everyone()
-    limit, args.save_total_limit = args.save_total_limit, None  # the parent would delete old ones too early
+    limit, args.save_total_limit = args.save_total_limit, None  # `Trainer` would delete old ones too early
     try:
         yield
         accelerator.wait_for_everyone()
@@ -104,18 +104,18 @@ def saved_whole(trainer: Trainer, trial, interruption: InterruptionCallback) -> 
             mark_complete(folder)
     except Exception as error:
         if args.should_save:
-            remove_checkpoint(folder)  # torn, it only takes space
+            remove_checkpoint(folder)
         last = last_complete_checkpoint(folder.parent)
         left = f"The last complete checkpoint is {last}" if last else "There is no complete checkpoint"
         raise OSError(
-            f"{folder.name} could not be written after step {trainer.state.global_step}: {error}. {left}; make room "
-            f"(or `output_dir={args.output_dir!r}` writable) and resume."
+            f"{folder.name} could not be written after step {trainer.state.global_step}: {error}. {left}; free space "
+            f"(or make `output_dir={args.output_dir!r}` writable) and resume."
         ) from error
     finally:
         args.save_total_limit = limit
     if args.should_save:
         best = trainer.state.best_model_checkpoint
         rotate_checkpoints(folder.parent, limit, keep=[best] if best else [])
-    accelerator.wait_for_everyone()  # no process goes on, or ends, before the checkpoint is complete
+    accelerator.wait_for_everyone()  # no process continues or ends before the checkpoint is complete
     if interruption.requested is not None:
         interruption.requested.checkpoint = str(folder)

@@ -1,7 +1,7 @@
-"""`RobustTrainer`: `Trainer` that learns from adversarial examples and measures robustness.
+"""`RobustTrainer`: a `Trainer` that learns from adversarial examples and measures robustness.
 
-What must override `Trainer` is here; the parts that do the work are the adversary, the schedule of epsilon, the
-evaluator, the alarms (alarm_callback.py), checkpoints (resuming.py), the card and publishing (sharing.py).
+This file holds the overrides of `Trainer`. The work is done by the adversary, the schedule of epsilon, the evaluator,
+the alarms (alarm_callback.py), resuming.py, card.py and sharing.py.
 """
 
 import contextlib
@@ -22,13 +22,15 @@ from ..attacks import Attack
 from ..evaluation.evaluator import AttackedBatch, Evaluator
 from ..evaluation.report import RobustnessReport
 from ..evaluation.tiers import make_tier
+from ..hub.pushing import PushError
 from ..losses import LOSSES, RobustLoss
 from ..models.classifier import PixelClassifier, batch_norm_frozen, check_batch
 from ..models.pixel_space import PixelNormalization
 from ..schedules import EpsilonSchedule, EpsilonScheduleCallback
 from ..threat_model import ThreatModel
+from . import sharing
 from .adversary import AdversarialAccuracy, Adversary
-from .alarm_callback import make_alarm_callback
+from .alarm_callback import AlarmCallback
 from .arguments import RobustTrainingArguments
 from .callbacks import AttackCheckCallback, BestCheckpointCallback, DatasetEpochCallback, DataWaitCallback
 from .card import write_card
@@ -49,19 +51,18 @@ from .distributed import (
 from .evaluation import check_can_evaluate, make_report, on_clean_logits, with_robust_metrics
 from .interruption import InterruptionCallback, preemption_requests, with_workers_in_own_group
 from .resuming import checkpoint_to_resume, saved_whole, stream_position
-from .sharing import Publisher, logged_push_errors, save_arguments_without_tokens
 
 
 class RobustTrainer(Trainer):
     """Robust fine-tuning of an image classifier.
 
-    The data pipeline is that of any image classification with [`~transformers.Trainer`]: batches hold `pixel_values`,
-    as the image processor returns them, and `labels`. Saved models are ordinary transformers checkpoints.
+    The data pipeline is that of image classification with [`~transformers.Trainer`]: batches hold `pixel_values`, as
+    the image processor returns them, and `labels`. Saved models are ordinary transformers checkpoints.
 
     Args:
         model, args, data_collator, train_dataset, eval_dataset, processing_class, ... :
             As in [`~transformers.Trainer`]. `args` must be [`RobustTrainingArguments`], and `processing_class` the
-            model's image processor, from which the pixel range follows.
+            model's image processor, which defines how pixels are normalised.
         attack (`Callable`, *optional*):
             Training attack with the signature of [`hf_rft.attacks.Attack`], instead of `args.attack`.
         eval_attack (`Callable`, *optional*):
@@ -75,18 +76,18 @@ class RobustTrainer(Trainer):
     `evaluate` returns, besides the loss, `eval_accuracy`, `eval_robust_accuracy` (at `args.epsilon`),
     `eval_expected_robustness` and `eval_accuracy_at_<epsilon>` for each epsilon of the grid; `predict` returns
     (clean logits, predicted label at each epsilon, size of the smallest perturbation found that fools the model), or
-    the logits alone if the dataset has no labels. A `compute_metrics` gets the clean logits, as usual.
+    only the logits if the dataset has no labels. `compute_metrics` gets the clean logits.
 
-    `robustness_report` holds the last such evaluation, the evidence that the model card and `push_to_hub` publish; you
-    may put a report of your own there, from [`evaluate_robustness`].
+    `robustness_report` is the report of the last such evaluation, which the model card and `push_to_hub` publish. You
+    may replace it with your own from [`evaluate_robustness`].
     """
 
     args: RobustTrainingArguments
     model: PreTrainedModel
-    # The loss is divided by the number of examples of the whole optimizer step, not of the micro-batch.
+    # `compute_loss` divides by the number of examples of the whole optimizer step, not of the micro-batch.
     loss_is_scaled_for_ga = True
     robustness_report: RobustnessReport | None = None
-    command: str | None = None  # that started the training, for the card; set by `hf-rft train`
+    command: str | None = None  # the command that started training, for the card
 
     def __init__(
         self,
@@ -102,7 +103,6 @@ class RobustTrainer(Trainer):
         args = RobustTrainingArguments(output_dir="tmp_trainer") if args is None else args
         if not isinstance(args, RobustTrainingArguments):
             raise ValueError(f"`args` must be RobustTrainingArguments, got {type(args).__name__}.")
-        self.publisher = Publisher(self)  # before `Trainer.__init__`, which makes the repository
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
         check_setup(self)
         robust_loss = robust_loss or LOSSES[args.robust_loss]
@@ -133,8 +133,8 @@ class RobustTrainer(Trainer):
             BestCheckpointCallback(),
             DataWaitCallback(lambda: self._seconds_for_data),
             AttackCheckCallback(self),
-            make_alarm_callback(self),
-            self.interruption,  # the last one: others may have requests
+            AlarmCallback(self),
+            self.interruption,  # last, since others may request a stop
         ):
             self.add_callback(callback)
 
@@ -147,7 +147,7 @@ class RobustTrainer(Trainer):
 
     def call_model_init(self, trial=None):
         model = cast(PreTrainedModel, super().call_model_init(trial))
-        if hasattr(self, "adversary"):  # training begins with a new model
+        if hasattr(self, "adversary"):  # `train` begins with a new model
             self.model = model
             self._set_up_attack()
         return model
@@ -158,16 +158,16 @@ class RobustTrainer(Trainer):
         """As [`~transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the last complete checkpoint.
 
         Raises:
-            TrainingPreempted: after SIGTERM; the optimizer step in progress was taken and a checkpoint written.
-            AlarmRaised: with `abort_on_alarm`, likewise.
-            NonFiniteError: if a loss or gradient is not finite; the step was not taken.
+            TrainingPreempted: after SIGTERM, once the optimizer step in progress is done and a checkpoint written.
+            AlarmRaised: with `abort_on_alarm`, once a checkpoint is written.
+            NonFiniteError: if a loss or gradient is not finite; the step is not taken.
         """
         checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
-        self._train_accuracy = AdversarialAccuracy()  # an earlier training may have ended between two logs
+        self._train_accuracy = AdversarialAccuracy()  # an earlier run may have ended between two logs
         self.interruption.reset()
         with preemption_requests(self.interruption):
             output = super().train(checkpoint, *args, **kwargs)
-        if self.interruption.requested is not None:  # too late to stop: this was the end
+        if self.interruption.requested is not None:  # after the last step
             raise self.interruption.requested
         return output
 
@@ -178,11 +178,11 @@ class RobustTrainer(Trainer):
         self._seconds_for_data += time.perf_counter() - start
         batches, counts = completed(batches, counts, num_batches)
         step = OptimizerStep.of(counts, self.accelerator)
-        self._step = step if batches else self._step  # at the end of a pass, the log is about the step before
+        self._step = step if batches else self._step  # at the end of a pass, the log still needs the last step
         return batches, num_items_in_batch
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        # `compute_loss` freezes BatchNorm; activation checkpointing runs the forward pass again during backward.
+        # `compute_loss` freezes BatchNorm until backward ends: activation checkpointing repeats the forward pass.
         try:
             with contextlib.ExitStack() as self._until_backward_ends:
                 return super().training_step(model, inputs, num_items_in_batch)
@@ -193,12 +193,12 @@ class RobustTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         check_batch(inputs, self.model.config.num_labels)
-        if not self.model.training:  # the mean over this process's examples: the parent weights it with their number
+        if not self.model.training:  # `Trainer` weights this process's mean loss by its number of examples
             return super().compute_loss(model, inputs, return_outputs)
         inputs = dict(inputs)
         labels, pixel_values = inputs.pop("labels"), inputs.pop("pixel_values")
         step, is_in_loop = self._step, self._until_backward_ends is not None
-        if step is None or not is_in_loop or step.micro_batch >= len(step.real):  # called by hand: a step by itself
+        if step is None or not is_in_loop or step.micro_batch >= len(step.real):  # called outside training
             step = OptimizerStep(len(labels) * self.args.world_size, [len(labels)])
         with contextlib.ExitStack() as until_loss_is_computed:
             if self.args.freeze_batch_norm:
@@ -213,12 +213,12 @@ class RobustTrainer(Trainer):
             when = f"in micro-batch {step.micro_batch + 1} of optimizer step {self.state.global_step + 1}"
             check_finite("loss", loss, when, self.args.world_size)
         self._train_accuracy.add(adversarial[:real], labels[:real])
-        # DDP averages gradients over processes, and waits for all of them: without a real example it is zero.
+        # DDP averages gradients over all processes; one without real examples contributes zero.
         loss = loss.sum() * self.args.world_size / step.examples
         return (loss, outputs) if return_outputs else loss
 
     def _adversarial_values(self, pixel_values, labels, step: OptimizerStep, inputs: dict[str, Any]):
-        """Adversarial examples, normalised as the processor does; None where no attack is due."""
+        """Adversarial examples, normalised as the processor does; None at epsilon 0."""
         pixels, share = self.classifier.normalization.to_pixels(pixel_values), self.share_of_epsilon
         threat_model, step.attack_steps = self.adversary.strength(share)
         step.epsilon = float(threat_model.epsilon)
@@ -228,12 +228,12 @@ class RobustTrainer(Trainer):
         position = {"optimizer_step": self.state.global_step, "first": before + self.args.process_index * len(pixels)}
         adversarial = self.adversary(pixels, labels, share, **position, **inputs)
         values = self.classifier.normalization.from_pixels(adversarial)
-        # Bytes (a processor that does nothing) cannot hold a perturbation: those stay float.
+        # Bytes (from a processor that does nothing) cannot represent a perturbation: the result stays float.
         return values.to(pixel_values.dtype) if pixel_values.is_floating_point() else values
 
     @property
     def share_of_epsilon(self) -> float:
-        """What the next training step attacks with; 0 for a loss that needs no adversarial examples."""
+        """Share of epsilon for the next training step; 0 for a loss that needs no adversarial examples."""
         if not self.robust_loss.needs_adversarial:
             return 0.0
         callback = self.epsilon_callback
@@ -246,14 +246,14 @@ class RobustTrainer(Trainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
-        # With a loss scale (fp16) infinite gradients are normal now and then: the scaler skips the step.
+        # With loss scaling (fp16), infinite gradients are normal now and then: the scaler skips the step.
         if self.accelerator.scaler is None and not self.is_deepspeed_enabled:
             when = f"before optimizer step {self.state.global_step + 1}, though the loss is"
             check_finite("gradient", torch.as_tensor(grad_norm), when)  # the same on all processes
         return grad_norm
 
     def _determine_best_metric(self, metrics, trial):
-        # Models trained at different epsilons are not compared. Until there is a best one, early stopping waits.
+        # Models trained at different epsilons are not comparable. Early stopping waits for the first best model.
         callback, any_epsilon = self.epsilon_callback, self.args.best_model_at_any_epsilon
         is_comparable = callback is None or not self.robust_loss.needs_adversarial or callback.is_final(self.state)
         return (any_epsilon or is_comparable) and super()._determine_best_metric(metrics, trial)
@@ -276,15 +276,15 @@ class RobustTrainer(Trainer):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Adds to the parent's logits the predicted label at each epsilon, and the distance at which each breaks.
+        """Adds to the logits the predicted label at each epsilon, and the size of the smallest perturbation found.
 
-        Repetitions that complete the last batch are dropped; zeros take their place, so that all processes exchange
-        results of one shape.
+        The examples that pad the last batch are not attacked; zeros replace their results, so that all processes
+        exchange results of the same shape.
         """
         size, state, process = find_batch_size(inputs), self.accelerator.gradient_state, self.args.process_index
         real = own_real_examples(state.remainder, size, process) if state.end_of_dataloader else size
         before = len(self._eval_batches) * over_processes(self.args, self.args.eval_batch_size) + process * size
-        if real < size:  # at least one is kept: the model cannot be asked about nothing
+        if real < size:  # the model needs at least one
             inputs = first_examples(inputs, max(real, 1))
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         attacked = AttackedBatch()
@@ -330,20 +330,16 @@ class RobustTrainer(Trainer):
         if self.is_world_process_zero():
             write_card(self, *args, **kwargs)
 
-    def init_hf_repo(self, token=None, private=None):
-        self.publisher.create_repo(token, private)
+    init_hf_repo = sharing.init_hf_repo
+    push_to_hub = sharing.push_to_hub  # pyright: ignore[reportAssignmentType] (may return a Future)
+    _push_from_checkpoint = sharing.push_from_checkpoint
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        save_arguments_without_tokens(self.args, output_dir)
+        sharing.save_arguments_without_tokens(self.args, output_dir)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        with logged_push_errors("The model is saved."):  # with `args.push_to_hub` the parent pushes what it saved
+        try:
             super().save_model(output_dir, _internal_call)
-
-    @wraps(Publisher.push)
-    def push_to_hub(self, *args, **kwargs):
-        return self.publisher.push(*args, **kwargs)
-
-    def _push_from_checkpoint(self, checkpoint_folder):
-        self.publisher.push_checkpoint(checkpoint_folder)
+        except PushError as error:  # with `args.push_to_hub`, `Trainer` pushes the saved model; training must go on
+            sharing.logger.error("The model is saved. %s", error)

@@ -43,8 +43,8 @@ def check_links(folder: str | Path) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(
-                f"{path} is a link to {path.resolve()}, outside of the folder, which would be published. If that is "
-                "what you want, put a copy in its place (`cp -rL` copies a folder so)."
+                f"{path} is a link to {path.resolve()}, outside the folder; publishing the folder would publish that "
+                "file. If you want that, replace the link with a copy (`cp -rL` copies a folder that way)."
             )
 
 
@@ -65,7 +65,7 @@ def check_writable(argument: str, folder: str | Path, *, needed_bytes: int = 1) 
     """
     written = f"`{argument}={str(folder)!r}`"
     if not str(folder) or "\0" in str(folder):
-        raise ValueError(f"{written} is no name of a folder.")
+        raise ValueError(f"{written} is not a valid folder name.")
     # Find the nearest existing parent, and try to create the missing part below it in a scratch folder there.
     existing = Path(os.path.abspath(folder))
     missing = []

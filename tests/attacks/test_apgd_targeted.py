@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from hf_rft.attacks import apgd, apgd_targeted
-from hf_rft.attacks.base import TargetedDLR
+from hf_rft.attacks.base import targeted_dlr
 from hf_rft.threat_model import ThreatModel
 from hf_rft.utils.noise import example_generators
 
@@ -74,9 +74,9 @@ def test_finds_what_the_untargeted_attack_does_not():
 
 def test_targeted_dlr_is_the_published_ratio():
     logits = torch.tensor([[3.0, 1.0, 0.5, -1.0, -2.0]])
-    value = TargetedDLR(torch.tensor([1]))(logits, torch.tensor([0]))
+    value = targeted_dlr(logits, torch.tensor([0]), targets=torch.tensor([1]))
     assert value.item() == pytest.approx((1 - 3) / (3 - (0.5 - 1) / 2))
-    few = TargetedDLR(torch.tensor([2]))(logits[:, :3], torch.tensor([0]))
+    few = targeted_dlr(logits[:, :3], torch.tensor([0]), targets=torch.tensor([2]))
     assert few.item() == pytest.approx(0.5 - 3)
 
 

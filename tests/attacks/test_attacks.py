@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from hf_rft import threat_model as norms
 from hf_rft.attacks import ATTACKS
 from hf_rft.attacks.base import takes
 from hf_rft.threat_model import NORMS, ThreatModel
@@ -383,3 +384,16 @@ def test_half_precision_does_not_weaken_an_attack_on_a_confident_model():
         fooled[scale] = (model(adversarial).argmax(dim=1) != labels).float().mean().item()
     assert fooled[1] > 0.2
     assert fooled[300] >= fooled[1] - 0.05
+
+
+@pytest.mark.parametrize(("name", "table"), [("pgd", "PATH_LENGTH"), ("apgd", "RULES"), ("square", "MOVES")])
+def test_a_norm_without_a_row_is_an_error_that_names_the_table(name, table, monkeypatch):
+    monkeypatch.setattr(norms, "NORMS", (*NORMS, "l3"))
+    monkeypatch.setitem(norms._NORMS, "l3", norms._NORMS["l2"])
+    pixels, labels = torch.full((2, 3, 6, 5), 0.5), torch.zeros(2, dtype=torch.long)
+    message = (
+        rf"The attack '{name}' has no rule for `norm='l3'`, only for \['linf', 'l2', 'l1'\]; add a row to `{table}` "
+        rf"in hf_rft/attacks/{name}.py."
+    )
+    with pytest.raises(ValueError, match=message):
+        ATTACKS[name](make_model(), pixels, labels, threat_model=ThreatModel("l3", 0.1), steps=3)

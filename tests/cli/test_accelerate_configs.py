@@ -1,6 +1,5 @@
-"""Every file of recipes/accelerate_configs, as accelerate itself reads it."""
+"""Every configuration of accelerate that comes with the package, as accelerate itself reads it."""
 
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +7,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import FullyShardedDataParallelPlugin
 from conftest import make_model
 
-from hf_rft.training.distributed import check_parallelism
+from hf_rft.cli import recipes
+from hf_rft.training.checks import check_parallelism
 
 
-FOLDER = Path(__file__).parents[2] / "recipes" / "accelerate_configs"
+FOLDER = recipes.FOLDER / "accelerate_configs"
 PROCESSES = {  # of what kind, and how many
     "single_gpu": ("NO", 1),
     "multi_gpu": ("MULTI_GPU", 8),
@@ -33,7 +33,7 @@ def test_accelerate_reads_the_file(name):
     assert config.mixed_precision in (None, "no")  # the recipe's own argument decides
     assert config.num_machines == (4 if name == "multi_node" else 1)
     header = (FOLDER / f"{name}.yaml").read_text().split("\n\n")[0]
-    assert f"accelerate launch --config_file recipes/accelerate_configs/{name}.yaml" in header
+    assert f"hf-rft train --accelerate_config {name}" in header
     assert f"`{name}.yaml`" in (FOLDER / "README.md").read_text()
 
 

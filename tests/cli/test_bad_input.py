@@ -39,7 +39,7 @@ from hf_rft.cli import compare, leaderboard, push_metric
 from hf_rft.cli import evaluate as evaluation_recipe
 from hf_rft.cli import push as push_robust_model
 from hf_rft.cli import train as run_rft
-from hf_rft.cli.parsing import run_program
+from hf_rft.cli.exits import run_program
 from hf_rft.evaluation import evaluate as evaluation
 from hf_rft.evaluation import evaluator
 from hf_rft.metrics.expected_robustness.expected_robustness import mean_breaking_share, robustness_summary
@@ -141,7 +141,7 @@ COMMAND_LINES = [
     ("run_rft", "--epsilom 8/255", "Unknown flag --epsilom. Did you mean --epsilon?"),
     ("run_rft", "--seed 1 2", r"Values \['2'\] belong to no flag"),
     ("run_rft", "stray", r"Values \['stray'\] belong to no flag"),
-    ("run_rft", "--config missing.yaml", "missing.yaml"),
+    ("run_rft", "--config missing.yaml", "--config missing.yaml is neither a file nor the name of one"),
     ("run_rft", "--config {root}", "Is a directory: "),
     # Numbers of the wrong type and size
     ("run_rft", "--attack_steps many", "--attack_steps.*: invalid int value: 'many'"),
@@ -184,7 +184,7 @@ COMMAND_LINES = [
     ("run_rft", f"{IMAGES}bomb", r"example \d+ \(.*/cat/bad.png\) .* exceeds limit"),
     ("run_rft", f"{IMAGES}floats", r"example \d+ \(.*bad.tif\) .* mode 'F' \(32 bits\), .* save it with 8 or 16"),
     ("run_rft", f"{DATA}damaged", r"Split '\w+': example \d+ has no usable image in column 'image'"),
-    ("run_rft", f"{DATA}no_image", r"Split '\w+': example \d+ has no usable image in column 'image': there is none"),
+    ("run_rft", f"{DATA}no_image", r"Split '\w+': example \d+ has no usable image in column 'image': it is missing"),
     # Datasets
     ("run_rft", "--dataset_name bundled:mnist", "'bundled:mnist' is not bundled"),
     ("run_rft", f"{DATA}no_data", "--dataset_name .*no_data' cannot be loaded; give a Hub id, or a folder"),
@@ -214,7 +214,7 @@ COMMAND_LINES = [
     ("run_rft", f"{DATA}no_text", "Split 'train' has no label in 2 of 8 examples, number 1 first"),
     ("run_rft", f"{DATA}negative --train_val_split 0.4", "holds labels down to -1; .*leave them out"),
     ("run_rft", f"{DATA}one", r"--label_column_name 'label' has the classes \['cat'\]; a classifier needs at least 2"),
-    ("run_rft", f"{DATA}unknown_test", r"Split 'test' has labels \['eel'\] that the training split has not"),
+    ("run_rft", f"{DATA}unknown_test", r"Split 'test' has labels \['eel'\] that the training split lacks"),
     # Models
     ("run_rft", [*f"{DATA}good".split(), "--model_name_or_path", ""], "--model_name_or_path is empty"),
     ("run_rft", f"{DATA}good --model_name_or_path bundled:vit", "'bundled:vit' is not bundled"),
@@ -255,7 +255,7 @@ COMMAND_LINES = [
     (
         "evaluate",
         "--image_dir nowhere",
-        "--image_dir 'nowhere' is not a folder; it should hold one folder of images a",
+        "--image_dir 'nowhere' is not a folder; it should hold one folder of images per class",
     ),
     ("evaluate", "--image_dir . --dataset_name b", "Give either --dataset_name or --image_dir, not both"),
     ("evaluate", "--output_dir {root}/images/a_file", "`--output_dir=.* is a file"),
@@ -269,7 +269,7 @@ COMMAND_LINES = [
     ),
     ("evaluate", "--image_dir {root}/images/truncated", r"Example \d+ of `dataset` cannot be read: .*truncated"),
     ("evaluate", "--image_dir {root}/images/bomb", r"Example \d+ of the dataset .*bad.png\) is not decoded: .*bomb"),
-    ("evaluate", f"{DATA}no_image --split train", "Example 5 of `dataset`, column 'image': there is no image"),
+    ("evaluate", f"{DATA}no_image --split train", "Example 5 of `dataset`, column 'image': the image is missing"),
     ("evaluate", f"{DATA}no_text --split train", "Split 'train' has no label in 2 of 8 examples, number 1 first"),
     (
         "evaluate",
@@ -287,7 +287,7 @@ COMMAND_LINES = [
     (
         "evaluate",
         f"{DATA}good --split train --model_name_or_path {{root}}/models/headless",
-        r"--model_name_or_path .* holds no weights \['classifier.bias'.*random",
+        r"--model_name_or_path .* has no weights \['classifier.bias'.*random",
     ),
     (
         "evaluate",
@@ -295,7 +295,7 @@ COMMAND_LINES = [
         "--model_name_or_path .*cut'.*load",
     ),
     # The other recipes
-    ("compare", "missing.yaml", "configs: 'missing.yaml' is not a file; give YAML files"),
+    ("compare", "missing.yaml", "configs: missing.yaml is neither a file nor the name of one"),
     ("compare", "{root}/images/a_file --jobs 0", "--jobs 0 must be at least 1"),
     ("compare", "{root}/images/a_file --seeds -1", "--seeds -1 must be a whole number from 0"),
     ("compare", "{root}/images/a_file --seeds 1 1", r"--seeds \[1, 1\] holds one seed twice"),
@@ -469,7 +469,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "processor": (lambda t: t.evaluate(processor=None), "`processor=NoneType` is not an image processor"),
     "processor mean": (
         lambda t: t.evaluate(processor=ViTImageProcessor(image_mean=[NAN] * 3, image_std=[0.5] * 3)),
-        "`image_mean=.*nan.*; give one finite number a channel",
+        "`image_mean=.*nan.*; give one finite number per channel",
     ),
     "norm": (lambda t: t.evaluate(norm="l7"), r"`norm='l7'` is unknown; choose one of"),
     "norm None": (lambda t: t.evaluate(norm=None), "`norm=None` is unknown"),
@@ -500,7 +500,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
         r"Example 3 of `dataset`, column 'pixel_values', has the shape \(3, 8, 8\), not \(3, 16, 16\)",
     ),
     "batched": (lambda t: t.evaluate(t.changed(0, pixel_values=torch.zeros(1, 3, 16, 16))), "Example 0 .* the shape"),
-    "text as pixels": (lambda t: t.evaluate(t.changed(1, pixel_values="x")), "Example 1 .* is no array of numbers"),
+    "text as pixels": (lambda t: t.evaluate(t.changed(1, pixel_values="x")), "Example 1 .* is not numeric"),
     "channels": (
         lambda t: t.evaluate([{"pixel_values": torch.zeros(1, 16, 16), "labels": 0}]),
         r"Images have 1 channel\(s\), the processor normalises 3",
@@ -663,7 +663,7 @@ SMALL_FILES = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 from hf_rft.cli import {module} as recipe
-from hf_rft.cli.parsing import run_program
+from hf_rft.cli.exits import run_program
 resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
 sys.argv[0] = "{module}.py"
 run_program(recipe.main)
@@ -744,5 +744,5 @@ def test_a_recipe_as_a_program(place, tmp_path):
     command += ["--train_val_split", "0.5", "--use_cpu", "True"]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
-    assert ended.stderr.splitlines()[-1].startswith("run_rft.py: error: Split 'train': example ")
+    assert ended.stderr.splitlines()[-1].startswith("hf-rft train: error: Split 'train': example ")
     assert not (tmp_path / "x").exists()

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hf_rft import RobustTrainingArguments
-from hf_rft.cli.parsing import parse_with_config, published_command, run_program
+from hf_rft.cli.exits import run_program
+from hf_rft.cli.parsing import parse_with_config, published_command
 
 
 @dataclass
@@ -146,7 +147,11 @@ def test_config_in_one_word_and_default_config(parse, tmp_path):
         ("rate: [1, 2]\n", [], "`rate: [1, 2]` is a list, but `rate` takes one value"),
         ("seed: 1\nrate: 2\nseed: 3\n", [], "config.yaml is not valid YAML: the key 'seed' stands in it twice."),
         ("a: [1\n", [], "is not valid YAML"),
-        (None, ["--config", "missing.yaml"], "No such file or directory: 'missing.yaml'"),
+        (
+            None,
+            ["--config", "missing.yaml"],
+            "--config missing.yaml is neither a file nor the name of one. The package comes with fashion_mnist/",
+        ),
         (None, ["--config"], "argument --config: expected one argument"),
     ],
 )

@@ -19,13 +19,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, pipeline
 
 from hf_rft import RobustnessReport, RobustTrainer, ThreatModel, load_robust_model
+from hf_rft.cli import recipes
 from hf_rft.cli import train as run_rft
 from hf_rft.hub.pretrained import ModelArguments, load_model
 from hf_rft.training.distributed import NonFiniteError
 from hf_rft.training.interruption import AlarmRaised
 
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = recipes.FOLDER
 TINY = ["--max_train_samples", "32", "--max_eval_samples", "8", "--max_test_samples", "12", "--num_train_epochs", "2"]
 TINY += [
     "--image_size",
@@ -41,7 +42,7 @@ TINY += [
 
 @pytest.fixture(scope="module")
 def default_run(tmp_path_factory):
-    """What `accelerate launch recipes/run_rft.py` does without `--config`, only smaller."""
+    """What `hf-rft train` does without `--config`, only smaller."""
     folder = tmp_path_factory.mktemp("default")
     return folder, run_rft.main(["--output_dir", str(folder), "--seed", "1", *TINY])
 
@@ -75,7 +76,7 @@ def test_default_run_is_the_hinge_recipe(default_run):
     assert [entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry]
     settings = json.loads((folder / "all_results.json").read_text())["eval_settings"]
     assert (settings["epsilons"][-1], settings["seed"], settings["dataset"]["split"]) == ("8/255", 1, "test")
-    default, hinge = (run_rft.parse_arguments(flags) for flags in ([], ["--config", str(run_rft.DEFAULT_CONFIG)]))
+    default, hinge = (run_rft.parse_arguments(flags) for flags in ([], ["--config", run_rft.DEFAULT_RECIPE]))
     assert default == hinge
     assert default[2].epsilon_schedule_type == "hinge"
 
@@ -99,7 +100,7 @@ def test_default_run_has_its_evidence(default_run):
     assert report.settings["dataset"]["name"] == "fashion_mnist_5k"
     assert report.flags is not None
     card = (folder / "README.md").read_text()
-    assert "accelerate launch recipes/run_rft.py --seed 1" in card
+    assert "hf-rft train --seed 1" in card
     assert "No test data were held out" not in card
     assert str(folder) not in card
 
@@ -186,7 +187,7 @@ CONFIGS = sorted(path for path in RECIPES.rglob("*.yaml") if path.parent.name !=
 def test_every_recipe_parses_and_says_what_it_is(config):
     run_rft.parse_arguments(["--config", str(config)])
     header = config.read_text().split("\n\n")[0]
-    assert f"--config recipes/{config.relative_to(RECIPES)}" in header
+    assert f"hf-rft train --config {config.relative_to(RECIPES).with_suffix('')}" in header
     assert re.search(r"# Result: +clean \d+\.\d", header), header
     assert re.search(r"# Time: +\d", header), header
 
@@ -287,7 +288,7 @@ def test_failing_runs_have_a_status_of_their_own(small_run, tmp_path, monkeypatc
 
 def test_what_cannot_be_resumed_is_refused_before_anything_is_loaded(small_run, tmp_path, monkeypatch):
     monkeypatch.setattr(run_rft, "load_splits", None)
-    with pytest.raises(ValueError, match=r"`resume_from_checkpoint='.*nowhere'` is no checkpoint"):
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint='.*nowhere'` is not a checkpoint"):
         run_rft.main([*small_run, "--resume_from_checkpoint", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit):
         run_rft.main([*small_run, "--resume", "auto", "--resume_from_checkpoint", "x"])

@@ -109,7 +109,7 @@ class Unindexable:
     ("dataset", "options", "message"),
     [
         (Unindexable(), {}, "`dataset` is Unindexable, which cannot be indexed"),
-        ((example for example in []), {}, "`dataset` is generator, which cannot be indexed; results are kept by pos"),
+        ((example for example in []), {}, "`dataset` is generator, which cannot be indexed, but results are kept"),
         ([], {}, "`dataset` is empty; robustness needs at least one example"),
         ([[PICTURE, 1]], {}, "`dataset` returns list objects; an example must be a dictionary"),
         ([{"label": 1, "picture": 0}], {}, r"hold \['label', 'picture'\], none of \['image', 'img'\].*`image_column`"),

@@ -48,7 +48,7 @@ def test_raw_labels_mean_the_same_class_in_every_split(train, test, names):
 def test_labels_unknown_to_training_are_refused():
     splits = {"train": ["cat"], "test": ["cat", "dog"]}
     splits = {name: datasets.Dataset.from_dict({"label": rows}) for name, rows in splits.items()}
-    with pytest.raises(ValueError, match=r"Split 'test' has labels \['dog'\] that the training split has not"):
+    with pytest.raises(ValueError, match=r"Split 'test' has labels \['dog'\] that the training split lacks"):
         encode_labels(datasets.DatasetDict(splits), "label")
 
 

@@ -154,7 +154,7 @@ def test_rounding_in_the_logits_is_allowed_and_another_model_is_not(tmp_path, ca
     cache.save("key", RECORD, LOGITS)
     assert cache.load("key", LOGITS * (1 + 1e-6)) is not None and not caplog.records
     assert cache.load("key", LOGITS + 0.1) is None
-    assert "key.safetensors is of a model with other predictions; its batch is evaluated again" in caplog.text
+    assert "key.safetensors is from a model with other predictions; its batch is evaluated again" in caplog.text
 
 
 @pytest.mark.parametrize("logits", [LOGITS[:, :1].repeat(1, 3), LOGITS[:1].repeat(3, 1), LOGITS.double()])

@@ -721,7 +721,7 @@ def test_other_code_with_the_same_weights_is_told_by_its_predictions(linear, tmp
     linear.scale = -1.0
     attacked.clear()
     other = evaluate(linear, cache_dir=tmp_path, batch_size=6)
-    assert len(attacked) == 2 and caplog.text.count("is of a model with other predictions") == 2
+    assert len(attacked) == 2 and caplog.text.count("is from a model with other predictions") == 2
     assert other.to_dict() == evaluate(linear, batch_size=6).to_dict()
 
 
@@ -770,7 +770,7 @@ def pictures_with(**columns):
         ({"epsilons": ["1/255", "2/255"]}, r"`epsilons=\['1/255', '2/255'\]` must start with 0 and increase strictly"),
         ({"epsilons": ["0", "2/255", "2/255"]}, "must start with 0 and increase strictly"),
         ({"epsilons": ["0", "2/255", "1/255"]}, "must start with 0 and increase strictly"),
-        ({"epsilons": [0]}, r"`epsilons=\['0'\]` must start with 0 and increase strictly to at least one more"),
+        ({"epsilons": [0]}, r"`epsilons=\['0'\]` must start with 0 and increase strictly, with at least two values"),
         ({"epsilons": []}, "must start with 0"),
         ({"epsilons": [0, -0.1]}, "`epsilon=-0.1` is negative"),
         ({"epsilons": [0, "eight"]}, "`epsilon='eight'` is not a number"),
@@ -781,8 +781,8 @@ def pictures_with(**columns):
         ({"tier": ["apgd"]}, "`tier` holds 'apgd'; an attack is given as"),
         ({"tier": [("apgd",)]}, r"`tier` holds \('apgd',\); an attack is given as \(attack, steps\)"),
         ({"tier": [("pdg", 5)]}, "`tier` holds the unknown attack 'pdg'; choose among"),
-        ({"tier": [(3, 5)]}, "`tier` holds 3, which is no attack"),
-        ({"tier": [("apgd", 0)]}, "`tier` holds steps 0 for apgd; give a number from 1"),
+        ({"tier": [(3, 5)]}, "`tier` holds 3, which is not an attack"),
+        ({"tier": [("apgd", 0)]}, "`tier` holds steps 0 for apgd; give a whole number from 1"),
         ({"tier": [("apgd", 5, 1.5)]}, "`tier` holds restarts 1.5 for apgd"),
         ({"batch_size": 0}, "`batch_size=0` must be a whole number from 1"),
         ({"batch_size": 2.0}, "`batch_size=2.0` must be a whole number from 1"),
@@ -848,7 +848,7 @@ def test_own_attack_is_run_and_named_but_not_cached(linear, tmp_path):
     report = evaluate(linear, tier=[(mine, 5)])
     assert numbers(report) == numbers(evaluate(linear))
     assert report.settings["attacks"] == [{"attack": "mine", "steps": 5, "restarts": 1}]
-    with pytest.raises(ValueError, match="`cache_dir` cannot tell one attack of your own from another"):
+    with pytest.raises(ValueError, match="`cache_dir` cannot distinguish attacks of your own"):
         evaluate(linear, tier=[(mine, 5)], cache_dir=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 

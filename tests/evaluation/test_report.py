@@ -1,5 +1,4 @@
 import json
-import math
 import os
 from fractions import Fraction
 
@@ -94,19 +93,15 @@ def test_confidence_interval_is_that_of_a_mean():
     assert make_report([2, 2], GRID[:2]).confidence_interval == pytest.approx((0.025**0.5, 1))
 
 
-def wilson(count, total, z=1.959963984540054):
-    share = count / total
-    middle = (share + z**2 / (2 * total)) / (1 + z**2 / total)
-    half = z / (1 + z**2 / total) * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
-    return middle - half, middle + half
+def exact(count, total):
+    return tuple(binomtest(count, total).proportion_ci(method="exact"))
 
 
-def test_intervals_of_the_accuracies_are_wilsons():
+def test_intervals_of_the_accuracies_are_the_exact_binomial_ones():
     report = make_report([0] * 3 + [1] * 5 + [2] * 4 + [4] * 9)
-    np.testing.assert_allclose(report.accuracy_intervals, [wilson(count, 21) for count in (18, 13, 9, 9)])
-    of_scipy = binomtest(18, 21).proportion_ci(method="wilson")
-    assert report.accuracy_intervals[0] == pytest.approx((of_scipy.low, of_scipy.high))
-    assert make_report([4] * 21).accuracy_intervals[0] == pytest.approx((wilson(21, 21)[0], 1))
+    np.testing.assert_allclose(report.accuracy_intervals, [exact(count, 21) for count in (18, 13, 9, 9)], rtol=1e-9)
+    # All of them right: a smaller share than this shows that in fewer than 2.5 % of the draws.
+    assert make_report([4] * 21).accuracy_intervals[0] == pytest.approx((0.025 ** (1 / 21), 1))
 
 
 def test_expected_robustness_from_distances():
@@ -278,7 +273,7 @@ def test_table_holds_everything():
         lines[1:5], ["0 ", "2/255 ", "85/255 ", "0.5 "], ["80.0 %", "60.0 %", "40.0 %", "40.0 %"], strict=True
     ):
         assert f"accuracy at {written}" in line and accuracy in line
-    low, high = wilson(4, 5)
+    low, high = exact(4, 5)
     assert f"[{100 * low:.1f}, {100 * high:.1f}]" in lines[1]
     report = make_report()
     lower, upper = report.bracket

@@ -128,7 +128,7 @@ def test_a_report_saved_by_hand_is_accepted_after_the_call_that_the_refusal_name
     report.save(tmp_path / "robustness.json")
     with pytest.raises(ValueError) as refusal:
         load_robust_model(tmp_path)
-    call = re.search("`(hf_rft.*?)` compares", str(refusal.value))
+    call = re.search("`(hf_rft.*?)` checks", str(refusal.value))
     eval(call[1], {"hf_rft": hf_rft})
     assert load_robust_model(tmp_path).report.accuracies == report.accuracies
 
@@ -203,7 +203,7 @@ def other_processor(folder):
     [
         (tampered_weights, r"model\.safetensors of here has the SHA-256 \w{12}, but robustness\.json is about \w{12}"),
         (report_of_another_model, "the weights have changed since, or the report is another model's"),
-        (report_without_hashes, r"does not hold their SHA-256\. `hf_rft\.hub\.attach_report` compares"),
+        (report_without_hashes, r"does not hold the SHA-256 of .*`hf_rft\.hub\.attach_report` checks"),
         (truncated_report, "not a robustness report"),
         (old_schema, "schema"),
         (report_without_a_norm, "norm"),
@@ -211,7 +211,7 @@ def other_processor(folder):
         (no_report, r"here has no robustness\.json, so nothing is known about its robustness"),
         (
             no_card,
-            r"here has no model card \(README\.md\), which states the threat model .*`hf_rft\.hub\.attach_report",
+            r"here has no model card \(README\.md\) that states the threat model .*`hf_rft\.hub\.attach_report",
         ),
         (card_without_a_threat_model, "without a threat model"),
         (other_processor, "here was evaluated with the processor values"),

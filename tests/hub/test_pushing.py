@@ -92,7 +92,7 @@ def test_bad_arguments(arguments, message):
 
 
 def test_a_folder_has_no_revisions(folder):
-    with pytest.raises(ValueError, match="`revision='v1'` is of a repository"):
+    with pytest.raises(ValueError, match="`revision='v1'` needs a repository"):
         load_robust_model(folder, revision="v1")
 
 
@@ -164,7 +164,7 @@ def test_private_gated_and_missing_repositories(hub, folder, tmp_path):
     assert "RevisionNotFoundError" in run(hub, tmp_path / "3", REFUSED, REPO, "v9")
 
 
-TYPO = "^outputs/typo is no folder .looked for in .*correct the path"
+TYPO = "^outputs/typo is not a folder .looked for in .*correct the path"
 
 
 def test_a_mistyped_path_is_called_one_by_a_hub_that_lacks_it(hub, tmp_path):
@@ -218,8 +218,8 @@ HINTS = {
     401: "hf auth login",
     403: "no write access",
     409: "changed the repository at the same time",
-    429: "limits how often",
-    500: "trouble is on the Hub's side",
+    429: "rate limit",
+    500: "problem is on the Hub's side",
 }
 
 
@@ -277,8 +277,8 @@ def test_a_short_interruption_is_nothing_to_report(hub, folder, impatient):
 
 
 def test_a_stalled_transfer_is_given_up(hub, folder):
-    hub.stall("lfs_put")
-    with pytest.raises(PushError, match="no end after 3 seconds. The connection is slow or stalled"):
+    hub.fail("lfs_put", stall=True)
+    with pytest.raises(PushError, match="it had not finished after 3 seconds. The connection is slow or stalled"):
         push_folder(folder, REPO, timeout=3, progress_bar=False)
 
 
@@ -288,7 +288,7 @@ def test_no_request_waits_for_ever():
 
 def test_a_repository_that_cannot_be_made(hub, impatient):
     hub.fail("create", status=401)
-    with pytest.raises(PushError, match="user/robust could not be made: the Hub answered 401.*hf auth login"):
+    with pytest.raises(PushError, match="user/robust could not be created: the Hub answered 401.*hf auth login"):
         create_repo(REPO)
 
 

@@ -157,7 +157,7 @@ def test_genuine_weights_as_a_pickle_are_not_half_restored(make_trainer, checkpo
     weights = load_file(checkpoint / "model.safetensors")
     (checkpoint / "model.safetensors").unlink()
     torch.save(weights, checkpoint / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin is not loaded: the checkpoint holds its weights as a"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is not loaded: weights in a pickle could run code"):
         make_trainer(max_steps=3).train(resume_from_checkpoint=str(checkpoint))
 
 
@@ -412,7 +412,7 @@ def test_the_evidence_is_about_the_weights_that_are_loaded(folder, place):
     report["settings"]["model"]["files"] = hashes
     (folder / "robustness.json").write_text(json.dumps(report))
     redirect(folder, place, load_file(folder / "decoy.safetensors"))
-    with pytest.raises(ValueError, match=r"index\.json names weights that are no safetensors files of its folder"):
+    with pytest.raises(ValueError, match=r"index\.json names weights that are not safetensors files in its folder"):
         load_robust_model(folder)
 
 
@@ -593,10 +593,10 @@ def test_no_token_in_an_error_of_the_command_line(tmp_path, capsys, text, flags)
 
 def test_a_comparison_takes_no_token(monkeypatch, capsys, tmp_path):
     """It would print it, keep it in a file, and show it in the list of processes."""
-    config = Path(__file__).parents[2] / "recipes" / "fashion_mnist" / "efficientnet_lite0_hinge.yaml"
+    config = "fashion_mnist/efficientnet_lite0_hinge"
     monkeypatch.setattr(compare, "run", lambda *_: pytest.fail("a run was started"))
     for flags in (["--token", TOKEN], [f"--hub-token={TOKEN}"], ["--hub_token", TOKEN]):
-        monkeypatch.setattr(sys, "argv", ["compare.py", str(config), "--output_dir", str(tmp_path / "out"), *flags])
+        monkeypatch.setattr(sys, "argv", ["hf-rft compare", config, "--output_dir", str(tmp_path / "out"), *flags])
         with pytest.raises(SystemExit) as stop:
             compare.main()
         captured = capsys.readouterr()

@@ -399,7 +399,7 @@ INTEGERS_NOT = "must hold class indices of an integer type, got"
         ([[0, 1]], [0.7], f"`references` {INTEGERS_NOT} float64"),
         (torch.zeros(1, 2), torch.zeros(1, dtype=int), f"`predictions` {INTEGERS_NOT} float32"),
         (torch.zeros(1, 2, dtype=torch.bfloat16), [0], f"`predictions` {INTEGERS_NOT} float32"),
-        ([[True, False]], [1], f"`predictions` {INTEGERS_NOT} bool; .* nor whether a prediction is right"),
+        ([[True, False]], [1], f"`predictions` {INTEGERS_NOT} bool; .* or whether a prediction is right"),
         ([[0, 1]], [True], f"`references` {INTEGERS_NOT} bool"),
         ([["1", "0"]], [0], f"`predictions` {INTEGERS_NOT} <U1"),
         ([[0, None]], [0], f"`predictions` {INTEGERS_NOT} object"),
@@ -458,8 +458,8 @@ def test_batches_of_different_lengths_are_refused(metric):
 @pytest.mark.parametrize(
     ("predictions", "references", "num_classes", "message"),
     [
-        ([[0, 3]], [0], 3, "`predictions` holds the label 3, but with `num_classes=3` the largest is 2"),
-        ([[0, 1]], [9], 3, "`references` holds the label 9, but with `num_classes=3` the largest is 2"),
+        ([[0, 3]], [0], 3, "`predictions` holds the label 3, which is not below `num_classes=3`"),
+        ([[0, 1]], [9], 3, "`references` holds the label 9, which is not below `num_classes=3`"),
         ([[0, 1]], [0], 0, "`num_classes=0` must be an integer >= 1"),
         ([[0, 1]], [0], 2.0, "`num_classes=2.0` must be an integer >= 1"),
     ],

@@ -1,4 +1,3 @@
-import math
 from pathlib import Path
 
 import evaluate
@@ -7,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binom
 
 from hf_rft.metrics.expected_robustness.expected_robustness import robustness_summary
 from hf_rft.metrics.robust_accuracy import robust_accuracy as module
@@ -61,17 +61,17 @@ def test_clean_and_robust_accuracy_are_those_of_expected_robustness(rows):
 
 @given(st.integers(1, 300), st.data())
 @settings(deadline=None, max_examples=50)
-def test_wilson_interval(count, data):
+def test_interval_is_the_exact_binomial_one(count, data):
+    """Its ends are the shares with which as many right ones or more, or fewer, have a chance of 2.5 %."""
     right = data.draw(st.integers(0, count))
     predictions = np.arange(count) < right
     results = module.robust_accuracy_summary(predictions.astype(int), np.ones(count, int))
-    share, z = right / count, 1.959963984540054
-    centre = share + z**2 / (2 * count)
-    spread = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    bounds = [(centre - spread) / (1 + z**2 / count), (centre + spread) / (1 + z**2 / count)]
-    assert results["confidence_interval"] == pytest.approx(bounds, abs=1e-12)
     low, high = results["confidence_interval"]
+    assert low == 0 if right == 0 else binom.sf(right - 1, count, low) == pytest.approx(0.025)
+    assert high == 1 if right == count else binom.cdf(right, count, high) == pytest.approx(0.025)
     assert 0 <= low <= results["robust_accuracy"] <= high <= 1
+    of_shares = robustness_summary(predictions.astype(int)[:, None], np.ones(count, int), [0])
+    assert results["confidence_interval"] == pytest.approx(of_shares["confidence_interval"], abs=1e-9)
 
 
 @given(examples, st.booleans(), st.data())
@@ -131,13 +131,13 @@ INTEGERS_NOT = "must hold class indices of an integer type, got"
         ([0], [[0]], None, r"`references` must be a list .* got an array of shape \(1, 1\)"),
         ([0, 1], [0, 1], [[0, 1]], r"`clean_predictions` must be a list .* got an array of shape \(1, 2\)"),
         ([[0], [0, 1]], [0, 0], None, "`predictions` must be a list .* got rows of different lengths"),
-        ([0, 1], [0], None, "`predictions` holds 2 examples, `references` 1; pass one label of each per example"),
+        ([0, 1], [0], None, "`predictions` holds 2 examples, `references` 1; give one label each"),
         ([0, 1], [0, 1], [0], "`clean_predictions` holds 1 examples, `references` 2"),
         ([0.7], [0], None, f"`predictions` {INTEGERS_NOT} float64; pass labels such as `logits.argmax"),
         ([1.0], [1], None, f"`predictions` {INTEGERS_NOT} float64"),
         ([1], torch.ones(1), None, f"`references` {INTEGERS_NOT} float32"),
         ([1], [1], [1.0], f"`clean_predictions` {INTEGERS_NOT} float64"),
-        ([True], [1], None, f"`predictions` {INTEGERS_NOT} bool; .* nor whether a prediction is right"),
+        ([True], [1], None, f"`predictions` {INTEGERS_NOT} bool; .* or whether a prediction is right"),
         (["1"], [1], None, f"`predictions` {INTEGERS_NOT} <U1"),
         ([None], [1], None, f"`predictions` {INTEGERS_NOT} object"),
         ([1, 1], [1, 1], [1, None], f"`clean_predictions` {INTEGERS_NOT} object"),
@@ -180,7 +180,7 @@ def test_nothing_to_compute(keep_in_memory):
 @pytest.mark.parametrize(
     ("columns", "num_classes", "message"),
     [
-        (([3], [0], [0]), 3, "`predictions` holds the label 3, but with `num_classes=3` the largest is 2"),
+        (([3], [0], [0]), 3, "`predictions` holds the label 3, which is not below `num_classes=3`"),
         (([0], [3], [0]), 3, "`references` holds the label 3"),
         (([0], [0], [3]), 3, "`clean_predictions` holds the label 3"),
         (([0], [0], [0]), 0, "`num_classes=0` must be an integer >= 1"),

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TrainerState
 
+from hf_rft.losses import LOSSES
 from hf_rft.training.alarm_callback import AlarmCallback
 from hf_rft.training.alarms import (
     Run,
@@ -117,14 +118,14 @@ def test_an_attack_that_is_too_strong_is_no_transfer_failure(clean):
     ("epsilons", "grows", "advice"),
     [
         ([0.1] * 10, False, "Let epsilon grow from 0 (`epsilon_schedule_type='hinge'`), or try a smaller `epsilon`"),
-        ([0.0] * 5 + [0.1] * 5, True, "try a smaller `epsilon`, later hinges (`start` and `end` of"),
+        ([0.0] * 5 + [0.1] * 5, True, "Try a smaller `epsilon`, a later ramp (`start` and `end` of"),
         ([0.0] * 10, True, "Epsilon has been 0 so far, so no attack is to blame: try another `learning_rate`"),
         ([0.0] * 10, False, "Epsilon has been 0 so far, so no attack is to blame: try another `learning_rate`"),
     ],
 )
 def test_the_advice_is_what_has_not_been_tried(epsilons, grows, advice):
     history = [{**entry, "epsilon": epsilon} for entry, epsilon in zip(losses([CHANCE] * 10), epsilons, strict=True)]
-    message = transfer_failure(history, make_run(epsilon_grows=lambda: grows)).message
+    message = transfer_failure(history, make_run(epsilon_grows=grows)).message
     assert advice in message and "`learning_rate`" in message
     assert ("hinge'" in message) == (not grows and epsilons[0] > 0)
 
@@ -296,18 +297,23 @@ class Trial:
         self.args = SimpleNamespace(abort_on_alarm=abort)
         self.state = TrainerState(max_steps=1000, num_train_epochs=50, log_history=list(history))
         self.errors, self.probes = [], probes or {}
-        self.callback = AlarmCallback(
-            num_classes=100,
-            chance_loss=lambda: CHANCE,
-            probe=lambda: dict(self.probes),
-            record=self.record,
-            interrupt=self.errors.append,
+        trainer = SimpleNamespace(
+            args=SimpleNamespace(device="cpu", robust_loss_weight=None, label_smoothing_factor=0.0),
+            model=SimpleNamespace(config=SimpleNamespace(num_labels=100)),
+            robust_loss=LOSSES["at"],
+            eval_dataset=None,
+            epsilon_callback=None,
+            state=self.state,
+            control=SimpleNamespace(should_log=False),
+            interruption=SimpleNamespace(request=self.errors.append),
+            log=self.record,
         )
+        self.callback = AlarmCallback(trainer)
+        self.callback._probe = lambda: dict(self.probes)
         self.callback.on_train_begin(self.args, self.state, None)
 
-    def record(self, metrics, message=None):
-        entry = {**metrics, "step": self.state.global_step, "epoch": self.state.epoch}
-        self.state.log_history.append({**entry, "message": message} if message else entry)
+    def record(self, metrics):
+        self.state.log_history.append({**metrics, "step": self.state.global_step, "epoch": self.state.epoch})
         self.callback.on_log(self.args, self.state, None, logs=metrics)
 
     def log(self, entry):

@@ -97,7 +97,7 @@ def test_a_schedule_that_does_not_take_progress_alone_is_refused(schedule):
 
 
 def test_a_schedule_must_be_a_function():
-    with pytest.raises(ValueError, match="`epsilon_schedule=0.5` is no function; pass one that maps progress"):
+    with pytest.raises(ValueError, match="`epsilon_schedule=0.5` is not a function; pass one from progress in"):
         EpsilonScheduleCallback(0.5)
     EpsilonScheduleCallback(max)  # written in C, without a signature: nobody can tell
 

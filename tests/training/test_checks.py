@@ -9,8 +9,7 @@ from conftest import make_model
 from hf_rft.data.augmentation import SeededAugmentation
 from hf_rft.data.labels import class_numbers
 from hf_rft.models.classifier import check_batch, check_labels
-from hf_rft.training.checks import check_dataset
-from hf_rft.training.distributed import check_parallelism
+from hf_rft.training.checks import check_dataset, check_parallelism
 
 
 def rows(*labels, column="label"):
@@ -158,16 +157,16 @@ def test_supported_parallelism_passes(options, caplog):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n_gpu": 2, "world_size": 1}, "2 GPUs in one process .* start one process a GPU with `accelerate launch`"),
+        ({"n_gpu": 2, "world_size": 1}, "2 GPUs in one process .* start one process per GPU with `accelerate launch`"),
         ({"accelerator_config": {"even_batches": False}}, "`even_batches=False` lets some .*; leave it True"),
-        ({"tp_size": 2}, r"share one batch \(\{'tp_size': 2\}\) are not supported.* Use data parallelism alone"),
+        ({"tp_size": 2}, r"share one batch \(\{'tp_size': 2\}\) are not supported.* Use data parallelism only"),
         ({"zero_stage": 3}, "`zero_stage: 3` is not supported.* Set `zero_stage: 2`, or use FSDP2"),
-        ({"fsdp": {"fsdp_version": 1}}, "`fsdp_version: 1` flattens weights.* set it to 2"),
+        ({"fsdp": {"fsdp_version": 1}}, "`fsdp_version: 1` flattens the weights.* set it to 2"),
         ({"fsdp": {"state_dict_type": "SHARDED_STATE_DICT"}}, "saves no model .* set it to FULL_STATE_DICT"),
         ({"fsdp": {"cpu_ram_efficient_loading": True}}, "`fsdp_cpu_ram_efficient_loading: true` .* set it to false"),
         ({"fsdp": {"cpu_offload": True}}, "`fsdp_offload_params: true` .* set it to false"),
-        ({"fsdp": {}, "torch_compile": True}, "`torch_compile=True` has not been tried .* set it to False"),
-        ({"fsdp": {}, "family": "convnext"}, "cannot divide a ConvNextForImageClassification.* use DDP"),
+        ({"fsdp": {}, "torch_compile": True}, "`torch_compile=True` is untested .* set it to False"),
+        ({"fsdp": {}, "family": "convnext"}, "cannot shard a ConvNextForImageClassification.* use DDP"),
     ],
 )
 def test_parallelism_that_would_go_wrong_is_refused(options, message):

@@ -149,7 +149,7 @@ def test_all_processes_stop_at_the_same_step(tmp_path):
     assert first["world_size"] == second["world_size"] == 2
     checkpoint = tmp_path / "run" / "checkpoint-2"
     assert first["preempted"].startswith("Another process of this run was asked to stop.")
-    assert second["preempted"].startswith("Training was asked to end (SIGTERM)")
+    assert second["preempted"].startswith("Training received SIGTERM")
     assert first["preempted"].endswith(f"is in {checkpoint}.") and second["preempted"].endswith(f"is in {checkpoint}.")
     assert first["resumed_is_exact"] and second["resumed_is_exact"]
     assert "in micro-batch 1 of optimizer step 2: on another process." in first["not_finite"]

@@ -2,7 +2,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_rft.training.onset import adaptation_onset, evaluations, find_onset, onset_threshold
+from hf_rft.training.onset import evaluations, find_onset, onset_threshold
+
+
+def log(*accuracies, every=1.0, prefix="eval"):
+    return [{f"{prefix}_accuracy": value, "epoch": every * i} for i, value in enumerate(accuracies, start=1)]
 
 
 @pytest.mark.parametrize(
@@ -18,18 +22,18 @@ from hf_rft.training.onset import adaptation_onset, evaluations, find_onset, ons
     ],
 )
 def test_first_epoch_above_the_threshold(accuracies, num_classes, expected):
-    assert adaptation_onset(accuracies, num_classes) == expected
+    assert find_onset(log(*accuracies), num_classes) == expected
 
 
 @given(st.lists(st.floats(0, 1), max_size=8), st.integers(3, 300))
 def test_definition(accuracies, num_classes):
     above = [epoch for epoch, accuracy in enumerate(accuracies, 1) if accuracy > max(0.05, 2 / num_classes)]
-    assert adaptation_onset(accuracies, num_classes) == (above[0] if above else None)
+    assert find_onset(log(*accuracies), num_classes) == (above[0] if above else None)
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 10, 40, 200])
 def test_a_solved_task_is_no_transfer_failure(num_classes):
-    assert adaptation_onset([1 / num_classes, 1.0], num_classes) == 2
+    assert find_onset(log(1 / num_classes, 1.0), num_classes) == 2
 
 
 @given(st.integers(2, 300))
@@ -37,11 +41,7 @@ def test_threshold_lies_between_chance_and_certainty(num_classes):
     assert 1 / num_classes < onset_threshold(num_classes) < 1
 
 
-# --- In a log ---
-
-
-def log(*accuracies, every=1.0, prefix="eval"):
-    return [{f"{prefix}_accuracy": value, "epoch": every * i} for i, value in enumerate(accuracies, start=1)]
+# --- Where evaluations are not one per epoch, or not made in training ---
 
 
 @pytest.mark.parametrize(

@@ -85,9 +85,9 @@ def test_killed_inside_a_checkpoint(make_trainer, tmp_path, monkeypatch, warning
 
     resumed = make_trainer(**options)
     resumed.train(resume_from_checkpoint=True)
-    assert f"goes on from {tmp_path / 'run' / expected}." in warnings_of()
+    assert f"resumes from {tmp_path / 'run' / expected}." in warnings_of()
     if (moment, expected) != ("save_model", "checkpoint-2") and expected == "checkpoint-2":
-        assert f"{tmp_path / 'run' / 'checkpoint-4'} is ignored, it is not complete" in warnings_of()
+        assert f"{tmp_path / 'run' / 'checkpoint-4'} is ignored because it is not complete" in warnings_of()
     assert_same(resumed, whole)
     assert names(tmp_path / "run") == ["checkpoint-6"]
     assert why_incomplete(tmp_path / "run" / "checkpoint-6") is None
@@ -109,8 +109,8 @@ def test_damaged_checkpoints_are_ignored_and_named(make_trainer, tmp_path, warni
     reason = {"truncated": "optimizer.pt has 100 bytes instead of", "missing": "scheduler.pt is missing"}
     resumed = make_trainer(output_dir=str(run), **SAVING)
     resumed.train(resume_from_checkpoint=True)
-    assert f"{last} is ignored, it is not complete: {reason.get(damage, '')}" in warnings_of()
-    assert f"goes on from {run / 'checkpoint-2'}." in warnings_of()
+    assert f"{last} is ignored because it is not complete: {reason.get(damage, '')}" in warnings_of()
+    assert f"resumes from {run / 'checkpoint-2'}." in warnings_of()
     assert_same(resumed, whole)
 
 
@@ -128,14 +128,14 @@ def test_a_checkpoint_without_marker_is_taken_when_named(make_trainer, tmp_path,
     (checkpoint / MARKER_NAME).unlink()
     resumed = make_trainer(output_dir=str(tmp_path / "run"), **SAVING)
     resumed.train(resume_from_checkpoint=checkpoint)
-    assert "of which nobody knows whether it is complete" in warnings_of()
+    assert "which may not be complete" in warnings_of()
     assert_same(resumed, whole)
 
 
 def test_folders_that_are_no_checkpoint(make_trainer, tmp_path, whole):
     trainer = make_trainer(output_dir=str(tmp_path / "run"), **SAVING)
     for folder in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(ValueError, match=f"`resume_from_checkpoint='{folder}'` is no checkpoint"):
+        with pytest.raises(ValueError, match=f"`resume_from_checkpoint='{folder}'` is not a checkpoint"):
             trainer.train(resume_from_checkpoint=str(folder))
     with pytest.raises(ValueError, match="`resume_from_checkpoint=True`, but `output_dir='.*run'` holds no complete"):
         trainer.train(resume_from_checkpoint=True)
@@ -146,7 +146,7 @@ def test_folders_that_are_no_checkpoint(make_trainer, tmp_path, whole):
 def test_without_optimizer_state_nothing_goes_on(make_trainer, tmp_path):
     options = {**SAVING, "output_dir": str(tmp_path / "run")}
     make_trainer(**options, save_only_model=True).train()
-    with pytest.raises(ValueError, match=r"checkpoint-6'` holds no optimizer state \(`save_only_model=True`\?\)"):
+    with pytest.raises(ValueError, match=r"checkpoint-6'` has no optimizer state \(`save_only_model=True`\?\)"):
         make_trainer(**options).train(resume_from_checkpoint=True)
 
 

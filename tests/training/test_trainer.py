@@ -719,7 +719,7 @@ def test_a_run_stopped_on_the_ramp_keeps_its_last_model_and_says_so(make_trainer
     trainer = make_trainer(**BEST_OF_A_RAMP, trainer_options={"callbacks": [Stop()]})
     trainer.train()
     assert trainer.state.global_step == 2 and trainer.state.best_model_checkpoint is None
-    assert "There is no best model to load: no evaluation was made once epsilon had its final value" in caplog.text
+    assert "There is no best model to load: no evaluation took place at the final epsilon" in caplog.text
 
 
 def test_saved_model_is_plain_transformers(make_trainer, tmp_path):
@@ -806,7 +806,7 @@ def test_without_an_attack_in_the_schedule_any_compute_loss_will_do(make_trainer
     ],
 )
 def test_refuses_a_loss_of_another_signature_when_it_is_passed(make_trainer, loss):
-    message = r"must take `\(clean_logits, adversarial_logits, labels, \*, weight, label_smoothing\)`, which its sig"
+    message = r"must take `\(clean_logits, adversarial_logits, labels, \*, weight, label_smoothing\)`, but its sig"
     for robust_loss in (loss, RobustLoss(loss)):
         with pytest.raises(ValueError, match=message):
             make_trainer(trainer_options={"robust_loss": robust_loss})
@@ -915,7 +915,7 @@ def test_a_plain_module_is_trained_once_it_is_wrapped(make_trainer, tmp_path):
 
 
 def test_refuses_a_weight_the_loss_does_not_have(make_trainer):
-    with pytest.raises(ValueError, match="`robust_loss_weight=1.0` has no meaning for `robust_loss='at'`"):
+    with pytest.raises(ValueError, match="`robust_loss_weight=1.0` has no effect on `robust_loss='at'`"):
         make_trainer(robust_loss="at", robust_loss_weight=1.0)
 
 

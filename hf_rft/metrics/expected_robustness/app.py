@@ -33,7 +33,7 @@ def parse_labels(name: str, text: str) -> list:
 def build_interface():
     import gradio  # pyright: ignore[reportMissingImports]
 
-    # The file beside this one, which Python finds first when it runs this one as a script.
+    # The file next to this one: its folder comes first on the path when Python runs this one as a script.
     from tests import test_cases  # pyright: ignore[reportAttributeAccessIssue]
 
     return gradio.Interface(

@@ -1,8 +1,4 @@
-"""Expected robustness: mean accuracy over all perturbation strengths up to the largest one evaluated.
-
-Numbers first (`expected_robustness`, `bracket`, `mean_breaking_share`, `robustness_summary`), then the checks of what
-a user hands over, then the `evaluate` module, which only connects the two.
-"""
+"""Expected robustness: mean accuracy over all perturbation strengths up to the largest one evaluated."""
 
 from fractions import Fraction
 
@@ -27,7 +23,7 @@ Args:
         "8/255" or "0.03" is read as the number it spells.
     weight (`Callable[[float], float]`, *optional*): how much each epsilon counts: a density >= 0, which need not be
         normalised. By default all epsilons count the same.
-    num_classes (`int`, *optional*): refuse labels of `num_classes` and above.
+    num_classes (`int`, *optional*): refuse labels of `num_classes` and above. By default any label >= 0 is accepted.
 
 Returns:
     expected_robustness (`float`): mean of the accuracy curve, linear between the epsilons, in [0, 1].
@@ -36,8 +32,7 @@ Returns:
     accuracies (`list` of `float`): accuracy at each epsilon. An example counts only if it is right there and at every
         smaller epsilon.
     lower_bound, upper_bound (`float`): what any curve that falls between the grid points can average to.
-    confidence_interval (`list` of 2 `float`): 95 % interval of expected_robustness over examples
-        (Clopper-Pearson).
+    confidence_interval (`list` of 2 `float`): 95 % interval of expected_robustness over examples (Clopper-Pearson).
 
 Examples:
 
@@ -92,26 +87,21 @@ def expected_robustness(epsilons, accuracies, weight=None):
 
 
 def bracket(epsilons, accuracies, weight=None) -> tuple[float, float]:
-    """Smallest and largest mean of a non-increasing curve through these points: its two step functions.
-
-    Args and errors as in `expected_robustness`, for one curve: `accuracies` has shape `(points,)`.
-    """
+    """Smallest and largest mean of a non-increasing curve through these points: its two step functions."""
     masses, left, right = _intervals(epsilons, accuracies, weight)
     return float(_mean(masses, right)), float(_mean(masses, left))
 
 
-def confidence_interval(mean: float, examples: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval for the true mean of a quantity in [0, 1], from its mean over independent examples.
+def confidence_interval(mean: float, examples: int) -> tuple[float, float]:
+    """95 % interval for the true mean of a quantity in [0, 1], from its mean over independent examples.
 
     The exact binomial interval (Clopper-Pearson), with `examples * mean` successes, which need not be whole. With
     mean p, nothing in [0, 1] varies more than a coin that shows 1 with probability p, so the interval is too wide if
     anything for examples that are neither 0 nor 1.
     """
-    successes = mean * examples
-    failures = examples - successes
-    tail = (1 - confidence) / 2
-    low = beta.ppf(tail, successes, failures + 1) if successes > 0 else 0.0
-    high = beta.ppf(1 - tail, successes + 1, failures) if failures > 0 else 1.0
+    successes, failures = mean * examples, examples - mean * examples
+    low = beta.ppf(0.025, successes, failures + 1) if successes > 0 else 0.0
+    high = beta.ppf(0.975, successes + 1, failures) if failures > 0 else 1.0
     return float(low), float(high)
 
 
@@ -122,8 +112,8 @@ def interval_masses(epsilons, weight=None) -> np.ndarray:
     accurate for a weight with jumps or an integrable pole, but blind to a peak far narrower than the interval.
 
     Raises:
-        ValueError: if `epsilons` is no grid; if `weight` is negative or not finite where it is evaluated, cannot be
-            integrated, or is 0 throughout.
+        ValueError: if `epsilons` is not a grid; if `weight` is negative or not finite where it is evaluated, cannot
+            be integrated, or is 0 throughout.
     """
     epsilons = _as_grid(epsilons)
     if weight is None:
@@ -143,13 +133,11 @@ def interval_masses(epsilons, weight=None) -> np.ndarray:
 def mean_breaking_share(distances, largest) -> float:
     """Expected robustness from each example's smallest perturbation that fools the model: mean of min(d, E) / E.
 
-    This is the per-example form of expected robustness for uniform epsilon: an example is right below its distance and
-    wrong from there on, so it is right on the share min(d, E) / E of [0, E]. It needs no grid and is exact when the
-    distances are; the distances that an attack finds are upper bounds, and so is the result.
+    An example is right below its distance and wrong from there on, so it is right on the share min(d, E) / E of
+    [0, E]. The distances that an attack finds are upper bounds, and so is the result.
 
     Args:
-        distances: shape `(examples,)`, each in [0, inf]: 0 if the example is misclassified without a perturbation,
-            inf if no perturbation is known that fools the model.
+        distances: shape `(examples,)`, each in [0, inf]; inf if no perturbation is known that fools the model.
         largest: the largest epsilon E, finite and > 0, in the unit of the distances.
 
     Raises:
@@ -171,17 +159,7 @@ def still_correct(predictions, references) -> np.ndarray:
 
 
 def robustness_summary(predictions, references, epsilons, *, weight=None, num_classes=None) -> dict:
-    """All values of the metric.
-
-    Args:
-        predictions: predicted labels, integers of shape `(examples, epsilons)`.
-        references: true labels, integers of shape `(examples,)`.
-        epsilons: perturbation strengths, shape `(epsilons,)`, strictly increasing from 0; numbers, or text as "8/255".
-        weight: density >= 0 of epsilon, not necessarily normalised. None: uniform.
-        num_classes: refuse labels of `num_classes` and above. None: any label >= 0.
-
-    Returns:
-        `dict` with the keys described in the module's `Returns`, all of them Python floats or lists of them.
+    """All values of the metric, as Python floats or lists of them; arguments and keys as in `_KWARGS_DESCRIPTION`.
 
     Raises:
         ValueError: naming the argument that is missing, empty, of the wrong shape, type or range.
@@ -196,8 +174,7 @@ def robustness_summary(predictions, references, epsilons, *, weight=None, num_cl
     correct = still_correct(predictions, references)
     accuracies = correct.mean(axis=0)
     lower_bound, upper_bound = bracket(epsilons, accuracies, weight)
-    shares = expected_robustness(epsilons, correct, weight)
-    mean = float(shares.mean())
+    mean = float(expected_robustness(epsilons, correct, weight).mean())
     return {
         "expected_robustness": mean,
         "clean_accuracy": float(accuracies[0]),
@@ -205,7 +182,7 @@ def robustness_summary(predictions, references, epsilons, *, weight=None, num_cl
         "accuracies": accuracies.tolist(),
         "lower_bound": lower_bound,
         "upper_bound": upper_bound,
-        "confidence_interval": list(confidence_interval(mean, len(shares))),
+        "confidence_interval": list(confidence_interval(mean, len(correct))),
     }
 
 
@@ -266,7 +243,7 @@ def _as_numbers(name: str, values) -> np.ndarray:
 
 
 def _as_epsilon(value):
-    """A number as it is; of text, the number that it spells: "8/255", "0.03", "0.5/255"."""
+    """Text such as "8/255", "0.03" or "0.5/255" as a number; anything else unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -287,8 +264,8 @@ def _as_grid(epsilons) -> np.ndarray:
         raise ValueError(f"`epsilons={epsilons}` must be a list of numbers, one per column of `predictions`.")
     if grid.size == 0 or not np.all(np.isfinite(grid)) or grid[0] != 0 or np.any(np.diff(grid) <= 0):
         raise ValueError(
-            f"`epsilons={grid.tolist()}` must start with 0 and increase strictly, all of them finite; at epsilon 0 "
-            "stand the predictions for the clean images."
+            f"`epsilons={grid.tolist()}` must start with 0 and increase strictly, all of them finite; the predictions "
+            "at epsilon 0 are those for the clean images."
         )
     return grid
 
@@ -299,14 +276,11 @@ def _check_num_classes(num_classes) -> None:
 
 
 def _as_labels(name: str, values, ndim: int, num_classes: int | None = None) -> np.ndarray:
-    """Class indices as an integer array with `ndim` axes, or an error that names them.
-
-    Stricter than `evaluate`, which casts to the type of its features: 0.7 and True would become the labels 0 and 1.
-    """
+    """Class indices as an integer array with `ndim` axes. (`evaluate` itself would turn 0.7 and True into 0 and 1.)"""
     if values is None:
         raise ValueError(f"`{name}` is missing; pass {_SHAPES[ndim]}.")
     try:
-        # What `evaluate` applies, too: it takes tensors of any framework and device.
+        # `evaluate` uses this, too: it takes tensors of any framework and device.
         labels = np.asarray(cast_to_python_objects(values))
     except ValueError as error:
         raise ValueError(f"`{name}` must be {_SHAPES[ndim]}; got rows of different lengths.") from error
@@ -317,26 +291,21 @@ def _as_labels(name: str, values, ndim: int, num_classes: int | None = None) -> 
     if labels.dtype.kind not in "iu":
         raise ValueError(
             f"`{name}` must hold class indices of an integer type, got {labels.dtype}; pass labels such as "
-            "`logits.argmax(-1)`, neither probabilities nor whether a prediction is right."
+            "`logits.argmax(-1)`, not probabilities or whether a prediction is right."
         )
     if labels.min() < 0:
         raise ValueError(f"`{name}` holds the label {labels.min()}; class indices are >= 0. Leave such examples out.")
     if num_classes is not None and labels.max() >= num_classes:
-        raise ValueError(
-            f"`{name}` holds the label {labels.max()}, but with `num_classes={num_classes}` the largest is "
-            f"{num_classes - 1}."
-        )
+        raise ValueError(f"`{name}` holds the label {labels.max()}, which is not below `num_classes={num_classes}`.")
     return labels
 
 
 def _as_examples(predictions, references, num_classes: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """`predictions` of shape `(examples, epsilons)` and `references` of shape `(examples,)`, checked."""
     references = _as_labels("references", references, 1, num_classes)
     predictions = _as_labels("predictions", predictions, 2, num_classes)
     if len(predictions) != len(references):
         raise ValueError(
-            f"`predictions` holds {len(predictions)} examples, `references` {len(references)}; pass one true label "
-            "for each."
+            f"`predictions` holds {len(predictions)} examples, `references` {len(references)}; give one label each."
         )
     return predictions, references
 
@@ -367,7 +336,7 @@ class ExpectedRobustness(evaluate.Metric):
 
     def compute(self, *, predictions=None, references=None, epsilons=None, weight=None, num_classes=None):
         """Computes the metric from these examples and all that were added before."""
-        # Before anything else: when `_compute` raises, `evaluate` has already given up the examples that were added.
+        # Checked first: when `_compute` raises, `evaluate` has already dropped the examples that were added.
         interval_masses(epsilons, weight)
         _check_num_classes(num_classes)
         if predictions is None and references is None and len(self) == 0:

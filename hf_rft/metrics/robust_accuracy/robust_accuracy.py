@@ -17,15 +17,15 @@ Args:
     predictions (`list` of `int`): predicted label of each adversarial example.
     references (`list` of `int`): true labels.
     clean_predictions (`list` of `int`, *optional*): predicted label of each clean example.
-    num_classes (`int`, *optional*): refuse labels of `num_classes` and above.
+    num_classes (`int`, *optional*): refuse labels of `num_classes` and above. By default any label >= 0 is accepted.
 
 Returns:
     robust_accuracy (`float`): share of examples that are right under attack, in [0, 1]; with `clean_predictions`, only
         those that are right on the clean image, too.
-    confidence_interval (`list` of 2 `float`): 95 % binomial interval of robust_accuracy (Wilson).
+    confidence_interval (`list` of 2 `float`): 95 % interval of robust_accuracy over examples (Clopper-Pearson).
     clean_accuracy (`float`): share of examples that are right on the clean image. Only with `clean_predictions`.
-    attack_success_rate (`float`): of the examples that are right on the clean image, the share that the attack fooled;
-        0 if there are none. Only with `clean_predictions`.
+    attack_success_rate (`float`): share of the examples right on the clean image that the attack fooled; 0 if there
+        are none. Only with `clean_predictions`.
 
 Examples:
 
@@ -49,16 +49,7 @@ _SHAPES = ("one class index", "a list of class indices, one per example")
 
 
 def robust_accuracy_summary(predictions, references, clean_predictions=None, *, num_classes=None) -> dict:
-    """All values of the metric.
-
-    Args:
-        predictions: predicted labels of the adversarial examples, integers of shape `(examples,)`.
-        references: true labels, integers of shape `(examples,)`.
-        clean_predictions: predicted labels of the clean examples, integers of shape `(examples,)`, or None.
-        num_classes: refuse labels of `num_classes` and above. None: any label >= 0.
-
-    Returns:
-        `dict` with the keys described in the module's `Returns`.
+    """All values of the metric; arguments and keys as in `_KWARGS_DESCRIPTION`.
 
     Raises:
         ValueError: naming the argument that is missing, empty, of the wrong shape, type or range.
@@ -66,25 +57,15 @@ def robust_accuracy_summary(predictions, references, clean_predictions=None, *, 
     _check_num_classes(num_classes)
     columns = _as_examples(predictions, references, clean_predictions, num_classes)
     robust = columns["predictions"] == columns["references"]
-    if clean_predictions is None:
-        return _share_with_interval(robust)
-    clean = columns["clean_predictions"] == columns["references"]
-    fooled = clean & ~robust
-    return {
-        **_share_with_interval(clean & robust),
-        "clean_accuracy": float(clean.mean()),
-        # Of no examples, none was fooled.
-        "attack_success_rate": float(fooled.sum() / max(clean.sum(), 1)),
-    }
-
-
-def _share_with_interval(robust: np.ndarray) -> dict:
-    """Share of True, shape `(examples,)`, and the interval that holds the true share with 95 % confidence."""
-    interval = binomtest(int(robust.sum()), robust.size).proportion_ci(confidence_level=0.95, method="wilson")
-    return {
-        "robust_accuracy": float(robust.mean()),
-        "confidence_interval": [float(interval.low), float(interval.high)],
-    }
+    on_clean = {}
+    if clean_predictions is not None:
+        clean = columns["clean_predictions"] == columns["references"]
+        on_clean["clean_accuracy"] = float(clean.mean())
+        on_clean["attack_success_rate"] = float((clean & ~robust).sum() / max(clean.sum(), 1))
+        robust &= clean
+    # scipy's default is the exact interval at 95 %, as in the metric expected robustness.
+    low, high = binomtest(int(robust.sum()), robust.size).proportion_ci()
+    return {"robust_accuracy": float(robust.mean()), "confidence_interval": [float(low), float(high)], **on_clean}
 
 
 def _check_num_classes(num_classes) -> None:
@@ -93,14 +74,11 @@ def _check_num_classes(num_classes) -> None:
 
 
 def _as_labels(name: str, values, ndim: int, num_classes: int | None = None) -> np.ndarray:
-    """Class indices as an integer array with `ndim` axes, or an error that names them.
-
-    Stricter than `evaluate`, which casts to the type of its features: 0.7 and True would become the labels 0 and 1.
-    """
+    """Class indices as an integer array with `ndim` axes. (`evaluate` itself would turn 0.7 and True into 0 and 1.)"""
     if values is None:
         raise ValueError(f"`{name}` is missing; pass {_SHAPES[ndim]}.")
     try:
-        # What `evaluate` applies, too: it takes tensors of any framework and device.
+        # `evaluate` uses this, too: it takes tensors of any framework and device.
         labels = np.asarray(cast_to_python_objects(values))
     except ValueError as error:
         raise ValueError(f"`{name}` must be {_SHAPES[ndim]}; got rows of different lengths.") from error
@@ -111,15 +89,12 @@ def _as_labels(name: str, values, ndim: int, num_classes: int | None = None) -> 
     if labels.dtype.kind not in "iu":
         raise ValueError(
             f"`{name}` must hold class indices of an integer type, got {labels.dtype}; pass labels such as "
-            "`logits.argmax(-1)`, neither probabilities nor whether a prediction is right."
+            "`logits.argmax(-1)`, not probabilities or whether a prediction is right."
         )
     if labels.min() < 0:
         raise ValueError(f"`{name}` holds the label {labels.min()}; class indices are >= 0. Leave such examples out.")
     if num_classes is not None and labels.max() >= num_classes:
-        raise ValueError(
-            f"`{name}` holds the label {labels.max()}, but with `num_classes={num_classes}` the largest is "
-            f"{num_classes - 1}."
-        )
+        raise ValueError(f"`{name}` holds the label {labels.max()}, which is not below `num_classes={num_classes}`.")
     return labels
 
 
@@ -129,12 +104,10 @@ def _as_examples(predictions, references, clean_predictions, num_classes: int | 
     if clean_predictions is not None:
         given["clean_predictions"] = clean_predictions
     columns = {name: _as_labels(name, values, 1, num_classes) for name, values in given.items()}
+    count = len(columns["references"])
     for name, labels in columns.items():
-        if len(labels) != len(columns["references"]):
-            raise ValueError(
-                f"`{name}` holds {len(labels)} examples, `references` {len(columns['references'])}; pass one label of "
-                "each per example."
-            )
+        if len(labels) != count:
+            raise ValueError(f"`{name}` holds {len(labels)} examples, `references` {count}; give one label each.")
     return columns
 
 
@@ -169,7 +142,7 @@ class RobustAccuracy(evaluate.Metric):
 
     def compute(self, *, predictions=None, references=None, clean_predictions=None, num_classes=None):
         """Computes the metric from these examples and all that were added before."""
-        # Before anything else: when `_compute` raises, `evaluate` has already given up the examples that were added.
+        # Checked first: when `_compute` raises, `evaluate` has already dropped the examples that were added.
         _check_num_classes(num_classes)
         if predictions is None and references is None and clean_predictions is None and len(self) == 0:
             raise ValueError("`predictions` and `references` are missing; pass them here or to `add_batch` before.")

@@ -1,11 +1,7 @@
 """Cases with known results, in the layout of `evaluate` modules. `result` holds some of the returned values."""
 
 test_cases = [
-    {
-        "predictions": [0, 1, 2, 0],
-        "references": [0, 1, 2, 2],
-        "result": {"robust_accuracy": 0.75},
-    },
+    {"predictions": [0, 1, 2, 0], "references": [0, 1, 2, 2], "result": {"robust_accuracy": 0.75}},
     # The last example is right under attack but wrong without it: it does not count. Of the three that are right
     # without an attack, the first is fooled.
     {

@@ -1,7 +1,7 @@
-"""Make `recipes/data/fashion_mnist_5k` from the Debian package `dataset-fashion-mnist`.
+"""Make `hf_rft/data/fashion_mnist_5k` from the Debian package `dataset-fashion-mnist`.
 
     apt-get install dataset-fashion-mnist
-    python recipes/data/make_fashion_mnist.py
+    python recipes/make_fashion_mnist.py
 
 Takes the first 500 training and 100 test images of each class, in their original order.
 """
