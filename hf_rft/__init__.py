@@ -5,6 +5,7 @@ from .evaluation.evaluate import evaluate_robustness
 from .evaluation.report import RobustnessReport
 from .hub.loading import load_robust_model
 from .hub.pushing import PushError
+from .models.module import ModuleForImageClassification
 from .models.pixel_space import PixelNormalization
 from .schedules import EpsilonScheduleCallback, EpsilonScheduleType, get_epsilon_schedule
 from .threat_model import ThreatModel
@@ -19,6 +20,7 @@ __all__ = [
     "AlarmRaised",
     "EpsilonScheduleCallback",
     "EpsilonScheduleType",
+    "ModuleForImageClassification",
     "PixelNormalization",
     "PushError",
     "RobustTrainer",

@@ -193,12 +193,16 @@ def get_epsilon_schedule(name: str, **kwargs) -> EpsilonSchedule:
     factory = SCHEDULES[name]
     signature = inspect.signature(factory)
     try:
-        signature.bind(**kwargs)
+        bound = signature.bind(**kwargs)
     except TypeError as error:
         raise ValueError(
             f"The {name!r} epsilon schedule takes {list(signature.parameters)}, got {sorted(kwargs)}: {error}."
         ) from error
-    return factory(**kwargs)
+    schedule = factory(**kwargs)
+    bound.apply_defaults()
+    arguments = ", ".join(f"{key}={value}" for key, value in bound.arguments.items())
+    schedule.__qualname__ = f"{factory.__name__}({arguments})"  # for its `repr`
+    return schedule
 
 
 def is_stream(state: TrainerState) -> bool:
@@ -241,6 +245,10 @@ class EpsilonScheduleCallback(TrainerCallback):
         check_schedule(schedule)
         self.schedule = schedule
         self.interval = interval
+
+    def __repr__(self) -> str:
+        schedule = getattr(self.schedule, "__qualname__", repr(self.schedule))
+        return f"{type(self).__name__}({schedule}, interval={self.interval!r})"
 
     def progress(self, state: TrainerState) -> float:
         """Share of training completed before the next step, in [0, 1]."""

@@ -27,7 +27,7 @@ def parse_epsilon(value: str | int | float | Fraction) -> Fraction:
 
     Args:
         value (`str`, `int`, `float` or `Fraction`):
-            `"8/255"`, `"0.03"`, `"0.5/255"` or a number. A float is read as the decimal it prints as.
+            `"8/255"`, `"0.03"`, `"0.5/255"` or a number: a float is n/255 if that rounds to it, else what it prints.
 
     Returns:
         `Fraction`: the same number, exactly.
@@ -44,7 +44,8 @@ def parse_epsilon(value: str | int | float | Fraction) -> Fraction:
     epsilon = numerator / denominator
     if epsilon < 0:
         raise ValueError(f"`epsilon={value!r}` is negative; a perturbation strength is 0 or more.")
-    return epsilon
+    levels = round(255 * epsilon, 6) / 255
+    return levels if isinstance(value, float) and float(levels) == value else epsilon
 
 
 def parse_epsilons(norm: str, epsilons: Iterable[Any], *, argument: str = "epsilons") -> list[Fraction]:
@@ -134,6 +135,10 @@ class ThreatModel:
             is_level = self.epsilon in range(256)
             remedy = f"did you mean '{written}/255'?" if is_level else "write it as a fraction x/255."
             raise ValueError(f"`epsilon={written!r}` is above 1, but pixels lie in [0, 1]; {remedy}")
+
+    def __repr__(self) -> str:
+        epsilon = "one per example" if isinstance(self.epsilon, torch.Tensor) else format_epsilon(self.epsilon)
+        return f"ThreatModel({self.norm!r}, {epsilon!r})"
 
     @property
     def is_trivial(self) -> bool:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_rft import EpsilonScheduleType, get_epsilon_schedule, schedules
+from hf_rft import EpsilonScheduleCallback, EpsilonScheduleType, get_epsilon_schedule, schedules
 from hf_rft.schedules import scaled_steps
 
 
@@ -107,6 +107,13 @@ def test_values_lie_between_0_and_1_and_never_fall(name, hinge, progresses):
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "constant"])
 def test_all_ramps_end_at_full_epsilon(name):
     assert build(name, 0.25, 1.0)(1.0) == pytest.approx(1.0)
+
+
+def test_schedule_and_callback_are_shown_with_their_arguments():
+    schedule = get_epsilon_schedule(EpsilonScheduleType.HINGE, start=0.5)
+    assert repr(schedule).startswith("<function hinge(start=0.5, end=0.75) at ")
+    shown = repr(EpsilonScheduleCallback(schedule, "epoch"))
+    assert shown == "EpsilonScheduleCallback(hinge(start=0.5, end=0.75), interval='epoch')"
 
 
 def test_name_may_be_the_enum():

@@ -66,6 +66,10 @@ def assert_inside(adversarial, pixels, norm, radii):
         (0.1, Fraction(1, 10)),
         (2, Fraction(2)),
         (np.float64(0.3), Fraction(3, 10)),
+        (8 / 255, Fraction(8, 255)),
+        (0.5 / 255, Fraction(1, 510)),
+        (0.1234567, Fraction(1234567, 10**7)),
+        (np.float64(1 / 3), Fraction(85, 255)),
         (Fraction(1, 3), Fraction(1, 3)),
     ],
 )
@@ -130,6 +134,11 @@ def test_parse_epsilon_refuses_division_by_zero():
 
 
 # --- ThreatModel ---
+
+
+def test_shown_in_a_line():
+    assert repr(ThreatModel("linf", 8 / 255)) == "ThreatModel('linf', '8/255')"
+    assert repr(ThreatModel("l2", torch.ones(3))) == "ThreatModel('l2', 'one per example')"
 
 
 @pytest.mark.parametrize("epsilon", ["8", 8, 8.0, Fraction(8)])

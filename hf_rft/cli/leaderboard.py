@@ -46,14 +46,16 @@ class Candidate:
 def conditions(report: RobustnessReport) -> dict[str, Any]:
     """What two reports must have in common for their numbers to be comparable, as JSON values."""
     settings, dataset = report.settings, report.settings["dataset"]
+    dataset = dataset if isinstance(dataset, dict) else {}
     return {
         "norm": report.norm,
         "epsilons": [format_epsilon(epsilon) for epsilon in report.epsilons],
-        "data (SHA-256)": dataset.get("sha256") if isinstance(dataset, dict) else None,
+        "number of examples": len(report),
+        "image shape": dataset.get("image_shape"),
+        "data (SHA-256)": dataset.get("sha256"),
         "tier": settings["tier"],
         "attacks": settings["attacks"],
         "guess_steps": settings.get("guess_steps"),
-        "number of examples": len(report),
     }
 
 

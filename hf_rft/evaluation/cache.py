@@ -90,6 +90,11 @@ def hash_examples(pixels: torch.Tensor, labels: torch.Tensor) -> list[str]:
     return [hash_tensors({"pixels": image, "label": label}) for image, label in zip(pixels, labels, strict=True)]
 
 
+def hash_levels(pixels: torch.Tensor, labels: torch.Tensor) -> list[str]:
+    """[`hash_examples`] of the images in bytes: the same for processors that differ only in how they normalise."""
+    return hash_examples((255 * pixels).round().to(torch.uint8), labels.long())
+
+
 def batch_key(evaluated: Mapping[str, Any], positions: Sequence[int], examples: Sequence[str]) -> str:
     """Key of a batch: a hash of what is evaluated, the examples' hashes and their positions in the dataset."""
     return hash_json({"evaluated": evaluated, "positions": list(positions), "examples": list(examples)})

@@ -1,5 +1,6 @@
 """`evaluate_robustness`: from a classifier and a dataset to the whole curve of accuracy over epsilon."""
 
+import sys
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -20,7 +21,8 @@ from ..models.pixel_space import PixelNormalization
 from ..threat_model import parse_epsilons
 from ..utils.files import check_writable
 from ..utils.values import COUNT, SEED
-from .cache import Record, ResultCache, batch_key, hash_examples, hash_json
+from .cache import Record, ResultCache, batch_key, hash_examples, hash_json, hash_levels
+from .estimate import CostEstimate
 from .evaluator import Evaluator
 from .flags import drawn_examples, trust_flags
 from .provenance import describe_model
@@ -62,7 +64,9 @@ def evaluate_robustness(
             A `datasets.Dataset`, or any dataset with `__len__` and `__getitem__`. Each example holds a label, and an
             image or `pixel_values` from the processor.
         processor:
-            The model's image processor; perturbations are measured on the pixels it produces, scaled to [0, 1].
+            The model's image processor; perturbations are measured on the pixels it produces, scaled to [0, 1]. For a
+            module that has none, a [`PixelNormalization`] or its `(mean, std)`: then images are normalised but not
+            resized, and have as many channels as `mean` or `std` has values.
         norm (`str`):
             A name in `NORMS`.
         epsilons (`Sequence` of `str`, number or `Fraction`):
@@ -86,10 +90,27 @@ def evaluate_robustness(
         image_column, label_column (`str`, *optional*):
             Default to the usual names: `image` or `img`, `labels` or `label`.
         progress_bar (`bool`, *optional*, defaults to `True`):
-            Show the number of examples decided and the time left.
+            Show the number of examples decided and the time left, and first, if it may take more than a minute, how
+            long.
 
     Raises:
         ValueError: naming the argument, the problem and the remedy, before any attack runs.
+
+    Example, for a timm model:
+
+    ```python
+    config = timm.data.resolve_model_data_config(model)  # of `model = timm.create_model(...).eval()`
+    prepare = timm.data.create_transform(**config)
+    images = dataset.with_transform(
+        lambda batch: {
+            "pixel_values": [prepare(image.convert("RGB")) for image in batch["image"]],
+            "label": batch["label"],
+        }
+    )
+    report = evaluate_robustness(
+        model, images, (config["mean"], config["std"]), norm="linf", epsilons=["0", "2/255", "4/255"]
+    )
+    ```
     """
     evaluator = Evaluator(norm, parse_epsilons(norm, epsilons), make_tier(tier, norm), seed, autocast_dtype)
     if not isinstance(model, torch.nn.Module):
@@ -107,9 +128,15 @@ def evaluate_robustness(
             f"{list(ATTACKS)}."
         )
     config = getattr(model, "config", None)
+    if isinstance(processor, tuple | list) and len(processor) == 2:
+        processor = PixelNormalization(*processor)
+    if isinstance(processor, PixelNormalization):
+        normalization, num_channels = processor, max(len(processor.mean), len(processor.std))
+    else:
+        normalization = PixelNormalization.from_processor(processor, argument="processor")
+        num_channels = num_image_channels(config)
     columns = {"image_column": image_column, "label_column": label_column}
-    examples = Examples(dataset, processor, num_channels=num_image_channels(config), **columns)
-    normalization = PixelNormalization.from_processor(processor, argument="processor")
+    examples = Examples(dataset, processor, num_channels=num_channels, **columns)
     features = dataset.features if isinstance(dataset, datasets.Dataset) else {}
     if (class_names := getattr(features.get(examples.label_column), "names", None)) is not None:
         check_class_order("`dataset`", class_names, config)
@@ -123,19 +150,26 @@ def evaluate_robustness(
     state = PartialState(cpu=not torch.accelerator.is_available())
     was_training = any(module.training for module in model.modules())
 
-    with classifier.under_attack(), classifier.in_fast_format(classifier.load(examples, [0])[0]):
+    first_image, _ = classifier.load(examples, [0])
+    shape = first_image.shape[1:]
+    with classifier.under_attack(), classifier.in_fast_format(first_image):
         batches = [
             range(first, min(first + batch_size, len(examples))) for first in range(0, len(examples), batch_size)
         ]
         mine = batches[state.process_index :: state.num_processes]
         # Check all images and labels before the first attack: hours later is too late for an error.
-        clean = [_look_at(classifier, examples, positions) for positions in mine]
+        clean = [_look_at(classifier, examples, positions, shape) for positions in mine]
         cache, results = ResultCache(cache_dir), []
         total = sum(len(positions) for positions in mine)
         with tqdm(total=total, unit=" examples", disable=not (progress_bar and state.is_main_process)) as bar:
+            # Written, not logged: like the bar, it is for whoever waits.
+            estimate = CostEstimate(evaluator, lambda text: bar.disable or bar.write(text, file=sys.stderr))
+            num_right = sum(batch.num_right for batch in clean)
             for batch in clean:
-                record = _evaluate_batch(classifier, examples, batch, evaluator, evaluated, cache, bar)
-                results.append((batch.positions[0], record, batch.hashes))
+                estimate.left(images=total - bar.n, num_right=num_right)
+                record = _evaluate_batch(classifier, examples, batch, evaluator, evaluated, cache, bar, estimate)
+                num_right -= batch.num_right
+                results.append((batch.positions[0], record, batch.level_hashes))
         results = sorted(gather_object(results), key=lambda result: result[0])
         records = [record for _, record, _ in results]
         merged = {name: torch.cat([record[name] for record in records]) for name in records[0] if name != "passes"}
@@ -151,6 +185,7 @@ def evaluate_robustness(
         normalization=normalization,
         batch_size=batch_size,
         sha256=hash_json([hashes for *_, of_batch in results for hashes in of_batch]),
+        image_shape=list(shape),
     )
     return RobustnessReport(
         norm=norm,
@@ -171,16 +206,25 @@ class _CleanBatch(NamedTuple):
     """What is known about a batch before it is attacked."""
 
     positions: range  # in the dataset
-    hashes: list[str]  # one per image and its label
+    hashes: list[str]  # one per image and its label, for the cache
+    level_hashes: list[str]  # the same of the images in bytes, for the report
     logits: torch.Tensor  # (batch, classes), on the CPU
+    num_right: int
 
 
 @torch.no_grad()
-def _look_at(classifier: PixelClassifier, examples: Examples, positions: range) -> _CleanBatch:
+def _look_at(classifier: PixelClassifier, examples: Examples, positions: range, shape: torch.Size) -> _CleanBatch:
     pixels, labels = classifier.load(examples, positions)
+    if pixels.shape[1:] != shape:
+        raise ValueError(
+            f"`dataset`: the images {positions[0]} to {positions[-1]} have the shape {tuple(pixels.shape[1:])}, the "
+            f"first one has {tuple(shape)}; resize them to one size, that of the model."
+        )
     logits = classifier.forward_in(None)(pixels)
     check_labels(f"`dataset` (examples {positions[0]} to {positions[-1]})", labels, logits.shape[1])
-    return _CleanBatch(positions, hash_examples(pixels, labels), logits.cpu())
+    num_right = int((logits.argmax(dim=1) == labels).sum())
+    hashes = hash_examples(pixels, labels), hash_levels(pixels, labels)
+    return _CleanBatch(positions, *hashes, logits.cpu(), num_right)
 
 
 def _evaluate_batch(
@@ -191,6 +235,7 @@ def _evaluate_batch(
     evaluated: dict[str, Any],
     cache: ResultCache,
     bar: tqdm,
+    estimate: CostEstimate,
 ) -> Record:
     """The record of a batch, from the cache or newly computed."""
     positions, done_before = batch.positions, bar.n
@@ -203,15 +248,18 @@ def _evaluate_batch(
     record = cache.load(key, batch.logits)
     if record is None:
         pixels, labels = classifier.load(examples, positions)
+        exact, dtype = classifier.forward_in(None), evaluator.autocast_dtype
+        crafting = estimate.watched(classifier.forward_in(dtype) if dtype else exact)
         found, passes = evaluator.attack(
-            classifier.forward_in(None),
+            exact if dtype else crafting,
             pixels,
             labels,
             positions,
             batch.logits.argmax(dim=1).to(labels.device),
-            crafting=classifier.forward_in(evaluator.autocast_dtype) if evaluator.autocast_dtype else None,
+            crafting=crafting if dtype else None,
             on_progress=show,
         )
+        estimate.make()
         is_shown = (found.broken_at > 0) & (found.broken_at < len(evaluator.epsilons))
         shown = is_shown.nonzero().flatten()[:SHOWN_EXAMPLES]
         record = found._asdict()

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +13,21 @@ from ..attacks.base import Forward, Passes
 from ..models.classifier import CountedForward, PixelClassifier
 from ..models.pixel_space import PixelNormalization
 from ..threat_model import format_epsilon
+from .cache import hash_levels
 from .provenance import describe_dataset, describe_normalization, versions
 from .search import BreakingPoints, find_breaking_points
 
 
 if TYPE_CHECKING:
     from .tiers import Tier
+
+
+class AttackedBatch(NamedTuple):
+    """What a report states about a batch of a trainer, besides its predictions."""
+
+    passes: Passes = Passes(0, 0)
+    hashes: dict[int, str] | None = None  # of the examples, by position
+    image_shape: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,10 @@ class Evaluator:
     tier: "Tier"
     seed: int
     autocast_dtype: torch.dtype | None = None
+
+    def __repr__(self) -> str:
+        grid = ", ".join(map(format_epsilon, self.epsilons))
+        return f"Evaluator({self.norm} at {grid}; {self.tier}; seed {self.seed})"
 
     def attack(
         self,
@@ -86,7 +99,7 @@ class Evaluator:
 
     def attack_inputs(
         self, classifier: PixelClassifier, inputs: dict[str, Any], logits: torch.Tensor, positions: range
-    ) -> tuple[BreakingPoints, Passes]:
+    ) -> tuple[BreakingPoints, AttackedBatch]:
         """[`attack`] on the first `len(positions)` examples of a trainer's batch.
 
         Args:
@@ -99,7 +112,10 @@ class Evaluator:
         pixels = classifier.normalization.to_pixels(inputs.pop("pixel_values"))[:count]
         labels = inputs.pop("labels")[:count]
         with classifier.under_attack():
-            return self.attack(partial(classifier, **inputs), pixels, labels, positions, logits.argmax(dim=1))
+            clean_predictions = logits.argmax(dim=1)
+            found, passes = self.attack(partial(classifier, **inputs), pixels, labels, positions, clean_predictions)
+        hashes = dict(zip(positions, hash_levels(pixels, labels), strict=True))
+        return found, AttackedBatch(passes, hashes, list(pixels.shape[1:]))
 
     def settings(
         self,
@@ -109,6 +125,7 @@ class Evaluator:
         normalization: PixelNormalization,
         batch_size: int,
         sha256: str | None = None,
+        image_shape: Sequence[int] | None = None,
     ) -> dict[str, Any]:
         """Everything the results depend on, as JSON values.
 
@@ -119,10 +136,12 @@ class Evaluator:
                 Total batch size of all processes.
             sha256 (`str`, *optional*):
                 Hash of the examples, if known.
+            image_shape (`Sequence[int]`, *optional*):
+                Channels, height and width, if known.
         """
         return {
             "model": model,
-            "dataset": {**describe_dataset(dataset), "sha256": sha256},
+            "dataset": {**describe_dataset(dataset), "image_shape": image_shape, "sha256": sha256},
             "processor": describe_normalization(normalization),
             **self.describe(),
             "batch_size": batch_size,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,11 @@ import torch
 from ..attacks.base import Passes
 from ..threat_model import format_epsilon, parse_epsilon
 from ..utils.files import write_text
+from .tables import to_pandas, to_text
+
+
+if TYPE_CHECKING:
+    import pandas
 
 
 SCHEMA_VERSION = 1
@@ -27,6 +32,9 @@ class AdversarialExamples(NamedTuple):
     adversarial: torch.Tensor  # same shape: the nearest adversarial examples found
     logits: torch.Tensor  # (count, classes), for the clean images
     adversarial_logits: torch.Tensor  # (count, classes), for the adversarial images
+
+    def __repr__(self) -> str:
+        return f"AdversarialExamples(positions={self.positions}, images of shape {tuple(self.pixels.shape[1:])})"
 
 
 @dataclass(eq=False)
@@ -95,6 +103,15 @@ class RobustnessReport:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        numbers = ("clean_accuracy", "robust_accuracy", "expected_robustness")
+        shares = ", ".join(f"{name.replace('_', ' ')} {100 * getattr(self, name):.1f} %" for name in numbers)
+        flags = f", flags {', '.join(self.flags)}" if self.flags else ""
+        return (
+            f"RobustnessReport({len(self)} examples, {self.norm} up to {format_epsilon(self.epsilons[-1])}, "
+            f"tier {self.settings.get('tier')}: {shares}{flags})"
+        )
 
     # --- Numbers ---
 
@@ -200,7 +217,23 @@ class RobustnessReport:
             examples=None,
         )
 
-    # --- Files ---
+    # --- Files and tables ---
+
+    def to_pandas(self, per: str = "example") -> "pandas.DataFrame":
+        """The results as a table.
+
+        Args:
+            per (`str`, *optional*, defaults to `"example"`):
+                `"example"`: one row per example, in the order of the dataset, with `label`, `correct_clean`,
+                `broken_at` (the smallest epsilon that breaks it, inf if none does), `distance` (see the class) and the
+                predicted class `prediction_at_<epsilon>` for each epsilon. `"epsilon"`: one row per epsilon, with
+                `epsilon` as a number and as `written`, `accuracy`, the bounds `low` and `high` of its 95 % interval,
+                and `num_robust`, the number of examples that withstand it.
+
+        Raises:
+            ValueError: for another `per`.
+        """
+        return to_pandas(self, per)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the images, as JSON values; epsilons as exact text."""
@@ -285,24 +318,4 @@ class RobustnessReport:
 
     def table(self) -> str:
         """The curve, expected robustness and flags as text for printing."""
-        settings = self.settings
-        attacks = ", ".join(
-            f"{attack['attack']} ({attack['steps']} steps"
-            + (f", {attack['restarts']} restarts)" if attack["restarts"] > 1 else ")")
-            for attack in settings["attacks"]
-        )
-        lines = [f"{len(self)} examples, {self.norm}, tier {settings['tier']}: {attacks}; seed {settings['seed']}"]
-        rows = zip(self.epsilons, self.accuracies, self.accuracy_intervals, strict=True)
-        lines += [
-            f"  accuracy at {format_epsilon(epsilon):<8} {100 * accuracy:5.1f} %   [{100 * low:.1f}, {100 * high:.1f}]"
-            for epsilon, accuracy, (low, high) in rows
-        ]
-        low, high = self.confidence_interval
-        lower, upper = self.bracket
-        lines += [
-            f"  expected robustness  {100 * self.expected_robustness:5.1f} %   [{100 * low:.1f}, {100 * high:.1f}], "
-            f"any curve through these points: {100 * lower:.1f} to {100 * upper:.1f}",
-            "  (in brackets 95 % intervals over examples)",
-        ]
-        lines += [f"  WARNING {name}: {message}" for name, message in (self.flags or {}).items()]
-        return "\n".join(lines)
+        return to_text(self)

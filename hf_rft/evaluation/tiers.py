@@ -37,6 +37,13 @@ class Tier:
     attacks: tuple[AttackRun, ...]
     guess_steps: int = 0
 
+    def __repr__(self) -> str:
+        runs = (
+            f"{attack_name(run.attack)} {run.steps}" + f" x {run.restarts}" * (run.restarts > 1)
+            for run in self.attacks
+        )
+        return f"Tier({self.name}: {', '.join(runs)})"
+
     def describe(self) -> dict[str, Any]:
         """What to record with a result, as JSON values."""
         return {

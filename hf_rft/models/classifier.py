@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 
 from ..attacks.base import Forward, Passes
 from ..data.examples import Examples
@@ -156,7 +155,7 @@ def check_batch(inputs: Mapping[str, Any], num_labels: int) -> None:
     check_labels("A batch", labels, num_labels)
 
 
-def blank_image(model: PreTrainedModel) -> torch.Tensor:
+def blank_image(model: nn.Module) -> torch.Tensor:
     """One image of the size in the model's `config`. Convolutional networks name none and take any: 224 pixels."""
     config: Any = model.config
     if "input_size" in (getattr(config, "pretrained_cfg", None) or {}):  # timm
@@ -164,7 +163,8 @@ def blank_image(model: PreTrainedModel) -> torch.Tensor:
     else:
         channels, size = getattr(config, "num_channels", 3), getattr(config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else size
-    return torch.zeros(1, channels, height, width, dtype=model.dtype, device=model.device)
+    parameter = next(model.parameters())
+    return torch.zeros(1, channels, height, width, dtype=parameter.dtype, device=parameter.device)
 
 
 def check_labels(where: str, labels: Any, num_labels: int) -> None:

@@ -1,9 +1,12 @@
 """Between a processor's normalised `pixel_values` and pixels in [0, 1], where perturbations are measured."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torchvision.transforms.v2 import functional as F
 from transformers.image_processing_utils import BaseImageProcessor
 
 
@@ -15,10 +18,13 @@ RANGE_TOLERANCE = 1e-3
 class PixelNormalization:
     """The affine map `pixel_values = (pixels - mean) / std` of an image processor, in pixels scaled to [0, 1].
 
+    Called with images, it is the simplest such processor. timm's values are the `mean` and `std` of
+    `timm.data.resolve_model_data_config(model)`.
+
     Args:
-        mean (`tuple[float, ...]`):
+        mean (`float` or `Sequence[float]`):
             One value per channel, or one for all channels.
-        std (`tuple[float, ...]`):
+        std (`float` or `Sequence[float]`):
             The same for the standard deviation; positive.
         source (`str`):
             The processor's own values, for error messages.
@@ -29,10 +35,38 @@ class PixelNormalization:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    source: str = ""
-    rescales: bool = True
+    source: str = field(default="", repr=False)
+    rescales: bool = field(default=True, repr=False)
     # Mean and std on each device seen so far: creating them on every call would wait for the device.
     _tensors: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, _per_channel(self, name, getattr(self, name)))
+        if not self.source:
+            object.__setattr__(self, "source", f"mean={list(self.mean)}, std={list(self.std)}")
+
+    def __call__(self, images: Sequence[Any], return_tensors: str = "pt") -> dict[str, torch.Tensor]:
+        """Normalise images of one size, as an image processor that does not resize.
+
+        Args:
+            images (`Sequence` of PIL images, arrays or tensors):
+                Arrays of shape `(height, width, channels)`, tensors of shape `(channels, height, width)`; bytes, or
+                floats in [0, 1].
+            return_tensors (`str`, *optional*):
+                As for other processors; it is always `"pt"`.
+
+        Returns:
+            `dict`: `pixel_values` of shape `(batch, channels, height, width)`, float32.
+
+        Raises:
+            ValueError: if the images differ in size.
+        """
+        pixels = [F.to_dtype(F.to_image(image), torch.float32, scale=True) for image in images]
+        shapes = sorted({tuple(image.shape) for image in pixels})
+        if len(shapes) > 1:
+            raise ValueError(f"the images have the shapes {shapes[:3]}; resize them to one size, that of the model")
+        return {"pixel_values": self.from_pixels(torch.stack(pixels))}
 
     @classmethod
     def from_processor(
@@ -57,7 +91,8 @@ class PixelNormalization:
         if not hasattr(processor, "do_rescale") and not hasattr(processor, "do_normalize"):
             raise ValueError(
                 f"`{argument}={type(processor).__name__}` is not an image processor, so hf_rft cannot know how "
-                "pixels are normalised; pass `AutoImageProcessor.from_pretrained(...)`."
+                "pixels are normalised; pass `AutoImageProcessor.from_pretrained(...)` or, for a model of your own, "
+                "for example `ViTImageProcessor(do_resize=False, image_mean=[...], image_std=[...])`."
             )
         # Processors first map a byte b = 255 p to b * rescale_factor + offset, then normalise.
         scale, offset, source = 255.0, 0.0, "do_rescale=False"
@@ -158,6 +193,7 @@ def _per_channel(processor, name: str, value) -> tuple[float, ...]:
             f"{type(processor).__name__} normalises images but its `{name}` is None; set `{name}` to the values the "
             "model was trained with, or `do_normalize=False` if there was none."
         )
+    value = value.tolist() if hasattr(value, "tolist") else value
     try:
         values = tuple(float(v) for v in (value if isinstance(value, (list, tuple)) else [value]))
     except (TypeError, ValueError) as error:

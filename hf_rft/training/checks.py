@@ -37,7 +37,9 @@ def check_setup(trainer: Trainer) -> None:
     if num_labels is None or num_labels < 2 or problem_type not in (None, "single_label_classification"):
         raise ValueError(
             "`model` must be an image classifier with a `config` of at least 2 classes, one of which is right; got "
-            f"{type(trainer.model).__name__} with num_labels={num_labels} and problem_type={problem_type!r}."
+            f"{type(trainer.model).__name__} with num_labels={num_labels} and problem_type={problem_type!r}. Load a "
+            "timm model by `AutoModelForImageClassification`, and wrap a module of your own: "
+            "`hf_rft.ModuleForImageClassification(module, class_names=[...])`."
         )
     for name in ("train_dataset", "eval_dataset"):
         dataset = getattr(trainer, name)

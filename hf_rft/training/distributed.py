@@ -72,7 +72,7 @@ def may_have_unused_parameters(model: PreTrainedModel) -> bool:
     with torch.enable_grad(), in_mode(model, training=False):
         try:
             logits = model(pixel_values=blank_image(model)).logits
-        except (RuntimeError, ValueError):  # the model does not take images of this size
+        except (RuntimeError, ValueError, AssertionError):  # the model does not take images of this size
             return True
         gradients = torch.autograd.grad(logits.sum(), parameters, allow_unused=True)
     return any(gradient is None for gradient in gradients)

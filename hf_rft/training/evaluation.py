@@ -5,11 +5,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch.distributed.fsdp import FSDPModule
 from transformers import EvalPrediction
 
 from ..attacks.base import Passes
-from ..evaluation.evaluator import robust_metrics
+from ..evaluation.cache import hash_json
+from ..evaluation.evaluator import AttackedBatch, robust_metrics
 from ..evaluation.provenance import describe_model
 from ..evaluation.report import RobustnessReport
 from .distributed import over_processes
@@ -54,13 +56,14 @@ def with_robust_metrics(
     return compute_all
 
 
-def make_report(trainer: Any, output: Any, dataset: Any, passes: list[Passes]) -> RobustnessReport | None:
+def make_report(trainer: Any, output: Any, dataset: Any, batches: list[AttackedBatch]) -> RobustnessReport | None:
     """The report of what `Trainer`'s evaluation loop returned; the previous report if nothing was attacked."""
     is_attacked = isinstance(output.predictions, tuple) and len(trainer.current_evaluator.epsilons) > 1
     if not is_attacked or output.num_samples == 0:
         return trainer.robustness_report
     _, predictions, distances = output.predictions
-    spent = trainer.accelerator.reduce(torch.tensor(passes, device=trainer.args.device).sum(dim=0), "sum")
+    batches = gather_object(batches)
+    hashes = dict(sorted(item for batch in batches for item in (batch.hashes or {}).items()))
     with trainer.classifier.whole_weights() as model:
         described_model = describe_model(model)
     evaluator = trainer.evaluator
@@ -70,11 +73,13 @@ def make_report(trainer: Any, output: Any, dataset: Any, passes: list[Passes]) -
         distances,
         norm=evaluator.norm,
         epsilons=evaluator.epsilons,
-        passes=Passes(*spent.tolist()),
+        passes=Passes(*np.sum([batch.passes for batch in batches], axis=0).tolist()),
         settings=evaluator.settings(
             model=described_model,
             dataset=dataset,
             normalization=trainer.classifier.normalization,
             batch_size=over_processes(trainer.args, trainer.args.eval_batch_size),
+            sha256=hash_json(list(hashes.values())),
+            image_shape=batches[0].image_shape,
         ),
     )

@@ -19,8 +19,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput
 
 from ..attacks import Attack
-from ..attacks.base import Passes
-from ..evaluation.evaluator import Evaluator
+from ..evaluation.evaluator import AttackedBatch, Evaluator
 from ..evaluation.report import RobustnessReport
 from ..evaluation.tiers import make_tier
 from ..hub.pushing import PushError
@@ -121,7 +120,7 @@ class RobustTrainer(Trainer):
         self._until_backward_ends: contextlib.ExitStack | None = None
         self._train_accuracy = AdversarialAccuracy()
         self._seconds_for_data = 0.0
-        self._eval_passes: list[Passes] = []  # one per batch
+        self._eval_batches: list[AttackedBatch] = []
         self.has_own_schedule = epsilon_schedule is not None or self.epsilon_callback is not None
         if self.epsilon_callback is None:
             schedule = epsilon_schedule or args.make_epsilon_schedule()
@@ -271,9 +270,9 @@ class RobustTrainer(Trainer):
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         check_can_evaluate(self)
-        self._eval_passes = []
+        self._eval_batches = []
         output = super().evaluation_loop(dataloader, *args, **kwargs)
-        self.robustness_report = make_report(self, output, dataloader.dataset, self._eval_passes)
+        self.robustness_report = make_report(self, output, dataloader.dataset, self._eval_batches)
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -284,18 +283,18 @@ class RobustTrainer(Trainer):
         """
         size, state, process = find_batch_size(inputs), self.accelerator.gradient_state, self.args.process_index
         real = own_real_examples(state.remainder, size, process) if state.end_of_dataloader else size
-        before = len(self._eval_passes) * over_processes(self.args, self.args.eval_batch_size) + process * size
+        before = len(self._eval_batches) * over_processes(self.args, self.args.eval_batch_size) + process * size
         if real < size:  # the model needs at least one
             inputs = first_examples(inputs, max(real, 1))
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        passes = Passes(0, 0)
+        attacked = AttackedBatch()
         if not prediction_loss_only and logits is not None and labels is not None:
             logits = logits[0] if isinstance(logits, tuple) else logits
             evaluator, positions = self.current_evaluator, range(before, before + real)
             inputs = self._prepare_inputs(dict(inputs))
-            broken, passes = evaluator.attack_inputs(self.classifier, inputs, logits[:real], positions)
+            broken, attacked = evaluator.attack_inputs(self.classifier, inputs, logits[:real], positions)
             logits = (logits, broken.predictions(len(evaluator.epsilons)), broken.distances)
-        self._eval_passes.append(passes)
+        self._eval_batches.append(attacked)
         return loss, *recursively_apply(partial(filled_up, batch_size=size), (logits, labels))
 
     @property

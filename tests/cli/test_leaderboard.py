@@ -7,14 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SIZE, make_model
+from datasets import load_dataset
 from evaluation.test_report import GRID, make_report, reports
 from hub_server import WRITE_TOKEN, HubServer
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
+from PIL import Image
 from scipy.stats import t
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
 
-from hf_rft.cli import leaderboard
+from hf_rft import evaluate_robustness
+from hf_rft.cli import evaluate, leaderboard
 from hf_rft.cli.leaderboard import Candidate
+from hf_rft.evaluation import flags
 from hf_rft.hub.evidence import hash_weight_files
 
 
@@ -87,6 +93,10 @@ def test_ties_are_broken_by_robust_accuracy_and_then_by_name():
         ({"changes": {"dataset": {"sha256": "b" * 64}}}, f"data (SHA-256): {'b' * 12} here, {'a' * 12} in the"),
         ({"changes": {"dataset": {"sha256": None}}}, f"data (SHA-256): not known here, {'a' * 12} in the first"),
         ({"changes": {"dataset": "a folder"}}, "data (SHA-256): not known here"),
+        (
+            {"changes": {"dataset": {"sha256": "b" * 64, "image_shape": [3, 4, 4]}}},
+            "image shape: [3, 4, 4] here, not known in the first table",
+        ),
         ({"changes": {"tier": "standard"}}, "tier: standard here, fast in the first table"),
         ({"changes": {"attacks": []}}, 'attacks: [] here, [{"attack": "apgd", "steps": 100, "restarts": 1}] in the'),
         ({"changes": {"guess_steps": None}}, "guess_steps: not known here, 20 in the first table"),
@@ -179,6 +189,38 @@ def test_at_least_94_percent_of_the_intervals_hold_the_true_difference(count, va
 
 
 # --- Reading and writing ---
+
+
+def test_python_and_command_line_give_comparable_reports(tmp_path, monkeypatch):
+    """Also of models whose processors normalise differently, with epsilons as floats and other batches."""
+    monkeypatch.setattr(flags, "SQUARE_STEPS", 10)
+    levels = np.random.default_rng(0).integers(0, 256, (8, 20, 18, 3)).astype(np.uint8)
+    for number, image in enumerate(levels):
+        folder = tmp_path / "images" / "test" / "abcd"[number % 4]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number}.png")
+    for name, mean in (("one", 0.5), ("two", 0.3)):
+        model = make_model("vit")
+        model.config.id2label = dict(enumerate("abcd"))
+        model.save_pretrained(tmp_path / name)
+        processor = ViTImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[mean] * 3, image_std=[0.4] * 3)
+        processor.save_pretrained(tmp_path / name)
+        arguments = ["--model_name_or_path", str(tmp_path / name), "--image_dir", str(tmp_path / "images" / "test")]
+        arguments += ["--epsilons", "0", "0.5/255", "8/255", "--tier", "fast"]
+        evaluate.main([*arguments, "--output_dir", str(tmp_path / f"{name} from the command line")])
+        report = evaluate_robustness(
+            AutoModelForImageClassification.from_pretrained(tmp_path / name),
+            load_dataset("imagefolder", data_dir=str(tmp_path / "images"), split="test"),
+            AutoImageProcessor.from_pretrained(tmp_path / name),
+            norm="linf",
+            epsilons=[0, 0.5 / 255, 8 / 255],
+            tier="fast",
+            batch_size=3,
+        )
+        report.save(tmp_path / f"{name} from Python" / "robustness.json")
+    board = run(tmp_path, *sorted(tmp_path.glob("* from *")))
+    assert len(board["groups"]) == 1 and len(board["groups"][0]["rows"]) == 4 and not board["not_comparable"]
+    assert board["groups"][0]["conditions"]["image shape"] == [3, SIZE, SIZE]
 
 
 def test_files_are_written_and_the_table_is_printed(tmp_path, capsys):

@@ -9,7 +9,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hf_rft.evaluation import cache as module
-from hf_rft.evaluation.cache import ResultCache, batch_key, hash_examples, hash_json, hash_model, hash_tensors
+from hf_rft.evaluation.cache import (
+    ResultCache,
+    batch_key,
+    hash_examples,
+    hash_json,
+    hash_levels,
+    hash_model,
+    hash_tensors,
+)
 
 
 LOGITS = torch.tensor([[3.0, -1.0], [0.5, 2.0]])
@@ -103,6 +111,17 @@ def check_equal(record, expected):
     assert set(record) == set(expected)
     for name, tensor in expected.items():
         assert record[name].dtype == tensor.dtype and torch.equal(record[name], tensor), name
+
+
+def test_hash_of_levels_does_not_see_rounding_and_types():
+    levels, labels = torch.arange(256, dtype=torch.uint8).reshape(4, 1, 8, 8), torch.arange(4)
+    pixels = levels.double() / 255
+    hashes = hash_levels(pixels, labels)
+    assert len(set(hashes)) == 4
+    assert hashes == hash_levels((pixels + 1e-3 * (0.5 - pixels)).float(), labels.int())
+    changed = pixels.clone()
+    changed[1, 0, 0, 0] += 1 / 255
+    assert [one == other for one, other in zip(hashes, hash_levels(changed, labels), strict=True)] == [1, 0, 1, 1]
 
 
 def test_record_comes_back(tmp_path):

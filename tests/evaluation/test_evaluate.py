@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import datasets
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import SIZE, Images, make_model
 from PIL import Image
@@ -197,6 +198,19 @@ def test_hash_of_the_data_is_of_the_data_alone(linear):
     assert first.settings["dataset"]["sha256"] == second.settings["dataset"]["sha256"]
 
 
+def test_hash_of_the_data_is_the_same_for_processors_that_only_normalise_otherwise():
+    """So that models of different families can be compared."""
+    dataset, seen = picture_dataset(count=4), []
+    for mean, std in ((0.5, 0.5), (0.485, 0.229), (0.1, 1 / 3)):
+        processor = square_processor(image_mean=[mean] * 3, image_std=[std] * 3)
+        report = evaluate(make_model("vit").eval(), dataset, processor, tier=[("fgsm", 1)])
+        seen.append(report.settings["dataset"])
+    assert len({one["sha256"] for one in seen}) == 1 and seen[0]["image_shape"] == [3, SIZE, SIZE]
+    other = dataset.map(lambda example: {"label": (example["label"] + 1) % 4})
+    report = evaluate(make_model("vit").eval(), other, tier=[("fgsm", 1)])
+    assert report.settings["dataset"]["sha256"] != seen[0]["sha256"]
+
+
 def test_passes_are_counted(linear):
     """Where all are wrong already, a clean pass each, and none for attacks and checks."""
     wrong = TensorImages(linear.pixels, linear((linear.pixels - 0.5) / 0.5).argmin(dim=1))
@@ -265,6 +279,58 @@ def test_few_classes(classes, processor):
     assert report.clean_accuracy == 7 / 8
     assert report.accuracies == sorted(report.accuracies, reverse=True) and report.robust_accuracy < 7 / 8
     assert set(report.adversarial_predictions.tolist()) <= set(range(classes))
+
+
+class AnySize(nn.Module):
+    """A plain convolutional network for images of any size."""
+
+    def __init__(self, channels=3):
+        super().__init__()
+        torch.manual_seed(0)
+        pooling = (nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.layers = nn.Sequential(nn.Conv2d(channels, 8, 3), nn.ReLU(), *pooling, nn.Linear(8, 4))
+
+    def forward(self, images):
+        return self.layers(images)
+
+
+@pytest.mark.parametrize("as_pair", [True, False])
+def test_plain_module_with_mean_and_std_instead_of_a_processor(as_pair):
+    model, dataset = AnySize().eval(), picture_dataset()
+    mean, std = [0.5, 0.4, 0.3], [0.3, 0.4, 0.5]
+    processor = square_processor(do_resize=False, image_mean=mean, image_std=std)
+    expected = evaluate(model, dataset, processor)
+    report = evaluate(model, dataset, (mean, std) if as_pair else PixelNormalization(mean, std))
+    assert numbers(report) == numbers(expected) and report.settings["dataset"] == expected.settings["dataset"]
+    assert report.settings["model"] == expected.settings["model"]
+    assert (report.settings["processor"]["mean"], report.settings["processor"]["std"]) == (mean, std)
+
+
+def test_images_have_as_many_channels_as_the_mean_has_values():
+    report = evaluate(AnySize(channels=1).eval(), picture_dataset(), (0.5, 0.5))
+    assert report.settings["dataset"]["image_shape"] == [1, 20, 18]
+
+
+def test_timm_model_with_its_own_transform():
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    config = timm.data.resolve_model_data_config(model)
+    prepare = timm.data.create_transform(**{**config, "input_size": (3, SIZE, SIZE)})
+    dataset = picture_dataset(count=4).with_transform(
+        lambda batch: {"pixel_values": [prepare(image) for image in batch["image"]], "label": batch["label"]}
+    )
+    report = evaluate(model, dataset, (config["mean"], config["std"]))
+    assert report.settings["dataset"]["image_shape"] == [3, SIZE, SIZE]
+    assert report.settings["model"]["name"] == "ResNet" and len(report) == 4
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_images_of_several_sizes_are_refused_before_any_attack(batch_size, monkeypatch):
+    monkeypatch.setattr(evaluator, "find_breaking_points", refuse)
+    sizes = [(20, 18), (20, 18), (16, 16)] if batch_size == 1 else [(20, 18), (16, 16)]
+    images = [Image.new("RGB", size) for size in sizes]
+    dataset = datasets.Dataset.from_dict({"image": images, "label": [0] * len(images)})
+    with pytest.raises(ValueError, match=r"\(3, 16, 16\).*; resize them to one size, that of the model"):
+        evaluate(AnySize().eval(), dataset, ([0.5] * 3, 0.5), batch_size=batch_size)
 
 
 def check_shown(report, model, processor):
@@ -740,7 +806,11 @@ def pictures_with(**columns):
             {"processor": square_processor(image_mean=[0.2] * 3, image_std=[2.0] * 3)},
             r"image_std=\[2.0, 2.0, 2.0\].* is undone, but pixels must lie in \[0, 1\]",
         ),
-        ({"processor": object()}, "is not an image processor"),
+        (
+            {"processor": object()},
+            "is not an image processor.*for a model of your own, for example `ViT",
+        ),
+        ({"processor": (0.5, 0.0)}, "PixelNormalization has `std=0.0`; standard deviations must be positive"),
     ],
 )
 def test_bad_arguments_are_refused_before_any_attack(linear, options, message, monkeypatch):

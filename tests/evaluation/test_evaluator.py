@@ -4,10 +4,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from conftest import Images, make_model
+from conftest import SIZE, Images, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_rft.evaluation.cache import hash_levels
 from hf_rft.evaluation.evaluator import Evaluator, robust_metrics
 from hf_rft.evaluation.provenance import versions
 from hf_rft.evaluation.tiers import make_tier
@@ -85,10 +86,12 @@ def test_a_batch_of_a_trainer_is_attacked_like_its_pixels(evaluator, classifier,
     logits = clean_logits(classifier, pixels)
     labels[:2] = logits.argmax(dim=1)[:2]  # an untrained model is right about something
     inputs = {"pixel_values": 2 * images.pixels - 1, "labels": images.labels}
-    found, passes = evaluator.attack_inputs(classifier, inputs, logits, positions)
+    found, attacked = evaluator.attack_inputs(classifier, inputs, logits, positions)
     with classifier.under_attack():
         expected = evaluator.attack(classifier, pixels, labels, positions, logits.argmax(dim=1))
-    assert passes == expected[1] and set(inputs) == {"pixel_values", "labels"}
+    assert attacked.passes == expected[1] and set(inputs) == {"pixel_values", "labels"}
+    assert attacked.image_shape == [3, SIZE, SIZE] and list(attacked.hashes) == [10, 11, 12, 13]
+    assert list(attacked.hashes.values()) == hash_levels(pixels, labels)
     for name, one, other in zip(found._fields, found, expected[0], strict=True):
         torch.testing.assert_close(one, other, msg=name)
     assert (found.broken_at[:2] > 0).all()
@@ -124,6 +127,10 @@ def test_every_pass_of_every_model_is_counted(evaluator, classifier, images):
         )
     assert min(seen.values()) > 0 and passes.backward > 0
     assert passes.forward == sum(seen.values()) + 6
+
+
+def test_shown_in_a_line(evaluator):
+    assert repr(evaluator) == "Evaluator(linf at 0, 2/255, 4/255, 0.5; Tier(custom: pgd 3); seed 7)"
 
 
 def test_the_description_is_complete_and_json():

@@ -285,6 +285,15 @@ def test_table_holds_everything():
     assert "WARNING" not in report.table()
 
 
+def test_shown_in_a_line():
+    assert repr(make_report(flags={"flat_loss": "look", "train_mode": "call eval"})) == (
+        "RobustnessReport(5 examples, linf up to 0.5, tier custom: clean accuracy 80.0 %, robust accuracy 40.0 %, "
+        f"expected robustness {100 * make_report().expected_robustness:.1f} %, flags flat_loss, train_mode)"
+    )
+    assert "tier None: clean" in repr(make_report(settings={})) and "flags" not in repr(make_report())
+    assert repr(examples()) == "AdversarialExamples(positions=[1], images of shape (3, 4, 4))"
+
+
 @pytest.mark.parametrize("settings", [SETTINGS, {}])
 def test_plot_is_written(tmp_path, settings):
     path = tmp_path / "new" / "folder" / "curve.png"  # as `save`, it makes the folder

@@ -59,6 +59,10 @@ def test_description_states_restarts_and_targets_of_the_norm():
     assert bound["targets"] == 3
 
 
+def test_shown_in_a_line():
+    assert repr(TIERS["full"]["l1"]) == "Tier(full: apgd 100 x 5, apgd_targeted 100, fmn 100, square 5000)"
+
+
 def test_description_names_everything_and_is_json():
     tier = make_tier([("pgd", 7), (apgd, 20, 3)])
     description = tier.describe()

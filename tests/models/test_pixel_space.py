@@ -228,6 +228,41 @@ def test_what_is_no_image_processor():
         PixelNormalization.from_processor(SimpleNamespace(vocab_size=3))
 
 
+@pytest.mark.parametrize("std", [[0.5, 0.25], (0.5, 0.25), np.array([0.5, 0.25]), torch.tensor([0.5, 0.25])])
+def test_made_directly_from_mean_and_std(std):
+    normalization = PixelNormalization(0.25, std)
+    assert normalization.mean == (0.25,) and normalization.std == (0.5, 0.25)
+    assert repr(normalization) == "PixelNormalization(mean=(0.25,), std=(0.5, 0.25))"
+    with pytest.raises(ValueError, match=r"\(mean=\[0.25\], std=\[0.5, 0.25\]\) is undone"):
+        normalization.to_pixels(torch.full((1, 2, 1, 1), 9.0))
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        (0.5, 0, "PixelNormalization has `std=0`; standard deviations must be positive"),
+        (float("nan"), 1, "PixelNormalization has `mean=nan`; give one finite number a channel"),
+        ("grey", 1, "PixelNormalization has `mean=grey`; give one number a channel"),
+    ],
+)
+def test_made_directly_from_other_values(mean, std, message):
+    with pytest.raises(ValueError, match=message):
+        PixelNormalization(mean, std)
+
+
+def test_is_a_processor_that_does_not_resize():
+    """The same image in four forms: of PIL, an array, a tensor of bytes and one of floats."""
+    array = random_image()
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    normalization = PixelNormalization((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    images = [Image.fromarray(array), array, tensor, tensor / 255]
+    values = normalization(images, return_tensors="pt")["pixel_values"]
+    assert values.dtype == torch.float32 and values.shape == (4, 3, 12, 10)
+    torch.testing.assert_close(normalization.to_pixels(values), (tensor / 255).expand(4, -1, -1, -1))
+    with pytest.raises(ValueError, match=r"have the shapes \[\(3, 2, 2\), \(3, 12, 10\)\]; resize them to one size"):
+        normalization([array, tensor[:, :2, :2]])
+
+
 def test_wrong_number_of_channels():
     normalization = PixelNormalization.from_processor(ViTImageProcessor(**AS_IT_IS))
     for method in (normalization.to_pixels, normalization.from_pixels):

@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import NUM_LABELS, SIZE, Images, make_model, weights, without_dropout
+from safetensors.torch import load_model
+from torch import nn
 from transformers import EarlyStoppingCallback, TrainerCallback, ViTImageProcessor
 
-from hf_rft import EpsilonScheduleCallback, RobustTrainer
+from hf_rft import EpsilonScheduleCallback, ModuleForImageClassification, RobustTrainer, evaluate_robustness
 from hf_rft.attacks import pgd
+from hf_rft.cli.leaderboard import first_difference
 from hf_rft.evaluation.cache import hash_model
 from hf_rft.losses import LOSSES, RobustLoss, trades_loss
 from hf_rft.training.alarm_callback import AlarmCallback
@@ -428,7 +431,7 @@ def test_attack_steps_follow_epsilon(make_trainer):
 def test_attack_steps_of_the_evaluation_follow_no_schedule(make_trainer):
     def metrics(**args):
         trainer = make_trainer(epsilon_schedule_type="hinge", **args)  # epsilon is 0 as long as nothing was trained
-        return trainer.evaluate(), trainer._eval_passes
+        return trainer.evaluate(), [batch.passes for batch in trainer._eval_batches]
 
     (constant, passes), (scheduled, passes_scheduled) = metrics(), metrics(attack_steps_schedule="epsilon")
     assert passes == passes_scheduled and all(of_batch.backward > 0 for of_batch in passes)
@@ -881,6 +884,36 @@ def test_refuses_what_is_no_classifier(make_trainer):
             make_trainer(model)
 
 
+def test_a_plain_module_is_trained_once_it_is_wrapped(make_trainer, tmp_path):
+    """Folded, evaluated, saved, resumed and its best weights loaded, like any other model."""
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    module = nn.Sequential(*layers, nn.Linear(8, NUM_LABELS)).double()
+    with pytest.raises(ValueError, match=r"wrap a module of your own: `hf_rft.ModuleForImageClassification\(module"):
+        make_trainer(module)
+    options = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "loss",
+    }
+    start = copy.deepcopy(module)
+    trainer = make_trainer(ModuleForImageClassification(module, "abcd"), **options)
+    assert len(trainer.adversary.foldable_pairs) == 1
+    trainer.train()
+    trainer.save_model()
+    assert trainer.evaluate()["eval_robust_accuracy"] == trainer.robustness_report.robust_accuracy
+    saved = ModuleForImageClassification(copy.deepcopy(start), "abcd")
+    load_model(saved, tmp_path / "output" / "model.safetensors")
+    assert hash_model(saved.module) == hash_model(module) != hash_model(start)
+    resumed = make_trainer(ModuleForImageClassification(start, "abcd"), **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "output" / "checkpoint-2"))
+    assert hash_model(start) == hash_model(module)
+
+
 def test_refuses_a_weight_the_loss_does_not_have(make_trainer):
     with pytest.raises(ValueError, match="`robust_loss_weight=1.0` has no effect on `robust_loss='at'`"):
         make_trainer(robust_loss="at", robust_loss_weight=1.0)
@@ -959,6 +992,16 @@ def test_a_model_made_by_model_init_is_the_one_that_is_attacked(make_trainer):
     assert all(pair.batch_norm in made[-1].modules() for pair in trainer.adversary.foldable_pairs)
     trainer.evaluate()
     assert trainer.robustness_report.settings["model"]["sha256"] == hash_model(trainer.model)
+
+
+def test_report_is_comparable_with_an_evaluation_of_the_same_protocol(make_trainer, processor):
+    trainer = make_trainer(per_device_eval_batch_size=4)
+    trainer.evaluate()
+    options = {"norm": "linf", "epsilons": trainer.evaluator.epsilons, "tier": [("apgd", 2)], "batch_size": 5}
+    other = evaluate_robustness(trainer.model, Images(13, seed=1), processor, **options)
+    assert first_difference(trainer.robustness_report, other) is None
+    trainer.evaluate(Images(13, seed=2))
+    assert first_difference(trainer.robustness_report, other).startswith("data (SHA-256): ")
 
 
 def test_the_last_log_of_a_pass_over_a_stream_is_about_its_steps(make_trainer):

@@ -1,0 +1,61 @@
+"""A report as a table: text to print, or pandas."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..threat_model import format_epsilon
+
+
+if TYPE_CHECKING:
+    import pandas
+
+    from .report import RobustnessReport
+
+
+def to_pandas(report: "RobustnessReport", per: str) -> "pandas.DataFrame":
+    """See [`RobustnessReport.to_pandas`]."""
+    import pandas  # slow to import
+
+    written, grid = [*map(format_epsilon, report.epsilons)], [*map(float, report.epsilons)]
+    withstands = report.broken_at[:, None] > np.arange(len(grid))
+    if per == "example":
+        columns = {
+            "label": report.labels,
+            "correct_clean": withstands[:, 0],
+            "broken_at": np.array([*grid, np.inf])[report.broken_at],
+            "distance": report.distances,
+        }
+        predictions = zip(written, report.predictions.T, strict=True)
+        columns |= {f"prediction_at_{epsilon}": predicted for epsilon, predicted in predictions}
+        return pandas.DataFrame(columns).rename_axis("example")
+    if per == "epsilon":
+        low, high = zip(*report.accuracy_intervals, strict=True)
+        columns = {"epsilon": grid, "written": written, "accuracy": report.accuracies, "low": low, "high": high}
+        return pandas.DataFrame({**columns, "num_robust": withstands.sum(axis=0)})
+    raise ValueError(f"`per={per!r}` is unknown; choose 'example' or 'epsilon'.")
+
+
+def to_text(report: "RobustnessReport") -> str:
+    """See [`RobustnessReport.table`]."""
+    settings = report.settings
+    attacks = ", ".join(
+        f"{attack['attack']} ({attack['steps']} steps"
+        + (f", {attack['restarts']} restarts)" if attack["restarts"] > 1 else ")")
+        for attack in settings["attacks"]
+    )
+    lines = [f"{len(report)} examples, {report.norm}, tier {settings['tier']}: {attacks}; seed {settings['seed']}"]
+    rows = zip(report.epsilons, report.accuracies, report.accuracy_intervals, strict=True)
+    lines += [
+        f"  accuracy at {format_epsilon(epsilon):<8} {100 * accuracy:5.1f} %   [{100 * low:.1f}, {100 * high:.1f}]"
+        for epsilon, accuracy, (low, high) in rows
+    ]
+    low, high = report.confidence_interval
+    lower, upper = report.bracket
+    lines += [
+        f"  expected robustness  {100 * report.expected_robustness:5.1f} %   [{100 * low:.1f}, {100 * high:.1f}], "
+        f"any curve through these points: {100 * lower:.1f} to {100 * upper:.1f}",
+        "  (in brackets 95 % intervals over examples)",
+    ]
+    lines += [f"  WARNING {name}: {message}" for name, message in (report.flags or {}).items()]
+    return "\n".join(lines)
