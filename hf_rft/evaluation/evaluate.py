@@ -269,6 +269,7 @@ def _shown_examples(classifier: PixelClassifier, examples: Examples, merged: Rec
     adversarial = merged["shown_adversarial"][:SHOWN_EXAMPLES].to(classifier.device)
     exact = classifier.forward_in(None)
     logits, adversarial_logits = exact(pixels), exact(adversarial)
+    names = getattr(getattr(classifier.model, "config", None), "id2label", None) or {}
     return AdversarialExamples(
-        positions, pixels.cpu(), adversarial.cpu(), logits.float().cpu(), adversarial_logits.float().cpu()
+        positions, pixels.cpu(), adversarial.cpu(), logits.float().cpu(), adversarial_logits.float().cpu(), names
     )

@@ -31,6 +31,7 @@ def describe_model(model: torch.nn.Module) -> dict[str, Any]:
     return {
         "name": (Path(name).name if os.path.isdir(name) else name) or type(model).__name__,
         "revision": getattr(config, "_commit_hash", None),
+        "num_classes": getattr(config, "num_labels", None) or getattr(model, "num_classes", None),
         "sha256": hash_model(model),
     }
 
