@@ -161,6 +161,7 @@ def evaluate_robustness(
         batch_size=batch_size,
         sha256=hash_json([hashes for *_, of_batch in results for hashes in of_batch]),
     )
+    settings["dataset"] |= {"image_column": image_column, "label_column": label_column}
     return RobustnessReport(
         norm=norm,
         epsilons=evaluator.epsilons,

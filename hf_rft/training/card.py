@@ -1,18 +1,21 @@
 """The model card of a training run: what was trained, what the kept weights have seen, how robust they are."""
 
+import json
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, try_to_load_from_cache
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
-from transformers.modelcard import TrainingSummary, make_markdown_table
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..attacks.base import attack_name
+from ..data import bundled
 from ..evaluation.plots import plot_epsilon_schedule
-from ..evaluation.provenance import versions
+from ..evaluation.provenance import describe_dataset, versions
 from ..hub.evidence import CARD_NAME, CURVE_NAME, write_evidence
 from ..hub.model_card import Progress, Training, make_card
 from ..losses import LOSSES
@@ -43,30 +46,44 @@ _OPTIMISATION = [
 ]
 
 
-def write_card(trainer: Any, *args, **kwargs) -> None:
+def write_card(
+    trainer: Any,
+    language: str | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    tasks: str | list[str] | None = None,
+    dataset_tags: str | list[str] | None = None,
+    dataset: str | list[str] | None = None,
+    dataset_args: str | list[str] | None = None,
+) -> None:
     """Write README.md into the output folder, with robustness.json and its curve, and how the model was trained.
 
-    Takes the arguments of [`~transformers.Trainer.create_model_card`]. `robustness_report` is left out if it is not
-    about the weights in the output folder.
+    Takes the arguments of [`~transformers.Trainer.create_model_card`]; `tasks` and `dataset_args` say nothing that the
+    card does not say by itself. `robustness_report` is left out if it is not about the weights in the output folder.
     """
-    summary = TrainingSummary.from_trainer(trainer, *args, **kwargs)
-    if not _is_repo_id(summary.finetuned_from):  # a folder, gone in the meantime, or nothing at all
-        summary.finetuned_from = None
-    metadata = summary.create_metadata()
-    for of_the_last_evaluation in ("model-index", "metrics"):  # numbers without a threat model
-        metadata.pop(of_the_last_evaluation, None)
     folder = Path(trainer.args.output_dir)
-    path = folder / CARD_NAME
+    path, name = folder / CARD_NAME, folder.resolve().name
+    existing = ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else None
     report = None
     if trainer.robustness_report is not None:
         try:
             report = write_evidence(folder, trainer.robustness_report, name=trainer.hub_model_id)
         except ValueError as error:
             logger.warning("The model card states no robustness: %s", error)
-    history, progress, dataset = trainer.state.log_history, _progress(trainer), summary.dataset
+    history, progress, adapter = trainer.state.log_history, _progress(trainer), _adapter(trainer.model)
+    started_from = finetuned_from or getattr(trainer.model.config, "_name_or_path", None) or ""
+    base_model, base = (started_from, None) if _is_on_hub(started_from) else (None, _in_words(started_from))
+    described = describe_dataset(trainer.train_dataset)
+    if dataset_tags is None and described["revision"] is not None:
+        dataset_tags = described["name"]
+    dataset = dataset or dataset_tags or described["name"]
+    if existing is not None and base_model is None and os.path.isdir(str(existing.data.get("base_model") or "")):
+        existing.data.base_model = None  # PEFT writes the path on this machine
     card = make_card(
-        ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else None,
-        name=summary.model_name,
+        existing,
+        name=model_name or name,
         report=report,
         curve=CURVE_NAME,
         training=Training(
@@ -77,14 +94,63 @@ def write_card(trainer: Any, *args, **kwargs) -> None:
             alarms=recorded_alarms(history) if trainer.state.global_step > 0 else None,
             command=trainer.command,
             schedule_plot=_write_schedule_plot(trainer, folder, progress),
-            history=make_markdown_table(summary.eval_lines),
+            base=base,
+            adapter=adapter,
+            num_classes=trainer.model.config.num_labels,
             versions=versions(),
         ),
-        base_model=summary.finetuned_from,
-        dataset=dataset if isinstance(dataset, str | None) else ", ".join(dataset),
-        metadata=metadata,
+        model_id=trainer.hub_model_id or name,
+        base_model=base_model,
+        dataset=", ".join(_listed(dataset)) or None,
+        metadata={
+            "language": language,
+            "license": license or _license_of(started_from),
+            "tags": [*_listed(tags), "generated_from_trainer"],
+            "datasets": _listed(dataset_tags) or None,
+            "library_name": "peft" if adapter else None,
+        },
     )
     write_text(path, card.content)
+
+
+def _listed(names: str | list[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or [])
+
+
+def _is_on_hub(name: str) -> bool:
+    """Whether it can be the name of a repository; a folder is not, even one that is gone in the meantime."""
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    return not os.path.isdir(name)
+
+
+def _in_words(started_from: str) -> str | None:
+    """What training started from, if that is not on the Hub; without any path of this machine."""
+    if bundled.is_model(started_from):
+        return "the EfficientNet-Lite0 bundled with hf_rft (ImageNet weights)"
+    if not os.path.isdir(started_from):
+        return None
+    state = Path(started_from, TRAINER_STATE_NAME)
+    if state.is_file():  # a checkpoint
+        step = json.loads(state.read_text(encoding="utf-8")).get("global_step")
+        return f"a checkpoint of an earlier training (step {step}), about which this card knows nothing else"
+    return None
+
+
+def _license_of(started_from: str) -> str | None:
+    """The license of the base model, if its card is on this machine."""
+    path = Path(started_from, CARD_NAME)
+    if _is_on_hub(started_from):
+        path = Path(str(try_to_load_from_cache(started_from, CARD_NAME)))  # "None" or an object if it is not there
+    return ModelCard.load(path, ignore_metadata_errors=True).data.get("license") if path.is_file() else None
+
+
+def _adapter(model: Any) -> str | None:
+    """What is trained instead of the whole model, by PEFT."""
+    kinds = {config.peft_type for config in getattr(model, "peft_config", {}).values()}
+    return f"a {' and '.join(sorted(str(getattr(kind, 'value', kind)) for kind in kinds))} adapter" if kinds else None
 
 
 def described_arguments(trainer: Any) -> dict[str, Any]:
@@ -99,6 +165,8 @@ def described_arguments(trainer: Any) -> dict[str, Any]:
     if trainer.has_own_schedule:
         values |= {"epsilon_schedule_type": "custom", "epsilon_schedule_kwargs": None}
     values["world_size"] = trainer.args.world_size
+    if 0 < values["warmup_steps"] < 1:  # a share of all steps
+        values["warmup_steps"] = f"{100 * values['warmup_steps']:g} % of all"
     return {name: values[name] for name in [*own, *_OPTIMISATION, "world_size"] if values.get(name) is not None}
 
 
@@ -155,13 +223,6 @@ def _write_schedule_plot(trainer: Any, folder: Path, progress: Progress) -> str 
             scratch,
             done=(progress.steps, progress.epsilon),
             kept=(progress.kept_step, progress.kept_epsilon),
+            epochs=(trainer.state.epoch or 0.0) * trainer.state.max_steps / progress.steps,
         )
     return SCHEDULE_PLOT_NAME
-
-
-def _is_repo_id(name: str | None) -> bool:
-    try:
-        validate_repo_id(name or "")
-    except ValueError:
-        return False
-    return True

@@ -99,7 +99,7 @@ def test_default_run_has_its_evidence(default_run):
     assert report.settings["dataset"]["name"] == "fashion_mnist_5k"
     assert report.flags is not None
     card = (folder / "README.md").read_text()
-    assert "accelerate launch recipes/run_rft.py --seed 1" in card
+    assert "hf-rft train --seed 1" in card
     assert "No test data were held out" not in card
     assert str(folder) not in card
 
