@@ -186,6 +186,7 @@ def plot_epsilon_schedule(
     axes.yaxis.set_ticks([0, float(threat_model.epsilon)], ["0", target])
     name = NORM_NAMES[threat_model.norm]
     axes.set(xlabel="optimizer step", ylabel=f"epsilon ({name})", xlim=(0, max(steps[-1], 1)))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     if epochs:
         share = epochs / max(steps[-1], 1)

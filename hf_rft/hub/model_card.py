@@ -15,10 +15,10 @@ from typing import Any, cast
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from ..data import bundled
 from ..evaluation.report import RobustnessReport
 from ..threat_model import NORM_NAMES, format_approximately, format_epsilon, parse_epsilon
 from ..utils.markdown import code, one_line, plain
+from .reproduction import code_to_reproduce, quoted
 
 
 TAGS = ["image-classification", "adversarial-robustness", "robust-fine-tuning", "hf_rft"]
@@ -189,7 +189,8 @@ def make_card(
     Args:
         existing (`ModelCard`, *optional*):
             The card so far. Its text stays but for the parts between hf_rft comments; one without such a part gets it
-            at the end, except for the summary and how to use the model. A template that nobody filled in is replaced.
+            at the end, except for the summary, the claim and how to use the model. A template that nobody filled in is
+            replaced.
         name (`str`):
             The title of a new card.
         report ([`RobustnessReport`], *optional*):
@@ -218,7 +219,7 @@ def make_card(
         card.text = text
         data.eval_results = None
     else:
-        card.text = _with_parts_of(card.text, text, keep=() if training else ("training",))
+        card.text = _with_parts_of(card.text, text, keep=() if training else ("summary", "training"))
     given = {key: value for key, value in (metadata or {}).items() if value is not None}
     tags = [*(data.tags or []), *given.pop("tags", []), *TAGS]
     data.tags = list(dict.fromkeys(tags))
@@ -251,63 +252,8 @@ def _with_parts_of(text: str, rendered: str, keep: Sequence[str]) -> str:
     """The text with each part as it was rendered: in place of the one that is there, or at the end."""
     parts = {part["name"]: part[0] for part in _PART.finditer(rendered) if part["name"] not in keep}
     text = _PART.sub(lambda part: parts.pop(part["name"], part[0]), text)
-    parts = {name: part for name, part in parts.items() if name not in ("summary", "use")}  # the author wrote these
+    parts = {name: part for name, part in parts.items() if name not in ("summary", "claim", "use")}  # the author wrote
     return "\n\n".join([text.rstrip(), *parts.values()]) + "\n"
-
-
-def code_to_reproduce(report: RobustnessReport, model_id: str) -> str:
-    """Python that measures the model again, and prints whether the images were the same."""
-    settings, data = report.settings, report.settings.get("dataset", {})
-    name, split = data.get("name"), data.get("split")
-    imports, source, remark = ["from datasets import load_dataset"], repr(name), ""
-    if f"{bundled.PREFIX}{name}" == bundled.DATASET:
-        imports.append("from hf_rft.data import bundled")
-        source = f"bundled.resolve({bundled.DATASET!r})"
-    elif not data.get("revision"):
-        remark = "  # a folder of this name, not on the Hub"
-    if data.get("revision"):
-        config = f", {data['config']!r}" if data.get("config") else ""
-        source += f"{config}, revision={data['revision']!r}"
-    loading = f"load_dataset({source}, split={('train' if data.get('split_off') else split)!r})"
-    if data.get("split_off"):
-        options = ", ".join(f"{key}={value!r}" for key, value in dict(data["split_off"]).items())
-        loading += f'.train_test_split({options})["test"]'
-    if data.get("shuffle_seed") is not None:
-        loading += f".shuffle(seed={data['shuffle_seed']!r}).select(range({len(report)}))"
-    if not name or not split:
-        imports, loading, remark = [], "...", "  # the images have no public name: put them here"
-    dtype = settings.get("autocast_dtype")
-    dtype = f"torch.{dtype}" if dtype in ("bfloat16", "float16") else None
-    imports += ["import torch"] if dtype else []
-    tier = settings["tier"]
-    given = {
-        "norm": repr(report.norm),
-        "epsilons": repr([format_epsilon(epsilon) for epsilon in report.epsilons]),
-        "tier": repr([tuple(attack[key] for key in _ATTACK_KEYS) for attack in settings["attacks"]])
-        if tier == "custom"
-        else repr(tier),
-        "seed": repr(settings["seed"]),
-        "autocast_dtype": dtype,
-        **{key: repr(data[key]) if data.get(key) else None for key in ("image_column", "label_column")},
-    }
-    lines = [
-        *sorted(imports),
-        "from hf_rft import evaluate_robustness, load_robust_model",
-        "",
-        f"model, processor, report = load_robust_model({model_id!r})",
-        f"dataset = {loading}{remark}",
-        "again = evaluate_robustness(",
-        "    model,",
-        "    dataset,",
-        "    processor,",
-        *(f"    {key}={value}," for key, value in given.items() if value is not None),
-        ")",
-        "print(again.table())",
-    ]
-    if data.get("sha256"):
-        same = 'again.settings["dataset"]["sha256"] == report.settings["dataset"]["sha256"]'
-        lines.append(f'print("the same images:", {same})')
-    return "\n".join(lines)
 
 
 def _rendered(**facts) -> str:
@@ -335,7 +281,7 @@ def _template():
         "norm": NORM_NAMES.__getitem__,
         "percent": lambda share: f"{100 * share:.1f} %",
         "plain": plain,
-        "repr": repr,
+        "quoted": quoted,
         "towards": lambda epsilon, target: format_approximately(epsilon, parse_epsilon(target)),
         "versions": lambda versions: ", ".join(f"{package} {version}" for package, version in versions.items()),
         "yaml": lambda values: yaml.safe_dump(dict(values), sort_keys=False),

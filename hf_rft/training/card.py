@@ -34,6 +34,7 @@ _OPTIMISATION = [
     "learning_rate",
     "lr_scheduler_type",
     "warmup_steps",
+    "warmup",
     "weight_decay",
     "optim",
     "per_device_train_batch_size",
@@ -43,7 +44,11 @@ _OPTIMISATION = [
     "bf16",
     "fp16",
     "seed",
+    "world_size",
 ]
+
+# Of our own arguments; what was measured is in the report.
+_NOT_ABOUT_THE_WEIGHTS = {"best_model_at_any_epsilon", "abort_on_alarm", "hub_timeout", "resume"}
 
 
 def write_card(
@@ -79,8 +84,8 @@ def write_card(
     if dataset_tags is None and described["revision"] is not None:
         dataset_tags = described["name"]
     dataset = dataset or dataset_tags or described["name"]
-    if existing is not None and base_model is None and os.path.isdir(str(existing.data.get("base_model") or "")):
-        existing.data.base_model = None  # PEFT writes the path on this machine
+    if existing is not None:
+        _forget_paths(existing)
     card = make_card(
         existing,
         name=model_name or name,
@@ -126,10 +131,18 @@ def _is_on_hub(name: str) -> bool:
     return not os.path.isdir(name)
 
 
+def _forget_paths(card: ModelCard) -> None:
+    """PEFT names the base model by its path on this machine."""
+    path = str(card.data.get("base_model") or "")
+    if os.path.isdir(path):
+        card.data.base_model = None
+        card.data.tags = [tag for tag in card.data.get("tags") or [] if not tag.endswith(f":{path}")]
+
+
 def _in_words(started_from: str) -> str | None:
     """What training started from, if that is not on the Hub; without any path of this machine."""
     if bundled.is_model(started_from):
-        return "the EfficientNet-Lite0 bundled with hf_rft (ImageNet weights)"
+        return "EfficientNet-Lite0 with ImageNet weights"
     if not os.path.isdir(started_from):
         return None
     state = Path(started_from, TRAINER_STATE_NAME)
@@ -156,7 +169,8 @@ def _adapter(model: Any) -> str | None:
 def described_arguments(trainer: Any) -> dict[str, Any]:
     """What made the model robust, and the optimisation around it; JSON values."""
     inherited = {field.name for field in fields(TrainingArguments)}
-    own = [field.name for field in fields(trainer.args) if field.name not in inherited | {"hub_timeout"}]
+    own = [field.name for field in fields(trainer.args) if field.name not in inherited]
+    own = [name for name in own if not name.startswith("eval_") and name not in _NOT_ABOUT_THE_WEIGHTS]
     values = trainer.args.to_dict()
     # Where a function was passed, the argument says nothing.
     values["attack"] = attack_name(trainer.adversary.attack)
@@ -165,9 +179,14 @@ def described_arguments(trainer: Any) -> dict[str, Any]:
     if trainer.has_own_schedule:
         values |= {"epsilon_schedule_type": "custom", "epsilon_schedule_kwargs": None}
     values["world_size"] = trainer.args.world_size
-    if 0 < values["warmup_steps"] < 1:  # a share of all steps
-        values["warmup_steps"] = f"{100 * values['warmup_steps']:g} % of all"
-    return {name: values[name] for name in [*own, *_OPTIMISATION, "world_size"] if values.get(name) is not None}
+    if 0 < values["warmup_steps"] < 1:
+        values["warmup"] = f"{100 * values.pop('warmup_steps'):g} % of the steps"
+    if values["max_steps"] > 0:
+        del values["num_train_epochs"]  # it does not count
+    else:
+        del values["max_steps"]
+    stated = [name for name in own if values[name] is not None]
+    return {name: values[name] for name in [*stated, *(name for name in _OPTIMISATION if values.get(name))]}
 
 
 def _progress(trainer: Any) -> Progress:

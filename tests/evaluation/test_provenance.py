@@ -45,12 +45,8 @@ def test_a_dataset_from_the_hub_names_repository_and_revision():
 
 def test_other_datasets():
     assert describe_dataset(Images(2))["name"] is None
-    assert (
-        describe_dataset(SimpleNamespace(info=DatasetInfo(builder_name="imagefolder", dataset_name="imagefolder")))[
-            "name"
-        ]
-        is None
-    )
+    kind = DatasetInfo(builder_name="imagefolder", dataset_name="imagefolder")
+    assert describe_dataset(SimpleNamespace(info=kind))["name"] is None
     described = describe_dataset(Dataset.from_dict({"label": [0]}))
     assert described["revision"] is None
     assert described["fingerprint"]
