@@ -80,6 +80,8 @@ def write_card(
     history, progress, adapter = trainer.state.log_history, _progress(trainer), _adapter(trainer.model)
     started_from = finetuned_from or getattr(trainer.model.config, "_name_or_path", None) or ""
     base_model, base = (started_from, None) if _is_on_hub(started_from) else (None, _in_words(started_from))
+    # Evaluated again, after another run trained and saved it: that run's words stay.
+    is_saved_model = progress.steps == 0 and existing is not None and Path(started_from).resolve() == folder.resolve()
     described = describe_dataset(trainer.train_dataset)
     if dataset_tags is None and described["revision"] is not None:
         dataset_tags = described["name"]
@@ -91,7 +93,9 @@ def write_card(
         name=model_name or name,
         report=report,
         curve=CURVE_NAME,
-        training=Training(
+        training=None
+        if is_saved_model
+        else Training(
             described_arguments(trainer),
             progress,
             best_by=trainer.args.metric_for_best_model,
