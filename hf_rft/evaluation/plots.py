@@ -9,6 +9,7 @@ import statistics
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -190,7 +191,9 @@ def plot_epsilon_schedule(
     axes.grid(alpha=0.3)
     if epochs:
         share = epochs / max(steps[-1], 1)
-        below = axes.secondary_xaxis("bottom", functions=(lambda step: step * share, lambda epoch: epoch / share))
+        below = axes.secondary_xaxis(
+            "bottom", functions=(partial(np.multiply, share), partial(np.multiply, 1 / share))
+        )
         below.spines.bottom.set_position(("outward", 38))  # below the steps and their label
         below.set_xlabel("epoch")
     _add_legend(figure, axes, columns=2, side="upper")

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -77,11 +77,10 @@ def write_card(
             report = write_evidence(folder, trainer.robustness_report, name=trainer.hub_model_id)
         except ValueError as error:
             logger.warning("The model card states no robustness: %s", error)
-    history, progress, adapter = trainer.state.log_history, _progress(trainer), _adapter(trainer.model)
     started_from = finetuned_from or getattr(trainer.model.config, "_name_or_path", None) or ""
     base_model, base = (started_from, None) if _is_on_hub(started_from) else (None, _in_words(started_from))
     # Evaluated again, after another run trained and saved it: that run's words stay.
-    is_saved_model = progress.steps == 0 and existing is not None and Path(started_from).resolve() == folder.resolve()
+    is_saved_model = Path(started_from).resolve() == folder.resolve() and trainer.state.global_step == 0
     described = describe_dataset(trainer.train_dataset)
     if dataset_tags is None and described["revision"] is not None:
         dataset_tags = described["name"]
@@ -93,21 +92,7 @@ def write_card(
         name=model_name or name,
         report=report,
         curve=CURVE_NAME,
-        training=None
-        if is_saved_model
-        else Training(
-            described_arguments(trainer),
-            progress,
-            best_by=trainer.args.metric_for_best_model,
-            onset=describe_onset(history, trainer.model.config.num_labels, eval_prefix(trainer)),
-            alarms=recorded_alarms(history) if trainer.state.global_step > 0 else None,
-            command=trainer.command,
-            schedule_plot=_write_schedule_plot(trainer, folder, progress),
-            base=base,
-            adapter=adapter,
-            num_classes=trainer.model.config.num_labels,
-            versions=versions(),
-        ),
+        training=None if is_saved_model else _describe_training(trainer, folder, base),
         model_id=trainer.hub_model_id or name,
         base_model=base_model,
         dataset=", ".join(_listed(dataset)) or None,
@@ -116,10 +101,27 @@ def write_card(
             "license": license or _license_of(started_from),
             "tags": [*_listed(tags), "generated_from_trainer"],
             "datasets": _listed(dataset_tags) or None,
-            "library_name": "peft" if adapter else None,
+            "library_name": "peft" if _adapter(trainer.model) else None,
         },
     )
     write_text(path, card.content)
+
+
+def _describe_training(trainer: Any, folder: Path, base: str | None) -> Training:
+    history, progress, num_classes = trainer.state.log_history, _progress(trainer), trainer.model.config.num_labels
+    return Training(
+        described_arguments(trainer),
+        progress,
+        best_by=trainer.args.metric_for_best_model,
+        onset=describe_onset(history, num_classes, eval_prefix(trainer)),
+        alarms=recorded_alarms(history) if progress.steps > 0 else None,
+        command=trainer.command,
+        schedule_plot=_write_schedule_plot(trainer, folder, progress),
+        base=base,
+        adapter=_adapter(trainer.model),
+        num_classes=num_classes,
+        versions=versions(),
+    )
 
 
 def _listed(names: str | list[str] | None) -> list[str]:
@@ -137,10 +139,11 @@ def _is_on_hub(name: str) -> bool:
 
 def _forget_paths(card: ModelCard) -> None:
     """PEFT names the base model by its path on this machine."""
-    path = str(card.data.get("base_model") or "")
+    data = cast(ModelCardData, card.data)
+    path = str(data.base_model or "")
     if os.path.isdir(path):
-        card.data.base_model = None
-        card.data.tags = [tag for tag in card.data.get("tags") or [] if not tag.endswith(f":{path}")]
+        data.base_model = None
+        data.tags = [tag for tag in data.tags or [] if not tag.endswith(f":{path}")]
 
 
 def _in_words(started_from: str) -> str | None:

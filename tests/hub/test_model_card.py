@@ -327,8 +327,8 @@ def test_another_report_leaves_the_words_about_training(report):
     "template",
     [
         "# Model Card for Model ID\n\n[More Information Needed]\n",
-        "<!-- This model card has been generated automatically according to the information the Trainer had access to. "
-        "-->\n\n# m\n\n## Intended uses\n\nMore information needed\n",
+        "<!-- This model card has been generated automatically according to the information the Trainer had access "
+        "to. -->\n\n# m\n\n## Intended uses\n\nMore information needed\n",
     ],
     ids=["huggingface_hub", "Trainer"],
 )
