@@ -277,7 +277,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     # --- Share ---
     trainer.command = published_command("hf-rft train", arguments)
-    data = data_args.train_dir or data_args.dataset_name
+    data = str(data_args.train_dir or data_args.dataset_name)
     is_on_hub = not data.startswith(bundled.PREFIX) and not os.path.isdir(data)
     card = {
         "finetuned_from": model_args.model_name_or_path,

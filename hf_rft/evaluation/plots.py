@@ -187,7 +187,7 @@ def plot_epsilon_schedule(
     axes.yaxis.set_ticks([0, float(threat_model.epsilon)], ["0", target])
     name = NORM_NAMES[threat_model.norm]
     axes.set(xlabel="optimizer step", ylabel=f"epsilon ({name})", xlim=(0, max(steps[-1], 1)))
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
     if epochs:
         share = epochs / max(steps[-1], 1)
@@ -286,6 +286,6 @@ def plot_comparison(runs: Mapping[str, Sequence[Mapping]], path: str | Path | No
     epsilon_axes.set_title("schedule", fontsize="medium")
     for axes in (validation_axes, epsilon_axes):
         axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
     _add_legend(figure, curve_axes, columns=4)
     return _save(figure, path, dpi=150)
