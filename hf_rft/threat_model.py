@@ -342,7 +342,7 @@ class _Norm(NamedTuple):
 
 
 _NORMS = {
-    "linf": _Norm("L-infinity", torch.inf, _uniform_linf, _steepest_linf, _nearest_linf),
+    "linf": _Norm("L∞", torch.inf, _uniform_linf, _steepest_linf, _nearest_linf),
     "l2": _Norm("L2", 2, _uniform_l2, _steepest_l2, _nearest_by(_shrink_l2)),
     "l1": _Norm("L1", 1, _uniform_l1, _steepest_l1, _nearest_by(_shrink_l1)),
 }

@@ -398,4 +398,4 @@ def test_dual_norm_is_the_rise_of_a_linear_loss_along_the_steepest_step(norm):
 
 def test_every_norm_has_a_name_of_its_own_for_people():
     assert tuple(NORM_NAMES) == NORMS and len(set(NORM_NAMES.values())) == len(NORMS)
-    assert NORM_NAMES["linf"] == "L-infinity"
+    assert NORM_NAMES["linf"] == "L∞"

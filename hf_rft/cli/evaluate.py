@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from ..data import bundled
 from ..data.examples import Examples, num_image_channels
 from ..data.labels import class_numbers, has_class_names
-from ..data.loading import check_folder, checked_columns, encode_labels, load_image_folders, subset
+from ..data.loading import check_folder, checked_columns, display_name, encode_labels, load_image_folders, subset
 from ..evaluation.evaluate import evaluate_robustness
 from ..evaluation.plots import plot_adversarial_examples
 from ..evaluation.reference import ATTACKS, check_installed, run_autoattack
@@ -228,6 +228,11 @@ def main(arguments: list[str] | None = None) -> RobustnessReport:
         image_column=args.image_column_name,
         label_column=args.label_column_name,
     )
+    measured = report.settings["dataset"]
+    if args.image_dir is not None:
+        measured |= {"name": display_name(args.image_dir), "split": None}
+    if len(report) == args.max_samples:
+        measured["shuffle_seed"] = args.seed
 
     # --- Report ---
     if state.is_main_process:

@@ -23,7 +23,7 @@ from ..evaluation.report import RobustnessReport
 from ..hub.evidence import REPORT_NAME, hash_weight_files, read_report
 from ..hub.loading import download
 from ..metrics.expected_robustness.expected_robustness import expected_robustness
-from ..threat_model import NORMS, format_epsilon, parse_epsilon
+from ..threat_model import NORM_NAMES, NORMS, format_epsilon, parse_epsilon
 from ..utils.files import check_writable, replacing, write_text
 from ..utils.markdown import cell
 from .parsing import Parser
@@ -192,11 +192,13 @@ def write_leaderboard(leaderboard: dict[str, Any], output_dir: Path) -> None:
     write_text(output_dir / "leaderboard.json", json.dumps(leaderboard, indent=2) + "\n")
     shared, rows = leaderboard["groups"][0]["conditions"], leaderboard["groups"][0]["rows"]
     epsilons = [parse_epsilon(epsilon) for epsilon in shared["epsilons"]]
-    names = [row["name"].replace("$", r"\$") for row in rows]  # to matplotlib, a dollar begins a formula
+    names = [row["name"] for row in rows]
+    threat = f"{NORM_NAMES[shared['norm']]}, tier {shared['tier']}"
+    title = f"{shared['number of examples']} examples, {threat}; shaded: 95 % intervals over examples"
     curves = dict(zip(names, [(epsilons, row["accuracies"]) for row in rows], strict=True))
     intervals = dict(zip(names, [row["accuracy_intervals"] for row in rows], strict=True))
     with replacing(output_dir / "leaderboard.png") as scratch:
-        plot_robustness_curve(curves, shared["norm"], scratch, intervals=intervals)
+        plot_robustness_curve(curves, shared["norm"], scratch, title, intervals)
 
 
 def find_report(entry: str, token: str | None = None) -> Path:

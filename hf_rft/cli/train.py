@@ -24,7 +24,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ from ..data.augmentation import SeededAugmentation
 from ..data.examples import num_image_channels
 from ..data.images import check_images, to_mode
 from ..data.labels import names_of_missing_classes
-from ..data.loading import DataTrainingArguments, load_splits
+from ..data.loading import DataTrainingArguments, display_name, load_splits, split_options
 from ..evaluation.evaluate import evaluate_robustness
 from ..evaluation.evaluator import robust_metrics
 from ..hub.pretrained import ModelArguments, head_parameters, in_order_of_model, load_model, load_model_and_processor
@@ -288,10 +287,15 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         label_column=data_args.label_column_name,
         progress_bar=not training_args.disable_tqdm,
     )
-    report.settings["dataset"]["split"] = data_args.test_split
-    report.settings["dataset"]["is_held_out"] = data_args.test_split not in ("train", "validation")
+    measured = report.settings["dataset"]
+    measured["split"] = data_args.test_split
+    measured["is_held_out"] = data_args.test_split not in ("train", "validation")
     if data_args.train_dir is not None:
-        report.settings["dataset"]["name"] = Path(data_args.train_dir).name
+        measured["name"] = display_name(data_args.train_dir)
+    if data_args.test_split not in (splits["test"].info.splits or [data_args.test_split]):
+        measured["split_off"] = split_options(data_args, training_args.seed)
+    if len(report) == data_args.max_test_samples:
+        measured["shuffle_seed"] = training_args.seed
     trainer.robustness_report = report
     found = robust_metrics(report.predictions, report.labels, report.epsilons, trainer.threat_model.epsilon)
     metrics = {**{f"eval_{name}": value for name, value in found.items()}, "eval_samples": len(report)}
@@ -301,11 +305,12 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
 
     # --- Share ---
     trainer.command = published_command("hf-rft train", arguments)
-    base_model = model_args.model_name_or_path
+    data = str(data_args.train_dir or data_args.dataset_name)
+    is_on_hub = not data.startswith(bundled.PREFIX) and not os.path.isdir(data)
     card = {
-        "finetuned_from": None if base_model.startswith(bundled.PREFIX) else base_model,  # only if it is on the Hub
-        "tasks": "image-classification",
-        "dataset": (data_args.dataset_name or Path(data_args.train_dir).name).removeprefix(bundled.PREFIX),
+        "finetuned_from": model_args.model_name_or_path,
+        "dataset": display_name(data),
+        "dataset_tags": data if is_on_hub else None,
     }
     if not training_args.push_to_hub:
         trainer.create_model_card(**card)

@@ -43,9 +43,19 @@ def resolve(name_or_path: str) -> str:
     raise ValueError(f"{name_or_path!r} is not bundled; there are {MODEL!r} (a model) and {DATASET!r} (a dataset).")
 
 
+def is_model(name_or_path: str) -> bool:
+    """Whether it is the bundled model, by its name or the folder that [`resolve`] returns."""
+    return name_or_path == MODEL or Path(name_or_path) == _model_path()
+
+
+def _model_path() -> Path:
+    name = f"{MODEL.removeprefix(PREFIX)}-{_WEIGHTS_SHA256[:8]}-v{_VERSION}"
+    return Path(constants.HF_HOME, "hf_rft", name)
+
+
 def _model_folder() -> Path:
     """An ordinary transformers checkpoint in the Hugging Face cache, created by the first call."""
-    folder = Path(constants.HF_HOME) / "hf_rft" / f"{MODEL.removeprefix(PREFIX)}-{_WEIGHTS_SHA256[:8]}-v{_VERSION}"
+    folder = _model_path()
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         return folder
     weights = _verified_weights()

@@ -125,9 +125,7 @@ def load_splits(
 
     if "validation" not in splits:
         try:
-            parts = splits["train"].train_test_split(
-                test_size=data_args.train_val_split, seed=seed, stratify_by_column=data_args.label_column_name
-            )
+            parts = splits["train"].train_test_split(**split_options(data_args, seed))
         except ValueError as error:
             raise ValueError(
                 f"--train_val_split {data_args.train_val_split} cannot divide {len(splits['train'])} training images "
@@ -138,6 +136,12 @@ def load_splits(
     limits = (data_args.max_train_samples, data_args.max_eval_samples, data_args.max_test_samples)
     named = zip(("train", "validation", "test"), limits, strict=True)
     return DatasetDict({split: subset(splits[split], limit, seed) for split, limit in named})
+
+
+def split_options(data_args: DataTrainingArguments, seed: int) -> dict[str, float | int | str]:
+    """How validation images are split off the training images, as `Dataset.train_test_split` takes it."""
+    column = data_args.label_column_name
+    return {"test_size": data_args.train_val_split, "seed": seed, "stratify_by_column": column}
 
 
 def split_folders(flag: str, folder: str) -> dict[str, str]:
@@ -160,6 +164,15 @@ def split_folders(flag: str, folder: str) -> dict[str, str]:
             "each split by its own flag (--train_dir, --validation_dir, --test_dir), or rename the class."
         )
     return splits
+
+
+def display_name(name_or_folder: str) -> str:
+    """What to call a dataset: a folder goes by its name, or its parent's if it is called like a split (`train`)."""
+    if not os.path.isdir(name_or_folder):
+        return name_or_folder.removeprefix(bundled.PREFIX)
+    folder = Path(name_or_folder).resolve()
+    words = {word for of_split in SPLIT_KEYWORDS.values() for word in of_split}
+    return folder.parent.name if folder.name.lower() in words else folder.name
 
 
 def load_image_folders(folders: Mapping[str, str], cache_dir: str | None = None) -> DatasetDict:

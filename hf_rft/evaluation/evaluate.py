@@ -187,6 +187,7 @@ def evaluate_robustness(
         sha256=hash_json([hashes for *_, of_batch in results for hashes in of_batch]),
         image_shape=list(shape),
     )
+    settings["dataset"] |= {"image_column": image_column, "label_column": label_column}
     return RobustnessReport(
         norm=norm,
         epsilons=evaluator.epsilons,
@@ -302,6 +303,7 @@ def _shown_examples(classifier: PixelClassifier, examples: Examples, merged: Rec
     adversarial = merged["shown_adversarial"][:SHOWN_EXAMPLES].to(classifier.device)
     exact = classifier.forward_in(None)
     logits, adversarial_logits = exact(pixels), exact(adversarial)
+    names = getattr(getattr(classifier.model, "config", None), "id2label", None) or {}
     return AdversarialExamples(
-        positions, pixels.cpu(), adversarial.cpu(), logits.float().cpu(), adversarial_logits.float().cpu()
+        positions, pixels.cpu(), adversarial.cpu(), logits.float().cpu(), adversarial_logits.float().cpu(), names
     )

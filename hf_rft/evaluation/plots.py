@@ -1,83 +1,160 @@
-"""Figures: accuracy over epsilon, and training histories."""
+"""Figures: accuracy over epsilon, and training histories.
+
+Each function returns the figure, and writes it if it is given a path, whose suffix sets the format. Figures are opaque
+and white, so that dark and light pages show them alike.
+"""
 
 import itertools
-from collections.abc import Mapping, Sequence
+import statistics
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..threat_model import ThreatModel, format_approximately, format_epsilon, parse_epsilon
+from ..threat_model import NORM_NAMES, ThreatModel, format_approximately, format_epsilon, parse_epsilon
+from .tables import conditions
 
 
 if TYPE_CHECKING:
-    from .report import AdversarialExamples
+    from matplotlib.figure import Figure
+
+    from .report import AdversarialExamples, RobustnessReport
 
 Curve = tuple[Sequence[Fraction], Sequence[float]]  # epsilons, accuracies in [0, 1]
 
+# Okabe and Ito's colours, which colour-blind readers can distinguish, without yellow (too pale for a line).
+_COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
+_MARKERS = "osD^vPX*"
+_CHARACTERS = 72  # in a line of a title
 
-def _figure(**options):
+
+def _figure(**options) -> "Figure":
     # Imported late: matplotlib is slow to import and not needed for training. Avoid pyplot, whose global state would
     # select a window system.
     from matplotlib.figure import Figure
 
-    return Figure(layout="constrained", **options)
+    return Figure(layout="constrained", facecolor="white", **options)
 
 
-def _save(figure, path: str | Path, dpi: int) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi)
+def _save(figure: "Figure", path: str | Path | None, dpi: int) -> "Figure":
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=dpi)
+    return figure
+
+
+def _styles() -> Iterator[dict[str, str]]:
+    """Colour and marker of one line after the other; 56 lines before a pair repeats."""
+    yield from (
+        {"color": color, "marker": marker}
+        for color, marker in zip(itertools.cycle(_COLORS), itertools.cycle(_MARKERS), strict=False)
+    )
+
+
+def _set_title(axes, title: str) -> None:
+    lines = [part for line in title.splitlines() for part in textwrap.wrap(line, _CHARACTERS)]
+    axes.set_title("\n".join(lines), fontsize="medium", parse_math=False)  # names may hold dollars
+
+
+def _add_legend(figure: "Figure", axes, columns: int, side: str = "lower") -> None:
+    """Outside of the axes, where it hides nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    options = {"loc": f"outside {side} center", "ncols": columns, "fontsize": "small", "frameon": False}
+    for text in figure.legend(handles, labels, **options).get_texts():
+        text.set_parse_math(False)
 
 
 def draw_curves(axes, curves: Mapping[str, Curve], norm: str) -> None:
     """Draw accuracy in percent over epsilon, one line per name."""
-    for name, (epsilons, accuracies) in curves.items():
-        axes.plot([float(e) for e in epsilons], [100 * a for a in accuracies], marker="o", markersize=4, label=name)
+    for style, (name, (epsilons, accuracies)) in zip(_styles(), curves.items(), strict=False):
+        at = [float(epsilon) for epsilon in epsilons]
+        axes.plot(at, [100 * accuracy for accuracy in accuracies], markersize=5, label=name, **style)
     _set_epsilon_ticks(axes.xaxis, curves)
-    axes.set(xlabel=f"epsilon ({norm}, pixels in [0, 1])", ylabel="accuracy (%)", ylim=(0, 100))
+    name = NORM_NAMES.get(norm, norm)
+    axes.set(xlabel=f"epsilon ({name}, pixels in [0, 1])", ylabel="accuracy (%)", ylim=(0, 100))
     axes.grid(alpha=0.3)
-    if len(curves) > 1:
-        axes.legend(fontsize="small")
 
 
 def _set_epsilon_ticks(axis, curves: Mapping[str, Curve]) -> None:
-    """Put ticks at the epsilons of the curves, in the usual notation."""
+    """Put ticks at the epsilons of the curves, in the usual notation; where they crowd, some stay without a label."""
     grid = sorted({epsilon for epsilons, _ in curves.values() for epsilon in epsilons})
-    axis.set_ticks([float(epsilon) for epsilon in grid], [format_epsilon(epsilon) for epsilon in grid])
+    labels, width, end = [], grid[-1] / 11, 2 * grid[-1]
+    for epsilon in reversed(grid):  # the last one and 0 always have one
+        has_room = end - epsilon >= width and (epsilon >= width or epsilon == 0)
+        labels.insert(0, format_epsilon(epsilon) if has_room else "")
+        end = epsilon if has_room else end
+    axis.set_ticks([float(epsilon) for epsilon in grid], labels)
+
+
+def _shade(axes, line, low: Sequence[float], high: Sequence[float], label: str | None = None) -> None:
+    """From `low` to `high`, accuracies in [0, 1], around a line."""
+    bounds = ([100 * bound for bound in side] for side in (low, high))
+    axes.fill_between(line.get_xdata(), *bounds, color=line.get_color(), alpha=0.15, linewidth=0, label=label)
 
 
 def plot_robustness_curve(
     curves: Mapping[str, Curve],
     norm: str,
-    path: str | Path,
+    path: str | Path | None = None,
     title: str = "",
     intervals: Mapping[str, Sequence[tuple[float, float]]] | None = None,
-) -> None:
-    """Plot accuracy over epsilon to `path`; its suffix sets the format.
+    num_classes: int | None = None,
+) -> "Figure":
+    """Plot accuracy over epsilon.
 
-    `intervals` holds the confidence intervals at each epsilon, for any of the curves; they are shaded.
+    `intervals` holds the confidence intervals at each epsilon, for any of the curves; they are shaded. A dashed line
+    shows the accuracy of guessing, where `num_classes` is known.
     """
-    figure = _figure(figsize=(6, 4))
+    figure = _figure(figsize=(6.4, 4.4))
     axes = figure.subplots()
     draw_curves(axes, curves, norm)
-    for line, (name, (epsilons, _)) in zip(list(axes.lines), curves.items(), strict=True):
+    for line, name in zip(list(axes.lines), curves, strict=True):
         if intervals and name in intervals:
-            low, high = ([100 * bound for bound in side] for side in zip(*intervals[name], strict=True))
-            at = [float(epsilon) for epsilon in epsilons]
-            axes.fill_between(at, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set_title(title, parse_math=False)
-    _save(figure, path, dpi=150)
+            label = "95 % interval over examples" if len(curves) == 1 else None
+            _shade(axes, line, *zip(*intervals[name], strict=True), label=label)
+    if num_classes is not None:
+        label = f"chance (1 in {num_classes} classes)"
+        axes.axhline(100 / num_classes, linestyle="--", color="grey", linewidth=1, label=label)
+    _set_title(axes, title)
+    _add_legend(figure, axes, columns=2)
+    return _save(figure, path, dpi=150)
+
+
+def plot_report(report: "RobustnessReport", path: str | Path | None = None, title: str | None = None) -> "Figure":
+    """Plot the curve of one report. By default, the title says what was measured, and how."""
+    model = report.settings.get("model", {})
+    name, num_classes = model.get("name") or "model", model.get("num_classes")
+    if title is None:
+        low, high = (100 * bound for bound in report.confidence_interval)
+        title = (
+            f"expected robustness {100 * report.expected_robustness:.1f} % (95 % interval {low:.1f} to {high:.1f} %)"
+        )
+        if "attacks" in report.settings:
+            title += f"\n{conditions(report, NORM_NAMES[report.norm])}"
+    return plot_robustness_curve(
+        {name: (report.epsilons, report.accuracies)},
+        report.norm,
+        path,
+        title,
+        intervals={name: report.accuracy_intervals},
+        # Older reports, and those of models without a configuration, do not know it.
+        num_classes=num_classes if isinstance(num_classes, int) and num_classes > 1 else None,
+    )
 
 
 def plot_epsilon_schedule(
     steps: Sequence[int],
     epsilons: Sequence[float],
     threat_model: ThreatModel,
-    path: str | Path,
+    path: str | Path | None = None,
     *,
     done: tuple[int, float] | None = None,
     kept: tuple[int, float] | None = None,
-) -> None:
-    """Plot the training epsilon over optimizer steps to `path`, with the target epsilon as a dashed line.
+    epochs: float | None = None,
+) -> "Figure":
+    """Plot the training epsilon over optimizer steps, with the target epsilon as a dashed line.
 
     Args:
         steps, epsilons (`Sequence`):
@@ -86,35 +163,47 @@ def plot_epsilon_schedule(
             Number of steps trained, if fewer than planned, and the epsilon reached; the rest of the schedule is drawn
             dotted.
         kept (`tuple`, *optional*):
-            The step whose weights were kept, if not the last one, and the largest epsilon they were trained with.
+            The step whose weights were kept, and the largest epsilon they were trained with.
+        epochs (`float`, *optional*):
+            The epochs that all steps make; they are shown below the steps.
     """
-    figure = _figure(figsize=(6, 2.5))
+    import numpy as np
+
+    figure = _figure(figsize=(6.4, 3.2))
     axes = figure.subplots()
     last, reached = done or (steps[-1], epsilons[-1])
-    count = sum(step <= last for step in steps)
-    (trained,) = axes.plot(steps[:count], epsilons[:count], label="trained")
-    color = trained.get_color()
+    count, color = sum(step <= last for step in steps), _COLORS[0]
+    axes.plot(steps[:count], epsilons[:count], color=color, label="trained")
     target = format_epsilon(threat_model.epsilon)
+    axes.axhline(float(threat_model.epsilon), linestyle="--", color="grey", linewidth=1, label=f"target: {target}")
     if last < steps[-1]:
         axes.plot(steps[count - 1 :], epsilons[count - 1 :], ":", color=color, label="planned, not trained")
         epsilon = format_approximately(reached, threat_model.epsilon)
         axes.axvline(last, color=color, linewidth=1, label=f"stopped: step {last}, epsilon {epsilon}")
-    if kept is not None and kept[0] != last:
+    if kept is not None:
         epsilon = format_approximately(kept[1], threat_model.epsilon)
-        axes.axvline(kept[0], color="C3", linewidth=2, label=f"weights kept: step {kept[0]}, epsilon {epsilon}")
-    axes.axhline(float(threat_model.epsilon), linestyle="--", color="grey", linewidth=1)
+        label = f"weights kept: step {kept[0]}, trained up to epsilon {epsilon}"
+        height = float(np.interp(kept[0], steps, epsilons))
+        axes.plot([kept[0]], [height], "D", color=_COLORS[1], markersize=8, label=label, clip_on=False, zorder=3)
     axes.yaxis.set_ticks([0, float(threat_model.epsilon)], ["0", target])
-    axes.set(xlabel="optimizer step", ylabel=f"epsilon ({threat_model.norm})")
+    name = NORM_NAMES[threat_model.norm]
+    axes.set(xlabel="optimizer step", ylabel=f"epsilon ({name})", xlim=(0, max(steps[-1], 1)))
+    axes.locator_params(axis="x", integer=True)
     axes.grid(alpha=0.3)
-    handles, labels = axes.get_legend_handles_labels()
-    if len(labels) > 1:
-        figure.legend(handles, labels, loc="outside upper center", ncols=2, fontsize="small", frameon=False)
-    _save(figure, path, dpi=150)
+    if epochs:
+        share = epochs / max(steps[-1], 1)
+        below = axes.secondary_xaxis(
+            "bottom", functions=(partial(np.multiply, share), partial(np.multiply, 1 / share))
+        )
+        below.spines.bottom.set_position(("outward", 38))  # below the steps and their label
+        below.set_xlabel("epoch")
+    _add_legend(figure, axes, columns=2, side="upper")
+    return _save(figure, path, dpi=150)
 
 
 def plot_adversarial_examples(
-    examples: "AdversarialExamples", labels: Sequence[int], names: Mapping[int, str], path: str | Path
-) -> None:
+    examples: "AdversarialExamples", labels: Sequence[int], names: Mapping[int, str], path: str | Path | None = None
+) -> "Figure":
     """Plot a page of adversarial examples: clean image, magnified perturbation, adversarial image.
 
     Args:
@@ -124,8 +213,6 @@ def plot_adversarial_examples(
             True classes of the whole dataset, by position.
         names (`Mapping[int, str]`):
             The model's class names.
-        path (`str` or `Path`):
-            The suffix sets the format.
     """
     figure = _figure(figsize=(7.5, 2.6 * len(examples.positions)))
     grid = figure.subplots(len(examples.positions), 3, squeeze=False)
@@ -138,63 +225,68 @@ def plot_adversarial_examples(
         predicted = []
         for of_image in probabilities:
             confidence, label = of_image[row].max(dim=0)
-            predicted.append(f"{names.get(int(label), int(label))} ({confidence.item():.0%})")
-        true = names.get(int(labels[position]), int(labels[position]))
+            predicted.append(f"predicted: {_class_name(names, label)} ({confidence.item():.0%})")
         titles = (
-            f"number {position}, a {true}\ntaken for {predicted[0]}",
-            f"perturbation x {1 / (2 * largest):.0f}\nlargest {255 * largest:.2g}/255",
-            f"adversarial\ntaken for {predicted[1]}",
+            f"image {position}: {_class_name(names, labels[position])}\n{predicted[0]}",
+            f"perturbation × {1 / (2 * largest):.0f}\nlargest {255 * largest:.2g}/255",
+            f"adversarial\n{predicted[1]}",
         )
         for axes, image, title in zip(grid[row], images, titles, strict=True):
             shown = image.movedim(0, -1).clamp(0, 1).float().numpy()
             axes.imshow(shown, cmap="gray" if shown.shape[-1] == 1 else None, vmin=0, vmax=1)
             axes.set_title(title, fontsize="small", parse_math=False)  # names may hold dollars
             axes.set_axis_off()
-    _save(figure, path, dpi=100)
+    return _save(figure, path, dpi=100)
 
 
-def plot_comparison(runs: Mapping[str, Sequence[Mapping]], path: str | Path, norm: str) -> None:
+def _class_name(names: Mapping[int, str], label) -> str:
+    return textwrap.shorten(str(names.get(int(label), int(label))), 22, placeholder="…")
+
+
+def plot_comparison(runs: Mapping[str, Sequence[Mapping]], path: str | Path | None, norm: str) -> "Figure":
     """Plot robustness curves, and training histories with the onset of task adaptation, for several recipes.
 
     Args:
         runs (`Mapping[str, Sequence[Mapping]]`):
             For each recipe, one mapping per seed with `accuracies` (epsilon as text -> accuracy), `validation` and
-            `epsilon` (lists of (epoch, value)) and `onset` (epoch or None). Curves are means over seeds; histories
-            show every seed.
+            `epsilon` (lists of (epoch, value)) and `onset` (epoch or None). Curves are means over seeds, with their
+            standard deviation shaded; histories show every seed.
     """
-    figure = _figure(figsize=(15, 4.5))
+    figure = _figure(figsize=(15, 4.8))
     curve_axes, validation_axes, epsilon_axes = figure.subplots(1, 3)
-    curves = {}
-    for color, (name, of_seeds) in zip(itertools.cycle(_colors()), runs.items(), strict=False):
-        written = list(of_seeds[0]["accuracies"])
-        means = [sum(one["accuracies"][epsilon] for one in of_seeds) / len(of_seeds) for epsilon in written]
-        curves[name] = ([parse_epsilon(epsilon) for epsilon in written], means)
-        for number, one in enumerate(of_seeds):
+    curves, deviations = {}, {}
+    for style, (name, of_seeds) in zip(_styles(), runs.items(), strict=False):
+        color = style["color"]
+        grid = [parse_epsilon(epsilon) for epsilon in of_seeds[0]["accuracies"]]
+        columns = list(zip(*(one["accuracies"].values() for one in of_seeds), strict=True))
+        curves[name] = (grid, [statistics.mean(column) for column in columns])
+        deviations[name] = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
+        for one in of_seeds:
             if not one["validation"]:  # the run was not evaluated while it trained
                 continue
             epochs, accuracies = zip(*one["validation"], strict=True)
-            label = name if number == 0 else None
-            validation_axes.plot(epochs, [100 * a for a in accuracies], color=color, alpha=0.7, label=label)
+            validation_axes.plot(epochs, [100 * accuracy for accuracy in accuracies], color=color, alpha=0.7)
             if one["onset"] is not None:
                 at = 100 * accuracies[one["onset"] - 1]
                 validation_axes.plot(epochs[one["onset"] - 1], at, "*", color=color, markersize=11)
         if of_seeds[0]["epsilon"]:
             epochs, epsilons = zip(*of_seeds[0]["epsilon"], strict=True)
-            epsilon_axes.plot(epochs, epsilons, color=color, label=name)
+            epsilon_axes.plot(epochs, epsilons, color=color)
     draw_curves(curve_axes, curves, norm)
-    curve_axes.set_title("robustness (mean over seeds)")
+    for line, (name, (_, means)) in zip(list(curve_axes.lines), curves.items(), strict=True):
+        if any(deviations[name]):
+            bands = [(mean - one, mean + one) for mean, one in zip(means, deviations[name], strict=True)]
+            _shade(curve_axes, line, *zip(*bands, strict=True))
+    seeds = max(map(len, runs.values()))
+    of_several = f" (mean ± standard deviation, {seeds} seeds)" if seeds > 1 else ""
+    curve_axes.set_title(f"robustness{of_several}", fontsize="medium")
     validation_axes.set(xlabel="epoch", ylabel="clean validation accuracy (%)", ylim=(0, 100))
-    validation_axes.set_title("adaptation (star: onset)")
+    validation_axes.set_title("adaptation (one line per seed; star: onset)", fontsize="medium")
     _set_epsilon_ticks(epsilon_axes.yaxis, curves)
-    epsilon_axes.set(xlabel="epoch", ylabel="training epsilon", title="schedule")
+    epsilon_axes.set(xlabel="epoch", ylabel=f"training epsilon ({NORM_NAMES.get(norm, norm)})")
+    epsilon_axes.set_title("schedule", fontsize="medium")
     for axes in (validation_axes, epsilon_axes):
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize="small")
-    _save(figure, path, dpi=150)
-
-
-def _colors() -> list[str]:
-    from matplotlib import rcParams
-
-    return rcParams["axes.prop_cycle"].by_key()["color"]
+        axes.locator_params(axis="x", integer=True)
+    _add_legend(figure, curve_axes, columns=4)
+    return _save(figure, path, dpi=150)

@@ -31,6 +31,7 @@ def describe_model(model: torch.nn.Module) -> dict[str, Any]:
     return {
         "name": (Path(name).name if os.path.isdir(name) else name) or type(model).__name__,
         "revision": getattr(config, "_commit_hash", None),
+        "num_classes": getattr(config, "num_labels", None) or getattr(model, "num_classes", None),
         "sha256": hash_model(model),
     }
 
@@ -45,8 +46,11 @@ def describe_dataset(dataset: Any) -> dict[str, Any]:
     split = getattr(dataset, "split", None)
     files = map(_HUB_FILE.match, getattr(info, "download_checksums", None) or ())
     on_hub = next(filter(None, files), None)
+    name = getattr(info, "dataset_name", None)
+    if name == getattr(info, "builder_name", None):  # "imagefolder": the kind of files, not a name
+        name = None
     return {
-        "name": on_hub["name"] if on_hub else getattr(info, "dataset_name", None) or type(dataset).__name__,
+        "name": on_hub["name"] if on_hub else name,
         "revision": on_hub["revision"] if on_hub else None,
         "config": getattr(info, "config_name", None),
         "split": None if split is None else str(split),

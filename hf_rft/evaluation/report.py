@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -19,7 +19,7 @@ from .tables import to_pandas, to_text
 
 if TYPE_CHECKING:
     import pandas
-
+    from matplotlib.figure import Figure
 
 SCHEMA_VERSION = 1
 
@@ -32,6 +32,7 @@ class AdversarialExamples(NamedTuple):
     adversarial: torch.Tensor  # same shape: the nearest adversarial examples found
     logits: torch.Tensor  # (count, classes), for the clean images
     adversarial_logits: torch.Tensor  # (count, classes), for the adversarial images
+    names: Mapping[int, str] = {}  # of the classes, as far as the model knows them
 
     def __repr__(self) -> str:
         return f"AdversarialExamples(positions={self.positions}, images of shape {tuple(self.pixels.shape[1:])})"
@@ -307,14 +308,28 @@ class RobustnessReport:
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a complete robustness report: {error} is missing or wrong.") from error
 
-    def plot(self, path: str | Path, title: str = "") -> None:
-        """Plot accuracy over epsilon, with intervals, to `path`; its suffix sets the format."""
-        from .plots import plot_robustness_curve
+    def plot(self, path: str | Path | None = None, title: str | None = None) -> "Figure":
+        """Plot accuracy over epsilon, with intervals; also to `path`, whose suffix sets the format."""
+        from .plots import plot_report
 
-        name = self.settings.get("model", {}).get("name") or "model"
-        title = title or f"expected robustness {100 * self.expected_robustness:.1f} %"
-        curve = (self.epsilons, self.accuracies)
-        plot_robustness_curve({name: curve}, self.norm, path, title, intervals={name: self.accuracy_intervals})
+        return plot_report(self, path, title)
+
+    def gallery(self, path: str | Path | None = None, names: Mapping[int, str] | None = None) -> "Figure":
+        """Plot clean images, perturbations and adversarial images, a few of each; also to `path`.
+
+        `names` are those of the classes, by number; they default to `id2label` of the model that was evaluated.
+
+        Raises:
+            ValueError: if the report holds no images: no attack succeeded, or it was read from a file.
+        """
+        from .plots import plot_adversarial_examples
+
+        if self.examples is None:
+            raise ValueError(
+                "The report holds no adversarial examples: no attack succeeded, or the report was read from a file. "
+                "Call `gallery` on what `evaluate_robustness` returned."
+            )
+        return plot_adversarial_examples(self.examples, self.labels.tolist(), names or self.examples.names, path)
 
     def table(self) -> str:
         """The curve, expected robustness and flags as text for printing."""

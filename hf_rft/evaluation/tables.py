@@ -36,15 +36,22 @@ def to_pandas(report: "RobustnessReport", per: str) -> "pandas.DataFrame":
     raise ValueError(f"`per={per!r}` is unknown; choose 'example' or 'epsilon'.")
 
 
-def to_text(report: "RobustnessReport") -> str:
-    """See [`RobustnessReport.table`]."""
+def conditions(report: "RobustnessReport", norm: str | None = None) -> str:
+    """Examples, threat model and attacks, in one line."""
     settings = report.settings
     attacks = ", ".join(
         f"{attack['attack']} ({attack['steps']} steps"
         + (f", {attack['restarts']} restarts)" if attack["restarts"] > 1 else ")")
         for attack in settings["attacks"]
     )
-    lines = [f"{len(report)} examples, {report.norm}, tier {settings['tier']}: {attacks}; seed {settings['seed']}"]
+    return (
+        f"{len(report)} examples, {norm or report.norm}, tier {settings['tier']}: {attacks}; seed {settings['seed']}"
+    )
+
+
+def to_text(report: "RobustnessReport") -> str:
+    """See [`RobustnessReport.table`]."""
+    lines = [conditions(report)]
     rows = zip(report.epsilons, report.accuracies, report.accuracy_intervals, strict=True)
     lines += [
         f"  accuracy at {format_epsilon(epsilon):<8} {100 * accuracy:5.1f} %   [{100 * low:.1f}, {100 * high:.1f}]"

@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..evaluation.report import RobustnessReport
 from ..threat_model import NORM_NAMES, format_approximately, format_epsilon, parse_epsilon
 from ..utils.markdown import code, one_line, plain
+from .reproduction import code_to_reproduce, quoted
 
 
 TAGS = ["image-classification", "adversarial-robustness", "robust-fine-tuning", "hf_rft"]
@@ -55,7 +56,7 @@ def eval_results(report: RobustnessReport) -> list[EvalResult]:
         EvalResult(
             **common,
             metric_type="accuracy",
-            metric_name=f"Accuracy at {report.norm} {epsilon}",
+            metric_name="Accuracy" if epsilon == "0" else f"Accuracy at {NORM_NAMES[report.norm]} {epsilon}",
             metric_value=accuracy,
             metric_args={"epsilon": epsilon, **conditions, "confidence_interval": list(interval)},
         )
@@ -64,7 +65,7 @@ def eval_results(report: RobustnessReport) -> list[EvalResult]:
     expected = EvalResult(
         **common,
         metric_type="expected_robustness",
-        metric_name=f"Expected robustness, {report.norm} up to {grid[-1]}",
+        metric_name=f"Expected robustness, {NORM_NAMES[report.norm]} up to {grid[-1]}",
         metric_value=report.expected_robustness,
         metric_args={
             "epsilon": grid[-1],
@@ -148,8 +149,12 @@ class Training:
             The command that trained the model.
         schedule_plot (`str`, *optional*):
             File name of the picture of epsilon over steps.
-        history (`str`, *optional*):
-            Table of the evaluations, as Markdown.
+        base (`str`, *optional*):
+            In words, what was fine-tuned, if it is not on the Hub.
+        adapter (`str`, *optional*):
+            What the weights are, if they are not those of a whole model, such as `"a LORA adapter"`.
+        num_classes (`int`, *optional*):
+            Of the model.
         versions (`Mapping`, *optional*):
             Of the packages.
     """
@@ -161,7 +166,9 @@ class Training:
     alarms: Mapping[str, str] | None = None
     command: str | None = None
     schedule_plot: str | None = None
-    history: str | None = None
+    base: str | None = None
+    adapter: str | None = None
+    num_classes: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -172,6 +179,7 @@ def make_card(
     report: RobustnessReport | None = None,
     curve: str | None = None,
     training: Training | None = None,
+    model_id: str | None = None,
     base_model: str | None = None,
     dataset: str | None = None,
     metadata: Mapping[str, Any] | None = None,
@@ -181,7 +189,8 @@ def make_card(
     Args:
         existing (`ModelCard`, *optional*):
             The card so far. Its text stays but for the parts between hf_rft comments; one without such a part gets it
-            at the end, the summary apart.
+            at the end, except for the summary, the claim and how to use the model. A template that nobody filled in is
+            replaced.
         name (`str`):
             The title of a new card.
         report ([`RobustnessReport`], *optional*):
@@ -191,6 +200,9 @@ def make_card(
             File name of the picture of the curve.
         training ([`Training`], *optional*):
             None: the part about training stays as it is.
+        model_id (`str`, *optional*):
+            Repository or folder from which the card's code loads the model. Defaults to the report's name for it, or
+            `name`.
         base_model (`str`, *optional*):
             The repository of the model that was fine-tuned.
         dataset (`str`, *optional*):
@@ -198,14 +210,16 @@ def make_card(
         metadata (`Mapping`, *optional*):
             Further entries of the front matter, such as `license`; tags are added to those that are there.
     """
-    facts = {"name": name, "report": report, "curve": curve, "training": training}
+    model_id = model_id or (report.settings.get("model", {}).get("name") if report else None) or name
+    facts = {"name": name, "report": report, "curve": curve, "training": training, "model_id": model_id}
     text = _rendered(**facts, base_model=base_model, dataset=dataset)
-    if existing is None:
-        card = ModelCard(f"---\n{{}}\n---\n{text}", ignore_metadata_errors=True)
-    else:
-        card = ModelCard(existing.content, ignore_metadata_errors=True)
-        card.text = _with_parts_of(card.text, text, keep=() if training else ("training",))
+    card = ModelCard("---\n{}\n---\n" if existing is None else existing.content, ignore_metadata_errors=True)
     data = cast(ModelCardData, card.data)
+    if existing is None or _UNFILLED.search(card.text):
+        card.text = text
+        data.eval_results = None
+    else:
+        card.text = _with_parts_of(card.text, text, keep=() if training else ("summary", "training"))
     given = {key: value for key, value in (metadata or {}).items() if value is not None}
     tags = [*(data.tags or []), *given.pop("tags", []), *TAGS]
     data.tags = list(dict.fromkeys(tags))
@@ -222,6 +236,8 @@ def make_card(
     return card
 
 
+# In the cards that `Trainer`, PEFT and huggingface_hub write: they ask to be proofread, and for this to be removed.
+_UNFILLED = re.compile(r"model card has been generated automatically according to|^# Model Card for Model ID$", re.M)
 _PART = re.compile(r"<!-- hf_rft: (?P<name>\w+) -->\n.*?<!-- hf_rft: end of (?P=name) -->", re.DOTALL)
 
 
@@ -236,7 +252,7 @@ def _with_parts_of(text: str, rendered: str, keep: Sequence[str]) -> str:
     """The text with each part as it was rendered: in place of the one that is there, or at the end."""
     parts = {part["name"]: part[0] for part in _PART.finditer(rendered) if part["name"] not in keep}
     text = _PART.sub(lambda part: parts.pop(part["name"], part[0]), text)
-    parts.pop("summary", None)  # the author wrote one
+    parts = {name: part for name, part in parts.items() if name not in ("summary", "claim", "use")}  # the author wrote
     return "\n\n".join([text.rstrip(), *parts.values()]) + "\n"
 
 
@@ -258,14 +274,14 @@ def _template():
         finalize=lambda value: value.replace("<!--", "< !--") if isinstance(value, str) else value,
     )
     environment.filters |= {
-        "attack_tuple": lambda attack: tuple(attack[key] for key in _ATTACK_KEYS),
         "code": code,
+        "code_to_reproduce": code_to_reproduce,
         "epsilon": format_epsilon,
         "interval": lambda bounds: f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %",
         "norm": NORM_NAMES.__getitem__,
         "percent": lambda share: f"{100 * share:.1f} %",
         "plain": plain,
-        "repr": repr,
+        "quoted": quoted,
         "towards": lambda epsilon, target: format_approximately(epsilon, parse_epsilon(target)),
         "versions": lambda versions: ", ".join(f"{package} {version}" for package, version in versions.items()),
         "yaml": lambda values: yaml.safe_dump(dict(values), sort_keys=False),

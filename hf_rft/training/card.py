@@ -1,18 +1,21 @@
 """The model card of a training run: what was trained, what the kept weights have seen, how robust they are."""
 
+import json
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
-from transformers.modelcard import TrainingSummary, make_markdown_table
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ..attacks.base import attack_name
+from ..data import bundled
 from ..evaluation.plots import plot_epsilon_schedule
-from ..evaluation.provenance import versions
+from ..evaluation.provenance import describe_dataset, versions
 from ..hub.evidence import CARD_NAME, CURVE_NAME, write_evidence
 from ..hub.model_card import Progress, Training, make_card
 from ..losses import LOSSES
@@ -31,6 +34,7 @@ _OPTIMISATION = [
     "learning_rate",
     "lr_scheduler_type",
     "warmup_steps",
+    "warmup",
     "weight_decay",
     "optim",
     "per_device_train_batch_size",
@@ -40,57 +44,140 @@ _OPTIMISATION = [
     "bf16",
     "fp16",
     "seed",
+    "world_size",
 ]
 
+# Of our own arguments; what was measured is in the report.
+_NOT_ABOUT_THE_WEIGHTS = {"best_model_at_any_epsilon", "abort_on_alarm", "hub_timeout", "resume"}
 
-def write_card(trainer: Any, *args, **kwargs) -> None:
+
+def write_card(
+    trainer: Any,
+    language: str | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    model_name: str | None = None,
+    finetuned_from: str | None = None,
+    tasks: str | list[str] | None = None,
+    dataset_tags: str | list[str] | None = None,
+    dataset: str | list[str] | None = None,
+    dataset_args: str | list[str] | None = None,
+) -> None:
     """Write README.md into the output folder, with robustness.json and its curve, and how the model was trained.
 
-    Takes the arguments of [`~transformers.Trainer.create_model_card`]. `robustness_report` is left out if it is not
-    about the weights in the output folder.
+    Takes the arguments of [`~transformers.Trainer.create_model_card`]; `tasks` and `dataset_args` say nothing that the
+    card does not say by itself. `robustness_report` is left out if it is not about the weights in the output folder.
     """
-    summary = TrainingSummary.from_trainer(trainer, *args, **kwargs)
-    if not _is_repo_id(summary.finetuned_from):  # a folder, gone in the meantime, or nothing at all
-        summary.finetuned_from = None
-    metadata = summary.create_metadata()
-    for of_the_last_evaluation in ("model-index", "metrics"):  # numbers without a threat model
-        metadata.pop(of_the_last_evaluation, None)
     folder = Path(trainer.args.output_dir)
-    path = folder / CARD_NAME
+    path, name = folder / CARD_NAME, folder.resolve().name
+    existing = ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else None
     report = None
     if trainer.robustness_report is not None:
         try:
             report = write_evidence(folder, trainer.robustness_report, name=trainer.hub_model_id)
         except ValueError as error:
             logger.warning("The model card states no robustness: %s", error)
-    history, progress, dataset = trainer.state.log_history, _progress(trainer), summary.dataset
+    started_from = finetuned_from or getattr(trainer.model.config, "_name_or_path", None) or ""
+    base_model, base = (started_from, None) if _is_on_hub(started_from) else (None, _in_words(started_from))
+    # Evaluated again, after another run trained and saved it: that run's words stay.
+    is_saved_model = Path(started_from).resolve() == folder.resolve() and trainer.state.global_step == 0
+    described = describe_dataset(trainer.train_dataset)
+    if dataset_tags is None and described["revision"] is not None:
+        dataset_tags = described["name"]
+    dataset = dataset or dataset_tags or described["name"]
+    if existing is not None:
+        _forget_paths(existing)
     card = make_card(
-        ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else None,
-        name=summary.model_name,
+        existing,
+        name=model_name or name,
         report=report,
         curve=CURVE_NAME,
-        training=Training(
-            described_arguments(trainer),
-            progress,
-            best_by=trainer.args.metric_for_best_model,
-            onset=describe_onset(history, trainer.model.config.num_labels, eval_prefix(trainer)),
-            alarms=recorded_alarms(history) if trainer.state.global_step > 0 else None,
-            command=trainer.command,
-            schedule_plot=_write_schedule_plot(trainer, folder, progress),
-            history=make_markdown_table(summary.eval_lines),
-            versions=versions(),
-        ),
-        base_model=summary.finetuned_from,
-        dataset=dataset if isinstance(dataset, str | None) else ", ".join(dataset),
-        metadata=metadata,
+        training=None if is_saved_model else _describe_training(trainer, folder, base),
+        model_id=trainer.hub_model_id or name,
+        base_model=base_model,
+        dataset=", ".join(_listed(dataset)) or None,
+        metadata={
+            "language": language,
+            "license": license or _license_of(started_from),
+            "tags": [*_listed(tags), "generated_from_trainer"],
+            "datasets": _listed(dataset_tags) or None,
+            "library_name": "peft" if _adapter(trainer.model) else None,
+        },
     )
     write_text(path, card.content)
+
+
+def _describe_training(trainer: Any, folder: Path, base: str | None) -> Training:
+    history, progress, num_classes = trainer.state.log_history, _progress(trainer), trainer.model.config.num_labels
+    return Training(
+        described_arguments(trainer),
+        progress,
+        best_by=trainer.args.metric_for_best_model,
+        onset=describe_onset(history, num_classes, eval_prefix(trainer)),
+        alarms=recorded_alarms(history) if progress.steps > 0 else None,
+        command=trainer.command,
+        schedule_plot=_write_schedule_plot(trainer, folder, progress),
+        base=base,
+        adapter=_adapter(trainer.model),
+        num_classes=num_classes,
+        versions=versions(),
+    )
+
+
+def _listed(names: str | list[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or [])
+
+
+def _is_on_hub(name: str) -> bool:
+    """Whether it can be the name of a repository; a folder is not, even one that is gone in the meantime."""
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    return not os.path.isdir(name)
+
+
+def _forget_paths(card: ModelCard) -> None:
+    """PEFT names the base model by its path on this machine."""
+    data = cast(ModelCardData, card.data)
+    path = str(data.base_model or "")
+    if os.path.isdir(path):
+        data.base_model = None
+        data.tags = [tag for tag in data.tags or [] if not tag.endswith(f":{path}")]
+
+
+def _in_words(started_from: str) -> str | None:
+    """What training started from, if that is not on the Hub; without any path of this machine."""
+    if bundled.is_model(started_from):
+        return "EfficientNet-Lite0 with ImageNet weights"
+    if not os.path.isdir(started_from):
+        return None
+    state = Path(started_from, TRAINER_STATE_NAME)
+    if state.is_file():  # a checkpoint
+        step = json.loads(state.read_text(encoding="utf-8")).get("global_step")
+        return f"a checkpoint of an earlier training (step {step}), about which this card knows nothing else"
+    return None
+
+
+def _license_of(started_from: str) -> str | None:
+    """The license of the base model, if its card is on this machine."""
+    path = Path(started_from, CARD_NAME)
+    if _is_on_hub(started_from):
+        path = Path(str(try_to_load_from_cache(started_from, CARD_NAME)))  # "None" or an object if it is not there
+    return ModelCard.load(path, ignore_metadata_errors=True).data.get("license") if path.is_file() else None
+
+
+def _adapter(model: Any) -> str | None:
+    """What is trained instead of the whole model, by PEFT."""
+    kinds = {config.peft_type for config in getattr(model, "peft_config", {}).values()}
+    return f"a {' and '.join(sorted(str(getattr(kind, 'value', kind)) for kind in kinds))} adapter" if kinds else None
 
 
 def described_arguments(trainer: Any) -> dict[str, Any]:
     """What made the model robust, and the optimisation around it; JSON values."""
     inherited = {field.name for field in fields(TrainingArguments)}
-    own = [field.name for field in fields(trainer.args) if field.name not in inherited | {"hub_timeout"}]
+    own = [field.name for field in fields(trainer.args) if field.name not in inherited]
+    own = [name for name in own if not name.startswith("eval_") and name not in _NOT_ABOUT_THE_WEIGHTS]
     values = trainer.args.to_dict()
     # Where a function was passed, the argument says nothing.
     values["attack"] = attack_name(trainer.adversary.attack)
@@ -99,7 +186,14 @@ def described_arguments(trainer: Any) -> dict[str, Any]:
     if trainer.has_own_schedule:
         values |= {"epsilon_schedule_type": "custom", "epsilon_schedule_kwargs": None}
     values["world_size"] = trainer.args.world_size
-    return {name: values[name] for name in [*own, *_OPTIMISATION, "world_size"] if values.get(name) is not None}
+    if 0 < values["warmup_steps"] < 1:
+        values["warmup"] = f"{100 * values.pop('warmup_steps'):g} % of the steps"
+    if values["max_steps"] > 0:
+        del values["num_train_epochs"]  # it does not count
+    else:
+        del values["max_steps"]
+    stated = [name for name in own if values[name] is not None]
+    return {name: values[name] for name in [*stated, *(name for name in _OPTIMISATION if values.get(name))]}
 
 
 def _progress(trainer: Any) -> Progress:
@@ -155,13 +249,6 @@ def _write_schedule_plot(trainer: Any, folder: Path, progress: Progress) -> str 
             scratch,
             done=(progress.steps, progress.epsilon),
             kept=(progress.kept_step, progress.kept_epsilon),
+            epochs=(trainer.state.epoch or 0.0) * trainer.state.max_steps / progress.steps,
         )
     return SCHEDULE_PLOT_NAME
-
-
-def _is_repo_id(name: str | None) -> bool:
-    try:
-        validate_repo_id(name or "")
-    except ValueError:
-        return False
-    return True

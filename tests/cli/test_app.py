@@ -373,10 +373,10 @@ def test_top_classes():
 @pytest.mark.parametrize(
     ("norm", "epsilon", "words"),
     [
-        ("linf", Fraction(4, 255), "epsilon = 4/255** (L-infinity): accuracy 60.0% in the report (31.3% to 83.2%)"),
+        ("linf", Fraction(4, 255), "epsilon = 4/255** (L∞): accuracy 60.0% in the report (31.3% to 83.2%)"),
         ("linf", Fraction(6, 255), "not measured itself; the report has 4/255 and 8/255"),
         ("linf", Fraction(9, 255), "outside what was measured, which ends at 8/255"),
-        ("l2", Fraction(1, 2), "outside what was measured. The report is about L-infinity and says nothing about L2"),
+        ("l2", Fraction(1, 2), "outside what was measured. The report is about L∞ and says nothing about L2"),
     ],
 )
 def test_describe_threat(norm, epsilon, words):
@@ -443,7 +443,7 @@ def test_the_page_shows_the_report_and_opens_it_if_its_numbers_are_doubtful(page
         assert accordion["props"]["open"] == is_open
         texts = " ".join(one["props"].get("value") or "" for one in config if one["type"] == "markdown")
         for words in (
-            "robustness **66.2%**, L-infinity up to 8/255",
+            "robustness **66.2%**, L∞ up to 8/255",
             "10 examples",
             "greys",
             "apgd_targeted",
@@ -495,7 +495,7 @@ def test_attack_shows_progress_and_results(page, image):
     assert len(done) > 1 and done == sorted(done)
     assert "Done" in shown[page.status]
     for panel in page.panels:  # 16/255 is less than the 0.1 that it takes
-        assert shown[panel.verdict].startswith("🟢 **Withstands** this attack at L-infinity 16/255 (20 steps)")
+        assert shown[panel.verdict].startswith("🟢 **Withstands** this attack at L∞ 16/255 (20 steps)")
         assert "×" in shown[panel.note] and shown[panel.adversarial].getpixel((0, 0)) < (153,) * 3
         assert next(iter(shown[panel.adversarial_classes])) == "bright"
 
@@ -674,11 +674,11 @@ def test_in_a_browser(app, browser, tmp_path):
         visitor.upload(tmp_path / "good.png")
         visitor.wait("Press Attack", "The model sees 16 x 16 pixels")
         visitor.click("Attack")  # at the report's largest epsilon: 32/255 is more than the 0.1 that it takes
-        visitor.wait("Done in", "Fooled at L-infinity 32/255 (20 steps): bright", "becomes dark")
+        visitor.wait("Done in", "Fooled at L∞ 32/255 (20 steps): bright", "becomes dark")
         visitor.set_epsilon("12")
         visitor.wait("epsilon = 12/255", "not measured itself")
         visitor.click("Attack")
-        visitor.wait("Done in", "Withstands this attack at L-infinity 12/255 (20 steps)")
+        visitor.wait("Done in", "Withstands this attack at L∞ 12/255 (20 steps)")
         visitor.set_epsilon("40")
         visitor.wait("epsilon = 40/255", "outside what was measured")
         (l2,) = (label for label in browser.find_elements("tag name", "label") if label.text == "L2")

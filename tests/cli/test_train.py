@@ -70,6 +70,17 @@ def test_processes_that_prepare_batches_change_nothing(default_run, tmp_path):
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
 
 
+def test_the_code_of_the_card_measures_the_same_again(default_run, monkeypatch, capsys):
+    folder, metrics = default_run
+    monkeypatch.chdir(folder.parent)
+    code = (folder / "README.md").read_text().split("## Reproduce")[1].split("```python\n")[1].split("```")[0]
+    assert "shuffle(seed=1).select(range(12))" in code
+    names = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert "the same images: True" in capsys.readouterr().out
+    assert names["again"].expected_robustness == pytest.approx(metrics["eval_expected_robustness"])
+
+
 def test_default_run_is_the_hinge_recipe(default_run):
     folder, _ = default_run
     log = json.loads((folder / "trainer_state.json").read_text())["log_history"]

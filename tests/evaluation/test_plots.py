@@ -5,6 +5,7 @@ import pytest
 import torch
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from PIL import Image
 
 from hf_rft import ThreatModel
 from hf_rft.evaluation import plots
@@ -32,27 +33,70 @@ def test_draw_curves():
     plots.draw_curves(axes, CURVES, "linf")
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1/255", "2/255", "4/255"]
     assert axes.get_xticks().tolist() == pytest.approx([0, 1 / 255, 2 / 255, 4 / 255])
-    assert axes.get_ylim() == (0, 100) and "linf" in axes.get_xlabel()
+    assert axes.get_ylim() == (0, 100) and "L∞" in axes.get_xlabel()
     for line, (name, (epsilons, accuracies)) in zip(axes.lines, CURVES.items(), strict=True):
         assert line.get_label() == name
         assert list(line.get_xdata()) == pytest.approx([float(epsilon) for epsilon in epsilons])
         assert list(line.get_ydata()) == pytest.approx([100 * accuracy for accuracy in accuracies])
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(CURVES)
+    looks = {(line.get_color(), line.get_marker()) for line in axes.lines}
+    assert len(looks) == len({color for color, _ in looks}) == len({marker for _, marker in looks}) == 2
 
 
-def test_one_curve_needs_no_legend():
+def test_crowded_epsilons_leave_out_labels_but_not_the_first_and_the_last():
+    grid = [Fraction(level, 255) for level in (0, 1, 2, 4, 8, 32)]
     axes = Figure().subplots()
-    plots.draw_curves(axes, {"only": CURVES["fixed"]}, "l2")
-    assert axes.get_legend() is None
+    plots.draw_curves(axes, {"one": (grid, [0.5] * 6)}, "linf")
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "", "", "4/255", "8/255", "32/255"]
+
+
+def stated(figure):
+    return [text.get_text() for legend in figure.legends for text in legend.get_texts()]
 
 
 def test_robustness_curve_is_written(tmp_path):
     path = tmp_path / "curve.png"
-    plots.plot_robustness_curve(CURVES, "linf", path, title="a title")
+    figure = plots.plot_robustness_curve(CURVES, "linf", path, title="a title")
     assert path.read_bytes().startswith(PNG)
+    assert figure.axes[0].get_title() == "a title"
     vector = tmp_path / "curve.svg"
     plots.plot_robustness_curve(CURVES, "linf", str(vector))
     assert "<svg" in vector.read_text()
+
+
+def test_legends_hide_no_line():
+    runs = {name: [make_run(), make_run()] for name in CURVES}
+    schedule = [0, 1], [0, 0.1], ThreatModel("linf", "8/255")
+    figures = [
+        plots.plot_robustness_curve(CURVES, "linf"),
+        plots.plot_comparison(runs, None, "linf"),
+        plots.plot_epsilon_schedule(*schedule, kept=(1, 0.1), epochs=1),
+    ]
+    for figure in figures:
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        for axes in figure.axes:
+            assert axes.get_legend() is None
+            assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+    assert stated(figures[0]) == stated(figures[1]) == list(CURVES)
+
+
+def test_names_are_no_formulas_and_long_titles_are_broken(tmp_path):
+    curves = {r"$\frac{": CURVES["fixed"]}
+    figure = plots.plot_robustness_curve(curves, "linf", tmp_path / "a.png", title=r"$\frac " + 40 * "word ")
+    assert stated(figure) == [r"$\frac{"]
+    assert max(map(len, figure.axes[0].get_title().splitlines())) <= 72
+
+
+def test_figures_are_opaque_and_white(tmp_path):
+    plots.plot_robustness_curve(CURVES, "linf", tmp_path / "curve.png")
+    assert Image.open(tmp_path / "curve.png").convert("RGBA").getpixel((0, 0)) == (255, 255, 255, 255)
+
+
+def test_chance_is_drawn_where_the_number_of_classes_is_known():
+    figure = plots.plot_robustness_curve(CURVES, "linf", num_classes=4)
+    assert "chance (1 in 4 classes)" in stated(figure)
+    assert list(figure.axes[0].lines[-1].get_ydata()) == [25, 25]
+    assert not any("chance" in text for text in stated(plots.plot_robustness_curve(CURVES, "linf")))
 
 
 def test_figures_make_the_folder_they_go_to(tmp_path):
@@ -91,6 +135,16 @@ def test_comparison_is_written(tmp_path, drawn):
     assert len(validation.lines) - len(stars) == 3
     assert [(star.get_xdata()[0], star.get_ydata()[0]) for star in stars] == [(2, 50.0), (2, 50.0)]
     assert list(epsilons.lines[0].get_ydata()) == pytest.approx([0, 0.01, 0.02])
+
+
+def test_comparison_shades_the_spread_over_seeds():
+    second = make_run() | {"accuracies": {"0": 0.6, "2/255": 0.4, "4/255": 0.2}}
+    curves = plots.plot_comparison({"one": [make_run()], "two": [make_run(), second]}, None, "linf").axes[0]
+    (shade,) = curves.collections
+    deviation = 100 * 0.1 * 2**0.5  # of 80 and 60
+    assert shade.get_paths()[0].get_extents().ymax == pytest.approx(70 + deviation)
+    assert shade.get_paths()[0].get_extents().ymin == pytest.approx(30 - deviation)
+    assert "mean ± standard deviation, 2 seeds" in curves.get_title()
 
 
 def test_comparison_shows_every_recipe(tmp_path, drawn):
@@ -142,11 +196,9 @@ def test_adversarial_examples_are_shown(tmp_path, drawn, channels):
     axes = drawn[0].axes
     assert len(axes) == 6
     titles = [one.get_title() for one in axes]
-    assert (
-        titles[0] == "number 4, a cat\ntaken for cat (100%)" and titles[3] == "number 1, a dog\ntaken for dog (100%)"
-    )
-    assert titles[1] == titles[4] == "perturbation x 64\nlargest 2/255"
-    assert titles[2] == "adversarial\ntaken for 2 (100%)" and titles[5] == "adversarial\ntaken for cat (100%)"
+    assert titles[0] == "image 4: cat\npredicted: cat (100%)" and titles[3] == "image 1: dog\npredicted: dog (100%)"
+    assert titles[1] == titles[4] == "perturbation × 64\nlargest 2/255"
+    assert titles[2] == "adversarial\npredicted: 2 (100%)" and titles[5] == "adversarial\npredicted: cat (100%)"
     for row in range(2):
         shown = [np.asarray(one.images[0].get_array()).reshape(6, 5, channels) for one in axes[3 * row : 3 * row + 3]]
         np.testing.assert_allclose(shown[0], examples.pixels[row].movedim(0, -1), atol=1e-6)
@@ -157,7 +209,7 @@ def test_adversarial_examples_are_shown(tmp_path, drawn, channels):
 
 
 def test_one_adversarial_example_in_half_precision(tmp_path):
-    one = AdversarialExamples([0], *(part[:1].bfloat16() for part in adversarial_examples()[1:]))
+    one = AdversarialExamples([0], *(part[:1].bfloat16() for part in adversarial_examples()[1:5]))
     plots.plot_adversarial_examples(one, np.array([0]), {}, tmp_path / "one.png")
     assert (tmp_path / "one.png").read_bytes().startswith(PNG)
 
@@ -177,12 +229,22 @@ def test_epsilon_schedule_marks_where_training_stopped_and_which_weights_were_ke
     arguments = [0, 2, 4, 6, 8], [0.0, 0.0, 0.01, 0.02, 0.02], ThreatModel("l2", "0.02"), tmp_path / "s.png"
     plots.plot_epsilon_schedule(*arguments, done=(6, 0.02), kept=(2, 0.00333333))
     lines = {line.get_label(): list(line.get_xdata()) for line in drawn[0].axes[0].lines}
-    stated = {label: at for label, at in lines.items() if not label.startswith("_")}
-    assert stated == {
+    assert {label: at for label, at in lines.items() if not label.startswith("target")} == {
         "trained": [0, 2, 4, 6],
         "planned, not trained": [6, 8],
         "stopped: step 6, epsilon 0.02": [6, 6],
-        "weights kept: step 2, epsilon 0.00333": [2, 2],
+        "weights kept: step 2, trained up to epsilon 0.00333": [2],
     }
+    assert set(stated(drawn[0])) == set(lines) and "target: 0.02" in lines
     plots.plot_epsilon_schedule(*arguments, done=(8, 0.02), kept=(8, 0.02))
-    assert not drawn[1].legends and len(drawn[1].axes[0].lines) == 2
+    labels = ["trained", "target: 0.02", "weights kept: step 8, trained up to epsilon 0.02"]
+    assert stated(drawn[1]) == labels
+
+
+def test_epochs_are_shown_below_the_steps():
+    figure = plots.plot_epsilon_schedule([0, 50, 100], [0, 0.1, 0.1], ThreatModel("l2", "0.1"), epochs=4)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    (below,) = axes.child_axes
+    assert (axes.get_xlabel(), below.get_xlabel()) == ("optimizer step", "epoch")
+    assert (axes.get_xlim(), below.get_xlim()) == ((0, 100), (0, 4))

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 
 import torch
 from conftest import Images, make_model
-from datasets import Dataset
+from datasets import Dataset, DatasetInfo
 
 from hf_rft.evaluation.provenance import describe_dataset, describe_model, versions
 
@@ -44,7 +44,9 @@ def test_a_dataset_from_the_hub_names_repository_and_revision():
 
 
 def test_other_datasets():
-    assert describe_dataset(Images(2))["name"] == "Images"
+    assert describe_dataset(Images(2))["name"] is None
+    kind = DatasetInfo(builder_name="imagefolder", dataset_name="imagefolder")
+    assert describe_dataset(SimpleNamespace(info=kind))["name"] is None
     described = describe_dataset(Dataset.from_dict({"label": [0]}))
     assert described["revision"] is None
     assert described["fingerprint"]

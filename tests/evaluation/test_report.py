@@ -301,19 +301,38 @@ def test_plot_is_written(tmp_path, settings):
     assert path.read_bytes().startswith(PNG)
 
 
-def test_plot_shows_curve_and_intervals(tmp_path, monkeypatch):
-    from hf_rft.evaluation import plots
+def test_plot_returns_the_figure_and_needs_no_path():
+    report = make_report(settings={**SETTINGS, "model": {"name": "a model", "num_classes": 10}})
+    figure = report.plot()
+    axes = figure.axes[0]
+    assert [line.get_label() for line in axes.lines] == ["a model", "chance (1 in 10 classes)"]
+    assert list(axes.lines[0].get_ydata()) == pytest.approx([100 * accuracy for accuracy in report.accuracies])
+    assert len(axes.collections) == 1  # the intervals
+    title = " ".join(axes.get_title().split())
+    for words in (f"expected robustness {100 * report.expected_robustness:.1f} %", "5 examples, L∞", "apgd (7 steps)"):
+        assert words in title
+    assert report.plot(title="mine").axes[0].get_title() == "mine"
+    assert report.plot(title="").axes[0].get_title() == ""
 
-    calls = []
-    monkeypatch.setattr(plots, "plot_robustness_curve", lambda *args, **kwargs: calls.append((args, kwargs)))
-    report = make_report()
-    report.plot(tmp_path / "curve.png")
-    report.plot(tmp_path / "curve.png", title="mine")
-    (curves, norm, path, title), options = calls[0]
-    assert curves == {"a model": (GRID, report.accuracies)} and (norm, path) == ("linf", tmp_path / "curve.png")
-    assert options == {"intervals": {"a model": report.accuracy_intervals}}
-    assert title == f"expected robustness {100 * report.expected_robustness:.1f} %"
-    assert calls[1][0][3] == "mine"
+
+@pytest.mark.parametrize("num_classes", [None, "10", 0])
+def test_without_a_number_of_classes_there_is_no_chance_line(num_classes):
+    report = make_report(settings={**SETTINGS, "model": {"name": "a model", "num_classes": num_classes}})
+    assert len(report.plot().axes[0].lines) == 1
+
+
+def test_gallery_shows_the_images_with_the_names_of_their_classes(tmp_path):
+    shown = examples()._replace(names={2: "cat"})
+    figure = make_report(examples=shown).gallery(tmp_path / "new" / "page.png")
+    assert (tmp_path / "new" / "page.png").read_bytes().startswith(PNG)
+    assert len(figure.axes) == 3
+    assert figure.axes[0].get_title().startswith("image 1: cat\n")
+    assert make_report(examples=shown).gallery(names={2: "dog"}).axes[0].get_title().startswith("image 1: dog\n")
+
+
+def test_without_images_there_is_no_gallery():
+    with pytest.raises(ValueError, match=r"holds no adversarial examples: .* read from a file\. Call `gallery` on"):
+        make_report().gallery()
 
 
 # --- Other reports ---

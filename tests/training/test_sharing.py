@@ -7,13 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import Images, weights
+from datasets import DatasetInfo
 from hub_server import WRITE_TOKEN
 from huggingface_hub import ModelCard, snapshot_download
-from transformers import Trainer, TrainerCallback
+from transformers import AutoModelForImageClassification, Trainer, TrainerCallback
 
 from hf_rft import RobustTrainer, evaluate_robustness, load_robust_model
 from hf_rft.hub.evidence import read_evidence
@@ -81,6 +83,130 @@ def test_the_model_in_memory_is_the_saved_one(make_trainer, family, options):
     read_evidence(output(trainer))
 
 
+def test_nothing_of_the_parents_card_is_left(trained):
+    trainer = trained(warmup_steps=0.1)
+    trainer.save_model()
+    Trainer.create_model_card(trainer, dataset="imagefolder", dataset_tags="imagefolder")  # from an earlier run, say
+    assert "More information needed" in (output(trainer) / "README.md").read_text()
+    trainer.create_model_card()
+    card = ModelCard.load(output(trainer) / "README.md")
+    assert "nformation needed" not in card.text and "generated automatically" not in card.text
+    assert card.data.eval_results == eval_results(read_evidence(output(trainer)))  # the parent's have no threat model
+    assert card.text.count("| 0 (clean images) |") == 1 and "eval_accuracy" not in card.text
+    assert "warmup: 10 % of the steps" in card.text and "warmup_steps" not in card.text
+
+
+def test_the_datasets_name_is_that_of_the_data_or_none(trained):
+    trainer = trained()
+    trainer.save_model()
+    trainer.create_model_card()
+    assert "fine-tuned with hf_rft." in (output(trainer) / "README.md").read_text()
+    files = {"hf://datasets/ethz/food101@e06ac/data/train.parquet": {"num_bytes": 1}}
+    trainer.train_dataset.info = DatasetInfo(dataset_name="food101", download_checksums=files)
+    trainer.create_model_card()
+    card = ModelCard.load(output(trainer) / "README.md")
+    assert "fine-tuned with hf_rft on ethz/food101." in card.text
+    assert card.data.datasets == ["ethz/food101"]
+
+
+def test_the_license_is_that_of_the_base_model_unless_another_is_given(trained, tmp_path):
+    trainer = trained()
+    trainer.save_model()
+    base = tmp_path / "base"
+    base.mkdir()
+    trainer.model.config._name_or_path = str(base)
+    trainer.create_model_card()
+    assert ModelCard.load(output(trainer) / "README.md").data.license is None
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Base\n")
+    trainer.create_model_card()
+    assert ModelCard.load(output(trainer) / "README.md").data.license == "apache-2.0"
+    trainer.create_model_card(license="mit")
+    assert ModelCard.load(output(trainer) / "README.md").data.license == "mit"
+
+
+def test_a_folder_is_no_base_model_on_the_hub(trained, tmp_path, monkeypatch):
+    trainer = trained()
+    trainer.save_model()
+    monkeypatch.chdir(tmp_path)
+    Path("user", "local").mkdir(parents=True)
+    trainer.create_model_card(finetuned_from="user/local")
+    card = ModelCard.load(output(trainer) / "README.md")
+    assert card.data.base_model is None and "user/local" not in card.text
+    trainer.create_model_card(finetuned_from="user/elsewhere")
+    card = ModelCard.load(output(trainer) / "README.md")
+    assert card.data.base_model == "user/elsewhere"
+
+
+def test_a_reloaded_checkpoint_is_not_called_trained_here(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=4, save_strategy="steps", save_steps=2, output_dir=str(tmp_path / "first"))
+    trainer.train()
+    checkpoint = str(tmp_path / "first" / "checkpoint-2")
+    model = AutoModelForImageClassification.from_pretrained(checkpoint)
+    again = make_trainer(model, max_steps=4, output_dir=str(tmp_path / "again"))
+    again.evaluate()
+    again.save_model()
+    again.create_model_card()
+    text = (output(again) / "README.md").read_text()
+    assert (
+        "took no training step: the weights are those it started from, a checkpoint of an earlier training (step 2)"
+        in text
+    )
+    assert "fine-tuned" not in text.split("## How to use")[0] and "epsilon_schedule.png" not in text
+    assert str(tmp_path) not in text
+    again.train()
+    again.create_model_card()
+    summary = (output(again) / "README.md").read_text().split("<!-- hf_rft: end of summary")[0]
+    assert "robustly fine-tuned with hf_rft from a checkpoint of an earlier training (step 2)" in summary
+
+
+def test_evaluating_the_saved_model_again_leaves_what_the_card_says_about_its_training(trained, make_trainer):
+    trainer = trained()
+    trainer.save_model()
+    trainer.create_model_card(dataset="some images")
+    before = ModelCard.load(output(trainer) / "README.md").text
+    again = make_trainer(AutoModelForImageClassification.from_pretrained(output(trainer)), seed=5)
+    again.evaluate()
+    again.create_model_card()
+    after = ModelCard.load(output(trainer) / "README.md").text
+    assert "seed 5." in after and "seed 5." not in before
+    for part in ("summary", "training"):
+        text = before.split(f"<!-- hf_rft: {part} -->")[1].split(f"<!-- hf_rft: end of {part} -->")[0]
+        assert text.strip() and text in after
+
+
+PEFT_CARD = """---
+base_model: {base}
+library_name: peft
+tags:
+- base_model:adapter:{base}
+- lora
+---
+
+# Model Card for Model ID
+
+<!-- Provide a quick summary of what the model is/does. -->
+
+## Model Details
+
+- **Developed by:** [More Information Needed]
+"""
+
+
+def test_an_adapter_is_called_so_and_its_template_is_replaced(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=1)
+    trainer.train()
+    trainer.model.peft_config = {"default": SimpleNamespace(peft_type="LORA")}  # as PEFT marks its models
+    (tmp_path / "base").mkdir()
+    path = output(trainer) / "README.md"
+    path.write_text(PEFT_CARD.format(base=tmp_path / "base"))
+    trainer.create_model_card()
+    card = ModelCard.load(path)
+    assert (card.data.library_name, card.data.tags[0]) == ("peft", "lora")
+    assert str(tmp_path) not in card.content and "Information Needed" not in card.text
+    assert "with hf_rft (a LORA adapter)" in card.text and "PeftModel.from_pretrained(" in card.text
+    assert "pipeline(" not in card.text
+
+
 def test_writing_the_card_twice_changes_nothing(trained):
     trainer = trained()
     trainer.save_model()
@@ -104,7 +230,7 @@ def test_words_added_to_the_card_by_hand_stay(make_trainer):
     card = ModelCard.load(path)
     assert "Made with care." in card.text and "python train.py" in card.text
     assert card.data.license == "mit"
-    assert card.text.count("## Robust fine-tuning") == 1
+    assert card.text.count("## Training") == 1
 
 
 def test_a_report_of_your_own_takes_the_place_of_the_last_evaluation(trained, processor):
@@ -134,7 +260,7 @@ def test_without_an_evaluation_the_card_claims_nothing(make_trainer):
     trainer.create_model_card()
     text = (output(trainer) / "README.md").read_text()
     assert "model-index" not in text or "results: []" in text
-    assert "## Robust fine-tuning" in text
+    assert "## Training" in text
 
 
 @pytest.mark.parametrize("robust_loss", ["at", "standard"])
