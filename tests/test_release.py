@@ -38,11 +38,11 @@ def test_the_workflow_runs_the_same_script_on_a_tag():
     assert ".ci/release dist" in [step.get("run") for step in workflow["jobs"]["build"]["steps"]]
 
 
-def test_the_citation_is_that_of_the_readme():
+def test_the_citation_is_that_of_the_package_and_its_cards():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
     assert (citation["version"], citation["license"]) == (PROJECT["version"], PROJECT["license"])
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    card = (ROOT / "hf_rft" / "hub" / "model_card_template.md").read_text(encoding="utf-8")
     paper = citation["preferred-citation"]
-    assert f"title={{{paper['title']}}}" in readme
-    assert f"year={{{paper['year']}}}" in readme
+    assert f"title={{{paper['title']}}}" in card
+    assert f"year={{{paper['year']}}}" in card
