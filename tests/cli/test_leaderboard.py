@@ -10,7 +10,7 @@ import pytest
 from conftest import SIZE, make_model
 from datasets import load_dataset
 from evaluation.test_report import GRID, make_report, reports
-from hub_server import WRITE_TOKEN, HubServer
+from hub_server import WRITE_TOKEN, File, HubServer
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from PIL import Image
@@ -310,8 +310,8 @@ def test_repository_at_a_revision(tmp_path):
     on_main, on_branch = saved(tmp_path / "main", WEAK, "user/robust"), saved(tmp_path / "branch", STRONG, "better")
     with HubServer() as hub:
         repository = hub.create("models", "user/robust", _files(on_main), private=True)
-        repository.branches["v1.2"] = repository.branches["main"]
-        repository.add({**_files(on_branch), "model.safetensors": b"not asked for"}, branch="v1.2")
+        files = {**_files(on_branch), "model.safetensors": b"not asked for"}
+        repository.record("v1.2", "Better", {path: File(content) for path, content in files.items()})
         entries = ["user/robust@v1.2", "user/robust", "user/robust@main", "user/absent", saved(tmp_path / "local")]
         command = [sys.executable, "-m", "hf_rft", "leaderboard", *entries, "--output_dir", str(tmp_path / "board")]
         environment = hub.environment(tmp_path / "home", WRITE_TOKEN)
