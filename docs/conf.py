@@ -4,6 +4,7 @@ sphinx-build --fail-on-warning docs docs/_build/html
 """
 
 import re
+import textwrap
 from importlib.metadata import version as installed_version
 
 
@@ -36,14 +37,22 @@ nitpick_ignore = [
 
 def markdown_to_rest(app, what, name, obj, options, lines):
     """Our docstrings are Markdown, as Hugging Face's documentation wants."""
-    dropped = re.compile(r"\s*(> Parameters that control|```)")
-    text = "\n".join(line for line in lines if not dropped.match(line))
-    text = re.sub(r"^> \[!NOTE\]$", ".. note::\n", text, flags=re.M)
-    text = re.sub(r"^> ", "   ", text, flags=re.M)
-    text = re.sub(r"(?<![`\w])`([^`]+)`(?!`)", r"``\1``\\ ", text)
-    text = re.sub(r"\[``(~?)([\w.]+)``\\ \]", _reference, text)
+    prose_and_code = re.split(
+        r"^```python\n(.*?)^```$", "\n".join(lines), flags=re.M | re.S
+    )
+    for place, text in enumerate(prose_and_code):
+        if place % 2:
+            prose_and_code[place] = ".. code-block:: python\n\n" + textwrap.indent(
+                text, "   "
+            )
+            continue
+        text = re.sub(r"^\s*> Parameters that control.*$", "", text, flags=re.M)
+        text = re.sub(r"^> \[!NOTE\]$", ".. note::\n", text, flags=re.M)
+        text = re.sub(r"^> ", "   ", text, flags=re.M)
+        text = re.sub(r"(?<![`\w])`([^`]+)`(?!`)", r"``\1``\\ ", text)
+        prose_and_code[place] = re.sub(r"\[``(~?)([\w.]+)``\\ \]", _reference, text)
     # Napoleon takes what is before a property's first colon for its type.
-    lines[:] = (": " * (what == "property") + text).splitlines()
+    lines[:] = (": " * (what == "property") + "".join(prose_and_code)).splitlines()
 
 
 def _reference(match):
