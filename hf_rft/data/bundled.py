@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants
-from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 
@@ -58,6 +57,8 @@ def _model_folder() -> Path:
     folder = _model_path()
     if (folder / SAFE_WEIGHTS_NAME).is_file():
         return folder
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification  # imports timm, which is slow
+
     weights = _verified_weights()
     # These weights were trained with mean and std 0.5, on the whole image (crop_pct 1).
     pretrained_cfg = {

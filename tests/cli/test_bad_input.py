@@ -142,7 +142,7 @@ COMMAND_LINES = [
     ("run_rft", "--seed 1 2", r"Values \['2'\] belong to no flag"),
     ("run_rft", "stray", r"Values \['stray'\] belong to no flag"),
     ("run_rft", "--config missing.yaml", "--config missing.yaml is neither a file nor the name of one"),
-    ("run_rft", "--config {root}", "Is a directory: "),
+    ("run_rft", "--config {root}", "is neither a file nor the name of one"),
     # Numbers of the wrong type and size
     ("run_rft", "--attack_steps many", "--attack_steps.*: invalid int value: 'many'"),
     ("run_rft", "--attack_steps 0", "`attack_steps=0` must be a whole number from 1 .*set `robust_loss='standard'`"),
@@ -546,7 +546,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], str]] = {
     # Hub and reports
     "repository": (lambda t: load_robust_model("not a name"), "not a name is neither a folder nor the name of a repo"),
     "repository None": (lambda t: load_robust_model(None), "`repo_or_path=None` must be a folder or the name of a"),
-    "revision": (lambda t: load_robust_model(t.place, revision="v1"), "`revision='v1'` is of a repository, but"),
+    "revision": (lambda t: load_robust_model(t.place, revision="v1"), "`revision='v1'` needs a repository, but"),
     "threat model": (lambda t: load_robust_model(t.place, threat_model="linf"), "`threat_model='linf'` must be a"),
     "expected": (lambda t: load_robust_model(t.place, min_expected_robustness=NAN), "min_expected_robustness=nan"),
     "expected text": (

@@ -617,7 +617,7 @@ def test_second_run_attacks_nothing_and_returns_the_same(linear, tmp_path, monke
     second = evaluate(linear, **options)
     assert second.to_dict() == first.to_dict() == without_cache.to_dict()
     for ours, theirs in zip(second.examples, first.examples, strict=True):
-        assert ours == theirs if isinstance(ours, list) else torch.equal(ours, theirs)
+        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
 
 
 def test_cache_holds_tensors_only(linear, tmp_path):

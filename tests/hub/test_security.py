@@ -431,7 +431,7 @@ def test_what_a_link_leads_to_is_not_published(folder, tmp_path, monkeypatch, ca
     link.parent.mkdir(exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(tmp_path / "key")
-    with pytest.raises(ValueError, match=rf"{name} is a link to .*key, outside of the folder"):
+    with pytest.raises(ValueError, match=rf"{name} is a link to .*key, outside the folder"):
         push_folder(folder, "user/x")
     with pytest.raises(SystemExit):
         push_robust_model.main(["--model_dir", str(folder)])

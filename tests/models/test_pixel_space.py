@@ -241,8 +241,8 @@ def test_made_directly_from_mean_and_std(std):
     ("mean", "std", "message"),
     [
         (0.5, 0, "PixelNormalization has `std=0`; standard deviations must be positive"),
-        (float("nan"), 1, "PixelNormalization has `mean=nan`; give one finite number a channel"),
-        ("grey", 1, "PixelNormalization has `mean=grey`; give one number a channel"),
+        (float("nan"), 1, "PixelNormalization has `mean=nan`; give one finite number per channel"),
+        ("grey", 1, "PixelNormalization has `mean=grey`; give one number per channel"),
     ],
 )
 def test_made_directly_from_other_values(mean, std, message):
