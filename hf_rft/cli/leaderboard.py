@@ -169,7 +169,7 @@ def _markdown_table(one: dict[str, Any], sort_by: str) -> str:
     if unchecked := [cell(row["name"]) for row in rows if not row["weights_checked"]]:
         notes += f"\n\nOnly the report was read, the weights were not checked against it: {', '.join(unchecked)}. "
         notes += "`hf_rft.load_robust_model` does check them."
-    title = cell(f"{shared['norm']} up to {shared['epsilons'][-1]}, tier {shared['tier']}")
+    title = cell(f"{NORM_NAMES[shared['norm']]} up to {shared['epsilons'][-1]}, tier {shared['tier']}")
     return f"## {title}\n\n{table}\n\n{notes}"
 
 

@@ -132,7 +132,7 @@ def test_every_group_has_a_table_the_largest_first():
     equally_large = leaderboard.make_leaderboard(given_as[:4], [], "expected_robustness")
     assert names(equally_large) == ["d", "a"]
     text = leaderboard.markdown(board)
-    assert text.index("## linf up to 0.5, tier fast") < text.index("## l2 up to 0.5") and "Not comparable" not in text
+    assert text.index("## L∞ up to 0.5, tier fast") < text.index("## L2 up to 0.5") and "Not comparable" not in text
 
 
 @given(reports())
