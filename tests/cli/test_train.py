@@ -258,7 +258,7 @@ def test_sigterm_to_the_whole_group_spares_the_workers(small_run, tmp_path):
     small_run[small_run.index("--max_steps") + 1] = "100000"
     small_run[small_run.index("--per_device_train_batch_size") + 1] = "1"  # each epoch, of 24 steps, has a new worker
     flags = [*small_run, "--save_total_limit", "2", "--dataloader_num_workers", "1"]
-    command = [sys.executable, str(RECIPES / "run_rft.py"), *flags]
+    command = [sys.executable, "-m", "hf_rft", "train", *flags]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
     try:
