@@ -301,7 +301,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     metrics = {**{f"eval_{name}": value for name, value in found.items()}, "eval_samples": len(report)}
     trainer.save_metrics("eval", {**metrics, "eval_settings": report.settings})
     if trainer.is_world_process_zero():
-        print(f"\n{report.table()}\n")
+        print(f"\n{report.table()}\n\nWritten to {training_args.output_dir}")
 
     # --- Share ---
     trainer.command = published_command("hf-rft train", arguments)
