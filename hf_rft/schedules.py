@@ -106,6 +106,26 @@ def piecewise(*, points: Sequence[tuple[float, float]]) -> EpsilonSchedule:
     return lambda progress: float(np.interp(progress, progress_points, multipliers))
 
 
+def adaptive(*, end: float = 0.5) -> EpsilonSchedule:
+    """A ramp from the first step on, but only for the examples that the model classifies correctly.
+
+    An example that the model gets wrong is trained on as it is. So epsilon rises at once where the task is easy, and
+    waits where it is hard, for each example by itself. It costs one more forward pass per step, except with TRADES,
+    whose attack makes that pass anyway.
+
+    Instance-adaptive training (Balaji et al. 2019, https://huggingface.co/papers/1910.08051) and MMA (Ding et al.
+    2020, https://huggingface.co/papers/1812.02637) also attack less what the model does not know yet; they remember or
+    search for an epsilon per example, while this looks at the present step alone.
+    """
+    ramp = linear(end=end)
+
+    def schedule(progress: float) -> float:
+        return ramp(progress)
+
+    schedule.spares_wrong = True  # pyright: ignore[reportFunctionMemberAccess]
+    return schedule
+
+
 def check_schedule(schedule: Any) -> None:
     """Refuse anything that cannot be called with progress alone, as far as its signature can be read."""
     if not callable(schedule):
@@ -156,6 +176,7 @@ SCHEDULES: dict[str, Callable[..., EpsilonSchedule]] = {
     "cosine": cosine,
     "smoothed": smoothed,
     "piecewise": piecewise,
+    "adaptive": adaptive,
 }
 
 # The same names as an enumeration: `EpsilonScheduleType.HINGE`.
@@ -230,7 +251,8 @@ class EpsilonScheduleCallback(TrainerCallback):
 
     Args:
         schedule (`Callable[[float], float]`):
-            Maps progress in [0, 1] to a multiplier of epsilon.
+            Maps progress in [0, 1] to a multiplier of epsilon. If it has an attribute `spares_wrong` that is true,
+            examples that the model gets wrong are not attacked; see [`~hf_rft.schedules.adaptive`].
         interval (`str`, *optional*, defaults to `"step"`):
             `"step"` measures progress in completed optimizer steps, `"epoch"` in completed epochs (a staircase, as in
             the paper).
@@ -249,6 +271,11 @@ class EpsilonScheduleCallback(TrainerCallback):
     def __repr__(self) -> str:
         schedule = getattr(self.schedule, "__qualname__", repr(self.schedule))
         return f"{type(self).__name__}({schedule}, interval={self.interval!r})"
+
+    @property
+    def spares_wrong(self) -> bool:
+        """Whether only examples that the model classifies correctly are attacked."""
+        return getattr(self.schedule, "spares_wrong", False)
 
     def progress(self, state: TrainerState) -> float:
         """Share of training completed before the next step, in [0, 1]."""

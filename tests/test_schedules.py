@@ -10,7 +10,7 @@ from hf_rft import EpsilonScheduleCallback, EpsilonScheduleType, get_epsilon_sch
 from hf_rft.schedules import scaled_steps
 
 
-NAMES = ["constant", "linear", "hinge", "cosine", "smoothed", "piecewise"]
+NAMES = ["constant", "linear", "hinge", "cosine", "smoothed", "piecewise", "adaptive"]
 
 shares = st.floats(0, 1)
 hinges = st.tuples(shares, shares).map(sorted)
@@ -21,6 +21,7 @@ def build(name, start, end):
         "constant": {"multiplier": start},
         "linear": {"end": end},
         "piecewise": {"points": [(0.0, 0.0), (1.0, end)]},
+        "adaptive": {"end": end},
     }.get(name, {"start": start, "end": end})
     return get_epsilon_schedule(name, **kwargs)
 
@@ -173,3 +174,11 @@ def test_scaled_steps_stay_between_one_and_all():
 def test_docstring_example():
     results = doctest.testmod(schedules)
     assert results.attempted > 0 and results.failed == 0
+
+
+def test_adaptive_is_a_ramp_that_spares_wrong_examples():
+    schedule, ramp = get_epsilon_schedule("adaptive", end=0.4), get_epsilon_schedule("linear", end=0.4)
+    assert all(schedule(share / 10) == ramp(share / 10) for share in range(11))
+    assert EpsilonScheduleCallback(schedule).spares_wrong and not EpsilonScheduleCallback(ramp).spares_wrong
+    with pytest.raises(ValueError, match="`end=2` is not a share of training"):
+        get_epsilon_schedule("adaptive", end=2)

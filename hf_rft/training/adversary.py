@@ -104,6 +104,7 @@ class Adversary:
         *,
         optimizer_step: int = 0,
         first: int = 0,
+        spare_wrong: bool = False,
         **inputs,
     ) -> torch.Tensor:
         """The adversarial examples of one micro-batch.
@@ -118,6 +119,8 @@ class Adversary:
             optimizer_step, first (`int`, *optional*, defaults to 0):
                 The step, and the position of the first example in its global batch. They determine the noise, so
                 gradient accumulation and the number of processes do not change it.
+            spare_wrong (`bool`, *optional*, defaults to `False`):
+                Return the clean image where the model classifies it wrongly.
             inputs:
                 Further inputs of the model.
 
@@ -131,9 +134,14 @@ class Adversary:
         self.attacks += 1
         options = {}
         with self.under_attack(training=self.training_mode):
-            if self.objective == "kl":
+            if self.objective == "kl" or spare_wrong:
                 with torch.no_grad():
-                    options["objective"] = KLDivergence(forward(pixels))
+                    clean_logits = forward(pixels)
+                if self.objective == "kl":
+                    options["objective"] = KLDivergence(clean_logits)
+                if spare_wrong:
+                    is_right = clean_logits.argmax(dim=1) == labels
+                    threat_model = ThreatModel(self.target.norm, float(threat_model.epsilon) * is_right.to(pixels.dtype))
             return self.attack(
                 forward, pixels, labels, threat_model=threat_model, steps=steps, generator=generator, **options
             )

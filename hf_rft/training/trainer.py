@@ -226,7 +226,9 @@ class RobustTrainer(Trainer):
             return None
         before = step.micro_batch * over_processes(self.args, self._train_batch_size)
         position = {"optimizer_step": self.state.global_step, "first": before + self.args.process_index * len(pixels)}
-        adversarial = self.adversary(pixels, labels, share, **position, **inputs)
+        callback = self.epsilon_callback
+        spare_wrong = callback is not None and callback.spares_wrong
+        adversarial = self.adversary(pixels, labels, share, spare_wrong=spare_wrong, **position, **inputs)
         values = self.classifier.normalization.from_pixels(adversarial)
         # Bytes (from a processor that does nothing) cannot represent a perturbation: the result stays float.
         return values.to(pixel_values.dtype) if pixel_values.is_floating_point() else values

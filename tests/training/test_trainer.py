@@ -31,12 +31,18 @@ def assert_close(actual, expected, name, **tolerances):
 
 # --- The loss and its gradient ---
 
+ADAPTIVE = {"epsilon_schedule_type": "adaptive", "epsilon_schedule_kwargs": {"end": 0.0}}  # at full epsilon at once
+
 
 @pytest.mark.parametrize("family", ["vit", "timm"])
-@pytest.mark.parametrize("robust_loss", ["standard", "at", "trades", "mart"])
+@pytest.mark.parametrize(
+    ("robust_loss", "schedule"),
+    [*((name, {}) for name in ("standard", "at", "trades", "mart")), ("at", ADAPTIVE), ("trades", ADAPTIVE)],
+    ids=str,
+)
 @pytest.mark.parametrize(("count", "accumulation"), [(32, 4), (21, 3)])
 def test_accumulated_micro_batches_give_the_gradient_of_the_large_batch(
-    make_trainer, family, robust_loss, count, accumulation
+    make_trainer, family, robust_loss, schedule, count, accumulation
 ):
     """4 x 8 against 32, and 8 + 8 + 5 against 21, with a random start. One SGD step with rate 1 shows the gradient."""
     updates, losses = [], []
@@ -54,6 +60,7 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_large_batch(
             learning_rate=1.0,
             lr_scheduler_type="constant",
             max_grad_norm=0.0,
+            **schedule,
         )
         trainer.train()
         updates.append({name: tensor - before[name] for name, tensor in weights(model).items()})
