@@ -179,7 +179,9 @@ def make_rows(
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, help="Folder with the archives of the packages. Default: download them.")
+    parser.add_argument(
+        "--source", type=Path, help="Folder with the archives of the packages. Default: download them."
+    )
     parser.add_argument("--target", type=Path, default=Path(__file__).parents[1] / "hf_rft" / "data" / "emoji")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
