@@ -143,6 +143,11 @@ def assign_splits(classes: list[str], bases: list[str]) -> dict[str, str]:
     return splits
 
 
+def group_of(name: str) -> str:
+    """The coarser class: `animal` of `animal-bird`."""
+    return name.split("-")[0]
+
+
 def with_tone(emoji: dict, turn: int) -> str:
     """The code points of the emoji in the skin tone whose turn it is; the sixth is the yellow one."""
     tone = emoji.get("skin_variations", {}).get((*TONES, "")[turn % 6])
@@ -169,6 +174,7 @@ def make_rows(
                 {
                     "image": {"bytes": file.getvalue(), "path": None},
                     "label": one["subcategory"],
+                    "group": group_of(one["subcategory"]),
                     "name": one["name"].lower(),
                     "emoji": codes,
                     "base": base,
@@ -194,13 +200,15 @@ def main():
     bases = find_bases(emoji, (drawings[vendor] for vendor in TRAIN_VENDORS))
     splits = assign_splits(classes, bases)
     names = sorted({name for name, base in zip(classes, bases, strict=True) if base in splits})
+    groups = sorted(set(map(group_of, names)))
     texts = {column: datasets.Value("string") for column in ("name", "emoji", "base", "vendor")}
-    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=names), **texts}
+    labels = {"label": datasets.ClassLabel(names=names), "group": datasets.ClassLabel(names=groups)}
+    features = datasets.Features({"image": datasets.Image(), **labels, **texts})
     rows = make_rows(emoji, bases, splits, drawings)
     for split, of_split in rows.items():
         path = args.target / "data" / f"{split}-00000-of-00001.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        datasets.Dataset.from_list(of_split, features=datasets.Features(features)).to_parquet(path)
+        datasets.Dataset.from_list(of_split, features=features).to_parquet(path)
         print(f"{path.name}: {len(of_split)} images, {path.stat().st_size / 1e6:.2f} MB")
         print(f"  sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}")
     left_out = Counter(name for name in classes if name not in names)

@@ -107,9 +107,16 @@ def test_licences_lie_beside_the_images():
     assert "SIL OPEN FONT LICENSE" in (FOLDER / "LICENSE-OFL-1.1").read_text(encoding="utf-8")
 
 
+def test_group_is_the_first_part_of_the_class(emoji):
+    for rows in emoji.values():
+        classes, groups = (rows.features[column].int2str(rows[column][:]) for column in ("label", "group"))
+        assert groups == [name.split("-")[0] for name in classes]
+
+
+@pytest.mark.parametrize("label", ["label", "group"])
 @pytest.mark.parametrize(("test_split", "count"), [(None, 566), ("test_vendor", 280)])
-def test_splits_of_the_command_line(test_split, count):
-    arguments = DataTrainingArguments(dataset_name=NAME, test_split=test_split)
+def test_splits_of_the_command_line(test_split, count, label):
+    arguments = DataTrainingArguments(dataset_name=NAME, test_split=test_split, label_column_name=label)
     splits = load_splits(arguments, seed=0)
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 2224, "validation": 310, "test": count}
-    assert splits["test"].column_names == ["image", "label"]
+    assert splits["test"].column_names == ["image", label]
