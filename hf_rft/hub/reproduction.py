@@ -41,7 +41,7 @@ def code_to_reproduce(report: RobustnessReport, model_id: str) -> str:
         imports.remove("from datasets import load_dataset")
         dataset = "...  # the images have no public name: put them here"
     else:
-        if is_bundled := f"{bundled.PREFIX}{data['name']}" == bundled.DATASET:
+        if is_bundled := f"{bundled.PREFIX}{data['name']}" in bundled.DATASETS:
             imports.append("from hf_rft.data import bundled")
         dataset = _loading(data, len(report), is_bundled)
     attacks = [tuple(attack[key] for key in ("attack", "steps", "restarts")) for attack in settings["attacks"]]
@@ -73,7 +73,8 @@ def code_to_reproduce(report: RobustnessReport, model_id: str) -> str:
 def _loading(data: dict[str, Any], count: int, is_bundled: bool) -> str:
     source, remark = quoted(data["name"]), "  # a folder of this name, not on the Hub"
     if is_bundled:
-        source, remark = f"bundled.resolve({quoted(bundled.DATASET)})", ""
+        name = f"{bundled.PREFIX}{data['name']}"
+        source, remark = f"bundled.resolve({quoted(name)})", ""
     elif data.get("revision"):
         config = [quoted(data["config"])] if data.get("config") else []
         source, remark = ", ".join([source, *config, _call({"revision": data["revision"]})]), ""

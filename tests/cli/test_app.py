@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SIZE, make_model
+from datasets import load_dataset
 from PIL import Image
 from transformers import ViTImageProcessor
 
@@ -39,6 +40,7 @@ from hf_rft.cli.app_attack import (
     to_image,
 )
 from hf_rft.cli.app_page import Panel, describe_result, describe_threat, show_result, status_line, top_classes
+from hf_rft.data import bundled
 from hf_rft.hub.loading import RobustModel
 
 
@@ -587,6 +589,8 @@ def test_examples(app, tmp_path):
     names = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
     paths = app.bundled_examples(names, tmp_path / "sub")
     assert len(paths) == 8 and read_image(paths[0]).size == (28, 28)
+    names = load_dataset(bundled.resolve("bundled:emoji"), split="test").features["label"].names
+    assert read_image(app.bundled_examples(reversed(names), tmp_path / "sub")[0]).size == (64, 64)
 
 
 # --- The whole, in a browser ---

@@ -19,7 +19,10 @@ def test_other_names_are_returned_as_they_are():
 
 
 def test_unknown_bundled_name():
-    with pytest.raises(ValueError, match="'bundled:resnet' is not bundled; there are 'bundled:tf_efficientnet_lite0'"):
+    there_are = (
+        "'bundled:tf_efficientnet_lite0' .a model. and 'bundled:fashion_mnist_5k' and 'bundled:emoji' .datasets."
+    )
+    with pytest.raises(ValueError, match=f"'bundled:resnet' is not bundled; there are {there_are}"):
         bundled.resolve("bundled:resnet")
 
 

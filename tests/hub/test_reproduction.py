@@ -28,8 +28,9 @@ def test_a_random_part_is_drawn_again():
 
 def test_data_that_are_not_on_the_hub_are_called_so():
     assert 'load_dataset("mine", split="validation")  # a folder of this name' in code(name="mine", revision=None)
-    bundled = code(name="fashion_mnist_5k", revision=None)
-    assert 'load_dataset(bundled.resolve("bundled:fashion_mnist_5k"), split="validation")\n' in bundled
+    for name in ("fashion_mnist_5k", "emoji"):
+        text = code(name=name, revision=None)
+        assert f'load_dataset(bundled.resolve("bundled:{name}"), split="validation")\n' in text
     assert "no public name" in code(name=None) and "load_dataset" not in code(name=None)
 
 
