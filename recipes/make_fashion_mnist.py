@@ -49,7 +49,9 @@ def make_split(source: Path, prefix: str, per_class: int) -> datasets.Dataset:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--target", type=Path, default=Path("hf_rft/data/fashion_mnist_5k"))
+    parser.add_argument(
+        "--target", type=Path, default=Path(__file__).parents[1] / "hf_rft" / "data" / "fashion_mnist_5k"
+    )
     args = parser.parse_args()
     for split, prefix, per_class in (("train", "train", 500), ("test", "t10k", 100)):
         path = args.target / "data" / f"{split}-00000-of-00001.parquet"

@@ -141,7 +141,9 @@ class Adversary:
                     options["objective"] = KLDivergence(clean_logits)
                 if spare_wrong:
                     is_right = clean_logits.argmax(dim=1) == labels
-                    threat_model = ThreatModel(self.target.norm, float(threat_model.epsilon) * is_right.to(pixels.dtype))
+                    threat_model = ThreatModel(
+                        self.target.norm, float(threat_model.epsilon) * is_right.to(pixels.dtype)
+                    )
             return self.attack(
                 forward, pixels, labels, threat_model=threat_model, steps=steps, generator=generator, **options
             )
