@@ -44,7 +44,7 @@ def read_image(path: str | Path) -> Image.Image:
     """An image file as RGB, upright. Nothing is decoded before the file's size and the image's are known.
 
     Raises:
-        ValueError: if it is no image, damaged, or too large; the message is for the person who sent it.
+        ValueError: if it is not an image, damaged, or too large; the message is for the person who sent it.
     """
     size = Path(path).stat().st_size
     if size > MAX_FILE_BYTES:

@@ -56,7 +56,7 @@ class EvaluationArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
     split: str = field(default="test", metadata={"help": "Split of the dataset."})
-    image_dir: str | None = field(default=None, metadata={"help": "Folder of images, one sub-folder a class."})
+    image_dir: str | None = field(default=None, metadata={"help": "Folder of images, one sub-folder per class."})
     image_column_name: str = field(default="image", metadata={"help": "Column that holds the images."})
     label_column_name: str = field(default="label", metadata={"help": "Column that holds the labels."})
     match_labels: str = field(
@@ -85,7 +85,7 @@ class EvaluationArguments:
     )
     reference: str | None = field(
         default=None,
-        metadata={"help": "Also run the public AutoAttack, once an epsilon.", "choices": ["autoattack"]},
+        metadata={"help": "Also run the public AutoAttack, once per epsilon.", "choices": ["autoattack"]},
     )
     reference_attacks: list[str] = field(
         default_factory=lambda: list(ATTACKS), metadata={"help": f"Which of its attacks, of {', '.join(ATTACKS)}."}

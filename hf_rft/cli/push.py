@@ -58,7 +58,7 @@ class PushArguments:
             try:
                 validate_repo_id(self.repo_id)
             except ValueError as error:
-                raise ValueError(f"--repo_id {self.repo_id!r} is no name of a repository: {error}") from error
+                raise ValueError(f"--repo_id {self.repo_id!r} is not the name of a repository: {error}") from error
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -49,7 +49,7 @@ class PushArguments:
             try:
                 validate_repo_id(f"{self.namespace}/{name}")
             except ValueError as error:
-                raise ValueError(f"--namespace {self.namespace!r} is no name of a user: {error}") from error
+                raise ValueError(f"--namespace {self.namespace!r} is not the name of a user: {error}") from error
         check_ranges(self, {"timeout": SECONDS}, is_flag=True)
 
 

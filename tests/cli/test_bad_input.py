@@ -303,7 +303,7 @@ COMMAND_LINES = [
     ("compare", "{root}/images/a_file --output_dir {root}/images/a_file", "`--output_dir=.* is a file"),
     ("leaderboard", "a --output_dir {root}/images/a_file", "`--output_dir=.* is a file"),
     ("push_metric", [], "required: --namespace"),
-    ("push_metric", ["--namespace", "my name"], "--namespace 'my name' is no name of a user: .*my name"),
+    ("push_metric", ["--namespace", "my name"], "--namespace 'my name' is not the name of a user: .*my name"),
     ("push_metric", "--namespace my-name/metrics", "--namespace 'my-name/metrics' must be the name of a user"),
     ("push_metric", ["--namespace", ""], "--namespace '' must be the name of a user"),
     ("push_metric", "--namespace me --metrics robust_accuracy accuracy", "--metrics accuracy unknown; choose among"),
@@ -312,7 +312,7 @@ COMMAND_LINES = [
     ("push_robust_model", "--model_dir nowhere", "--model_dir nowhere is not a folder"),
     ("push_robust_model", "--model_dir . --report nowhere", "--report nowhere is not a file"),
     ("push_robust_model", "--model_dir . --timeout nan", "--timeout nan must be a number above 0"),
-    ("push_robust_model", "--model_dir . --repo_id a/b/c", "--repo_id 'a/b/c' is no name of a repository"),
+    ("push_robust_model", "--model_dir . --repo_id a/b/c", "--repo_id 'a/b/c' is not the name of a repository"),
     ("push_robust_model", "--model_dir . --repoid x", "Unknown flag --repoid. Did you mean --repo_id?"),
     ("push_robust_model", "--model_dir {root}/models/good", "has no robustness.json.*hf-rft evaluate"),
 ]
