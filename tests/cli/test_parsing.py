@@ -150,7 +150,7 @@ def test_config_in_one_word_and_default_config(parse, tmp_path):
         (
             None,
             ["--config", "missing.yaml"],
-            "--config missing.yaml is neither a file nor the name of one. The package comes with fashion_mnist/",
+            "--config missing.yaml is neither a file nor the name of one. The package comes with ",
         ),
         (None, ["--config"], "argument --config: expected one argument"),
     ],

@@ -34,7 +34,7 @@ def test_a_folder_stands_for_its_recipes():
     "name, hint",
     [
         ("fashion_mnist/efficientnet_lite0_hnge", f"Did you mean {HINGE}?"),
-        ("nothing", "The package comes with fashion_mnist/efficientnet_lite0_constant, "),
+        ("nothing", f"The package comes with {', '.join(names_of())}."),
     ],
 )
 def test_a_name_that_is_none_is_refused_with_those_there_are(name, hint):
