@@ -115,10 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
             exit_with(f"--seeds {seed} must be {SEED}.")
     if len(set(args.seeds)) < len(args.seeds):
         exit_with(f"--seeds {args.seeds} holds one seed twice, whose runs would share a folder.")
-    try:
-        args.configs = [path for name in args.configs for path in find_recipes("configs:", name)]
-    except ValueError as error:
-        exit_with(error)
+    args.configs = [path for name in args.configs for path in find_recipes("configs:", name)]
     if len({config.stem for config in args.configs}) < len(args.configs):
         exit_with("configs: two configurations have the same file name, under which results are kept.")
     check_writable("--output_dir", args.output_dir)

@@ -44,28 +44,29 @@ def add_launch_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--main_process_port", type=int, metavar="N", help="Port of machine 0.")
 
 
-def split_arguments(words: Sequence[str], prog: str) -> tuple[list[str], list[str]]:
-    """The words that say how to launch, checked, and all others."""
-    parser = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False, exit_on_error=False)
+def split_arguments(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that say how to launch, checked, and all others.
+
+    Raises:
+        ValueError: naming the flag, its value and the remedy.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_launch_arguments(parser)
     try:
         found, others = parser.parse_known_args(words)
     except argparse.ArgumentError as error:
-        exit_with(error, prog)
+        raise ValueError(error) from error
     if found.num_processes is not None and found.num_processes < 1:
-        exit_with(f"--num_processes {found.num_processes} must be at least 1.", prog)
+        raise ValueError(f"--num_processes {found.num_processes} must be at least 1.")
     flags = {name: value for name, value in vars(found).items() if value is not None}
     if not flags:
         return [], others
     if "LOCAL_RANK" in os.environ:
-        exit_with(f"--{next(iter(flags))} starts processes, but a launcher has already started this one.", prog)
+        raise ValueError(f"--{next(iter(flags))} starts processes, but a launcher has already started this one.")
     if (config := flags.pop("accelerate_config", None)) is not None:
-        try:
-            flags["config_file"] = find_file("--accelerate_config", config, ACCELERATE_CONFIGS)
-        except ValueError as error:
-            exit_with(error, prog)
+        flags["config_file"] = find_file("--accelerate_config", config, ACCELERATE_CONFIGS)
     elif further := set(flags) - {"num_processes"}:
-        exit_with(f"--{min(further)} needs --accelerate_config multi_node.", prog)
+        raise ValueError(f"--{min(further)} needs --accelerate_config multi_node.")
     return [f"--{name}={value}" for name, value in flags.items()], others
 
 

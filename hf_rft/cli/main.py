@@ -4,6 +4,7 @@ import difflib
 import importlib
 import importlib.util
 import sys
+from functools import partial
 
 from ..evaluation.provenance import versions
 from .exits import exit_with, run_program
@@ -48,13 +49,16 @@ def main() -> None:
 
 def run(name: str, words: list[str]) -> None:
     """Run one command, in the processes that its flags ask for, and end as it does."""
-    program = f"hf-rft {name}"
+    sys.argv = [f"hf-rft {name}", *words]
+    run_program(partial(_run, name, words))
+
+
+def _run(name: str, words: list[str]) -> None:
     if name in DISTRIBUTED and not {"-h", "--help", "--help_all"} & set(words):
-        flags, words = split_arguments(words, program)
+        flags, sys.argv[1:] = split_arguments(words)
         if flags:
-            launch(flags, ["hf_rft", name, *words])
+            launch(flags, ["hf_rft", name, *sys.argv[1:]])
     extra, package = EXTRAS.get(name, ("", ""))
     if package and importlib.util.find_spec(package) is None:
-        exit_with(f'it needs {package}: pip install "hf_rft[{extra}]"', program)
-    sys.argv = [program, *words]
-    run_program(lambda: importlib.import_module(f"..{name.replace('-', '_')}", __name__).main())
+        exit_with(f'it needs {package}: pip install "hf_rft[{extra}]"')
+    importlib.import_module(f"..{name.replace('-', '_')}", __name__).main()

@@ -1,3 +1,5 @@
+import ast
+
 import pytest
 from evaluation.test_report import make_report
 
@@ -44,4 +46,4 @@ def test_other_settings_are_repeated():
 
 @pytest.mark.parametrize("value", ['a"b\n```', ["0", "2/255"], [("apgd", 10, 1)], 3, 0.1, None])
 def test_quoted_values_are_python_in_one_line(value):
-    assert eval(quoted(value)) == value and "\n" not in quoted(value)
+    assert ast.literal_eval(quoted(value)) == value and "\n" not in quoted(value)
