@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "fine-tune an image classifier robustly, and report how robust it became",
     "evaluate": "measure the accuracy-versus-epsilon curve of any image classifier",
     "compare": "run several recipes with several seeds, into one table and one figure",
+    "study": "train over a grid of options and seeds, and compare the options with intervals",
     "leaderboard": "put the reports of several models side by side",
     "push": "publish a robust model with its evidence",
     "push-metric": "publish the `evaluate` modules as Spaces",

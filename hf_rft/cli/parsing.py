@@ -195,8 +195,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_config(path: Path, names: set[str]) -> dict[str, Any]:
-    """The values of a YAML file by their keys, which must be among `names`.
+def read_config(path: Path, names: set[str] | None = None) -> dict[str, Any]:
+    """The values of a YAML file by their keys, which must be among `names`, if these are given.
 
     Raises:
         OSError: if there is no such file, or it cannot be read.
@@ -209,7 +209,7 @@ def read_config(path: Path, names: set[str]) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} must hold `name: value` lines, got {type(values).__name__}.")
     for name in values:
-        if name not in names:
+        if names is not None and name not in names:
             raise ValueError(f"--config {path}: unknown key {name!r}.{_nearest(str(name), names)}")
     return values
 

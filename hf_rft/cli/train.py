@@ -39,6 +39,7 @@ from ..data.labels import names_of_missing_classes
 from ..data.loading import DataTrainingArguments, display_name, load_splits, split_options
 from ..evaluation.evaluate import evaluate_robustness
 from ..evaluation.evaluator import robust_metrics
+from ..evaluation.tiers import TIERS
 from ..hub.pretrained import ModelArguments, head_parameters, in_order_of_model, load_model, load_model_and_processor
 from ..hub.pushing import PushError
 from ..models.classifier import check_labels
@@ -83,7 +84,8 @@ SECTIONS = {
     "epsilon schedule": ["epsilon_schedule_type", "epsilon_schedule_kwargs", "epsilon_schedule_interval"],
     "loss": ["robust_loss", "robust_loss_weight"],
     "evaluation": [
-        *("eval_attack", "eval_attack_steps", "eval_epsilons", "eval_strategy", "eval_attack_during_training"),
+        *("test_tier", "eval_attack", "eval_attack_steps", "eval_epsilons", "eval_strategy"),
+        "eval_attack_during_training",
         *("load_best_model_at_end", "per_device_eval_batch_size"),
     ],
     "training": [
@@ -119,6 +121,13 @@ class RecipeTrainingArguments(RobustTrainingArguments):
         metadata={
             "help": "Processes, for each process of training, that prepare its batches meanwhile. Default: up to 4 "
             "where there is a GPU, else 0."
+        },
+    )
+    test_tier: str | None = field(
+        default=None,
+        metadata={
+            "help": "How strong the attacks of the final numbers are. Default: those of eval_attack.",
+            "choices": list(TIERS),
         },
     )
     resume: str = field(
@@ -279,7 +288,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         processor,
         norm=training_args.norm,
         epsilons=training_args.epsilon_grid,
-        tier=trainer.evaluator.tier,
+        tier=training_args.test_tier or trainer.evaluator.tier,
         batch_size=training_args.per_device_eval_batch_size,
         seed=training_args.seed,
         autocast_dtype=torch.bfloat16 if training_args.bf16 else torch.float16 if training_args.fp16 else None,

@@ -1,0 +1,178 @@
+"""Making the runs of a study: each an ordinary `hf-rft train` in a process and a folder of its own.
+
+A run that has its row in results.csv is not made again, so a study that was killed goes on, with the last checkpoint of
+a run that was cut short. A run that fails is listed in failures.csv; the others go on.
+"""
+
+import csv
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from ..utils.files import replacing, write_text
+from .grid import Run, Study
+from .results import read_results, read_run, write_results
+
+
+Outcome = dict[str, Any]  # what results.csv says of a run; of one that failed {"reason": ...}
+Scheduler = Callable[[Callable[[Run], Outcome], list[Run]], Iterable[tuple[Run, Outcome]]]
+
+_PATIENCE = 60  # seconds in which a run that is told to stop can write its checkpoint
+
+
+def make_run(run: Run, folder: Path, *, cpus: int, keeps_weights: bool = True) -> Outcome:
+    """Train in `folder`, unless that is done; the outcome is never an exception."""
+    recipe, log, done = folder / "recipe.yaml", folder / "log.txt", folder / "robustness.json"
+    _stop_earlier(folder)
+    write_recipe(run, recipe)
+    if not done.is_file():
+        command = [sys.executable, "-m", "hf_rft", "train", "--config", str(recipe)]
+        command += ["--output_dir", str(folder), "--resume", "auto"]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(cpus)}
+        with log.open("a") as stream:
+            status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
+        if status:
+            return {"reason": f"status {status}: {_last_error(log)}"}
+    try:
+        outcome = read_run(folder)
+    except (OSError, ValueError, KeyError, StopIteration) as error:
+        return {"reason": f"{type(error).__name__}: {error}"}
+    if not keeps_weights:
+        for path in folder.rglob("*.safetensors"):
+            path.unlink()
+    return outcome
+
+
+def write_recipe(run: Run, path: Path) -> None:
+    """The run as a file for `hf-rft train --config`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, f"# {run}\n" + yaml.safe_dump({**run.flags, "seed": run.seed}, sort_keys=False))
+
+
+def _stop_earlier(folder: Path) -> None:
+    """Stop a training that still writes to the folder: its study, or its node of a cluster, was killed."""
+    found = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if str(folder) in (process.info["cmdline"] or ()) and process.pid != os.getpid()
+    ]
+    for process in found:
+        process.terminate()
+    _, alive = psutil.wait_procs(found, timeout=_PATIENCE)
+    for process in alive:
+        process.kill()
+
+
+def _last_error(log: Path) -> str:
+    """The message in the log: that of the command, else its last line."""
+    lines = [line.strip() for line in re.split(r"[\n\r]", log.read_text(errors="replace")) if line.strip()]
+    messages = [line for line in lines if "error: " in line]
+    return (messages or lines or ["no output"])[-1].split("error: ", 1)[-1][:500]
+
+
+def with_threads(make: Callable[[Run], Outcome], runs: list[Run], *, jobs: int) -> Iterator[tuple[Run, Outcome]]:
+    """Make the runs on this machine, `jobs` at a time."""
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        futures = {pool.submit(make, run): run for run in runs}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def with_ray(
+    make: Callable[[Run], Outcome], runs: list[Run], *, address: str, cpus: int, gpus: float
+) -> Iterator[tuple[Run, Outcome]]:
+    """Make the runs on the nodes of a Ray cluster, which makes those of a node that is lost again on another."""
+    import ray  # the extra `ray`
+
+    ray.init(address=address, log_to_driver=False)
+    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=-1)(make)
+    pending = {remote.remote(run): run for run in runs}
+    try:
+        while pending:
+            [done], _ = ray.wait(list(pending), num_returns=1)
+            yield pending.pop(done), ray.get(done)
+    finally:
+        ray.shutdown()
+
+
+def make_study(study: Study, output_dir: Path, scheduler: Scheduler, *, cpus: int, keeps_weights: bool = True) -> int:
+    """Make the runs that results.csv lacks; return how many failed.
+
+    Raises:
+        ValueError: if another process makes a study in this folder, or results.csv has rows of another study.
+    """
+    output_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"--output_dir {output_dir} is in use by another study; wait, or name another.") from None
+    with lock:
+        rows = known_rows(study, output_dir)
+        missing = [run for run in study.runs if run.key not in rows]
+        make = partial(_make_in, output_dir, cpus=cpus, keeps_weights=keeps_weights)
+        failures: list[dict[str, Any]] = []
+        _write(study, rows, failures, output_dir)
+        with tqdm(total=len(study.runs), initial=len(rows), unit="run", smoothing=0.1) as bar:
+            for run, outcome in scheduler(make, missing) if missing else ():
+                named = {**run.options, "seed": run.seed, "run": run.key}
+                if "reason" in outcome:
+                    failures.append({**named, "reason": outcome["reason"]})
+                    bar.write(f"FAILED {run}: {outcome['reason']} ({output_dir / 'runs' / run.key / 'log.txt'})")
+                else:
+                    rows[run.key] = {**outcome, **named}
+                    bar.write(f"{run}: expected robustness {outcome['expected_robustness']:.1%}")
+                _write(study, rows, failures, output_dir)
+                bar.update()
+    return len(failures)
+
+
+def _make_in(output_dir: Path, run: Run, *, cpus: int, keeps_weights: bool) -> Outcome:
+    return make_run(run, output_dir / "runs" / run.key, cpus=cpus, keeps_weights=keeps_weights)
+
+
+def known_rows(study: Study, output_dir: Path) -> dict[str, Mapping[str, Any]]:
+    """The rows of results.csv by run, under the names that factors and options have now.
+
+    Raises:
+        ValueError: if some belong to no run of the study.
+    """
+    path = output_dir / "results.csv"
+    if not path.is_file():
+        return {}
+    runs = {run.key: run for run in study.runs}
+    table = read_results(path)
+    if foreign := [key for key in table["run"] if key not in runs]:
+        raise ValueError(
+            f"{path} has {len(foreign)} rows of runs that the study does not describe, run {foreign[0]} first; delete "
+            "these rows, or name another --output_dir."
+        )
+    return {row["run"]: {**row, **runs[row["run"]].options} for row in table.to_dict("records")}
+
+
+def _write(study: Study, rows: Mapping[str, Mapping[str, Any]], failures: list[dict], output_dir: Path) -> None:
+    in_order = [rows[run.key] for run in study.runs if run.key in rows]
+    write_results(in_order, study.factors, output_dir)
+    with replacing(output_dir / "failures.csv") as scratch, scratch.open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, [*study.factors, "seed", "run", "reason"])
+        writer.writeheader()
+        writer.writerows(failures)
+
+
+def remove_weights(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
