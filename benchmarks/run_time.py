@@ -7,7 +7,8 @@ On a shared machine, two runs one after the other differ by more than what is to
 main job's recipe takes its steps in turns from three schedules, each at the same progress: what the machine does meets
 all three. A step lasts from the end of the one before to its own: data, attack, update and optimizer. The alarms'
 probes are timed apart, since not every schedule would meet as many; the recipe's run, of 384 steps, makes ten of them.
-(What is learned in between is of no use: benchmarks/run_cost.py has that.)
+*Counted* are the passes forward and backward of all steps: the ratio if nothing else took time.
+(What is learned in between is of no use: `hf-rft study recipes/study/attack_steps.yaml` has that.)
 """
 
 import argparse
@@ -17,17 +18,36 @@ import time
 from functools import partial
 
 from instruments import median_and_range
-from run_cost import ARMS, RECIPE, attack_at, counted_passes
 from transformers import TrainerCallback
 
-from hf_rft import RobustTrainer
+from hf_rft import RobustTrainer, get_epsilon_schedule
+from hf_rft.cli import recipes
 from hf_rft.cli import train as run_rft
+from hf_rft.schedules import scaled_steps
 from hf_rft.training.alarm_callback import AlarmCallback
 from hf_rft.training.probe import LEAST_PROBES
 
 
+RECIPE = str(recipes.FOLDER / "fashion_mnist" / "efficientnet_lite0_{}.yaml")
+# Schedule of each arm, and whether it takes fewer steps while epsilon is small.
+ARMS = {"constant": ("constant", False), "hinge": ("hinge", False), "hinge_fewer_steps": ("hinge", True)}
+HINGES = {"start": 0.25, "end": 0.75}  # of the recipe
+SCHEDULES = {"constant": get_epsilon_schedule("constant"), "hinge": get_epsilon_schedule("hinge", **HINGES)}
 NAMES = list(ARMS)
 RUN_STEPS = 384  # of the recipe
+
+
+def attack_at(arm: str, progress: float, attack_steps: int) -> tuple[float, int]:
+    """Multiplier of epsilon and attack steps; there is no attack where the first is 0."""
+    recipe, takes_fewer = ARMS[arm]
+    multiplier = SCHEDULES[recipe](progress)
+    return multiplier, scaled_steps(attack_steps, multiplier) if takes_fewer else attack_steps
+
+
+def counted_passes(arm: str, attack_steps: int, total: int = 10_000) -> float:
+    """Passes forward and backward of an average training step."""
+    attacks = [attack_at(arm, step / total, attack_steps) for step in range(total)]
+    return 1 + sum(steps for multiplier, steps in attacks if multiplier > 0) / total
 
 
 def arm_of(step: int) -> str:

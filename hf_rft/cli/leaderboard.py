@@ -15,14 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from scipy.stats import t
-
+from ..evaluation.differences import paired_difference
 from ..evaluation.plots import plot_robustness_curve
 from ..evaluation.report import RobustnessReport
 from ..hub.evidence import REPORT_NAME, hash_weight_files, read_report
 from ..hub.loading import download
-from ..metrics.expected_robustness.expected_robustness import expected_robustness
 from ..threat_model import NORM_NAMES, NORMS, format_epsilon, parse_epsilon
 from ..utils.files import check_writable, replacing, write_text
 from ..utils.markdown import cell
@@ -79,34 +76,6 @@ def group(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
         else:
             groups.append([one])
     return sorted(groups, key=len, reverse=True)  # sorting is stable
-
-
-def contributions(report: RobustnessReport) -> np.ndarray:
-    """What each example adds to the expected robustness, which is the mean of these."""
-    withstands = report.broken_at[:, None] > np.arange(len(report.epsilons))
-    return expected_robustness([float(epsilon) for epsilon in report.epsilons], withstands.astype(float))
-
-
-def paired_difference(report: RobustnessReport, other: RobustnessReport) -> tuple[float, tuple[float, float]]:
-    """Expected robustness minus that of `other` on the same examples, with its 95 % interval.
-
-    An example that is hard for one model is often hard for the other, so the interval is narrower than the two
-    models' own intervals suggest.
-    """
-    differences = contributions(report) - contributions(other)
-    return float(differences.mean()), difference_interval(differences)
-
-
-def difference_interval(differences: np.ndarray) -> tuple[float, float]:
-    """95 % interval of the true mean, from differences in [-1, 1] that may be few, rare or all equal.
-
-    Student's t after adding two examples at either extreme, as Agresti and Coull do for a share. They stand for the
-    differences too rare to have been seen: without them, models that are right on the same examples would differ by
-    0 for certain.
-    """
-    padded = np.concatenate([differences, [-1, -1, 1, 1]])
-    half = t.ppf(0.975, len(padded) - 1) * padded.std(ddof=1) / np.sqrt(len(padded))
-    return float(max(padded.mean() - half, -1)), float(min(padded.mean() + half, 1))
 
 
 def rank(candidates: Sequence[Candidate], sort_by: str) -> list[Candidate]:

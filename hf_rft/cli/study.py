@@ -12,6 +12,7 @@ others. Writes into --output_dir: results.csv (a row per run), curves.csv (a row
 report.md with its figures, and runs/ with the folders of the runs.
 """
 
+import contextlib
 import os
 import sys
 from functools import partial
@@ -37,7 +38,12 @@ def check_runs(study: Study, output_dir: Path) -> None:
     for run in study.runs:
         recipe = output_dir / "runs" / run.key / "recipe.yaml"
         write_recipe(run, recipe)
-        parse_arguments(["--config", str(recipe), "--output_dir", str(recipe.parent)])
+        try:
+            with contextlib.redirect_stdout(None):  # it says which file it reads
+                parse_arguments(["--config", str(recipe), "--output_dir", str(recipe.parent)])
+        except SystemExit:
+            print(f"in the run {run}", file=sys.stderr)
+            raise
 
 
 def add_run_arguments(parser: Parser, output_dir: str) -> None:

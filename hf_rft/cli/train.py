@@ -43,6 +43,7 @@ from ..evaluation.tiers import TIERS
 from ..hub.pretrained import ModelArguments, head_parameters, in_order_of_model, load_model, load_model_and_processor
 from ..hub.pushing import PushError
 from ..models.classifier import check_labels
+from ..studies.grid import TIED
 from ..training.arguments import RobustTrainingArguments
 from ..training.checkpoints import all_checkpoints, check_resumable
 from ..training.distributed import NonFiniteError
@@ -173,7 +174,7 @@ def parse_arguments(
             if given & {"help", "model_name_or_path", "dataset_name", "train_dir"}
             else find_file("--config", DEFAULT_RECIPE)
         ),
-        tied={"epsilon_schedule_type": "epsilon_schedule_kwargs"},
+        tied=TIED,
         sections=SECTIONS,
         is_launched=True,
     )

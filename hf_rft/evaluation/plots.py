@@ -5,7 +5,6 @@ and white, so that dark and light pages show them alike.
 """
 
 import itertools
-import statistics
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -13,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..threat_model import NORM_NAMES, ThreatModel, format_approximately, format_epsilon, parse_epsilon
+from ..threat_model import NORM_NAMES, ThreatModel, format_approximately, format_epsilon
 from .tables import conditions
 
 
@@ -30,7 +29,7 @@ _MARKERS = "osD^vPX*"
 _CHARACTERS = 72  # in a line of a title
 
 
-def _figure(**options) -> "Figure":
+def new_figure(**options) -> "Figure":
     # Imported late: matplotlib is slow to import and not needed for training. Avoid pyplot, whose global state would
     # select a window system.
     from matplotlib.figure import Figure
@@ -38,14 +37,14 @@ def _figure(**options) -> "Figure":
     return Figure(layout="constrained", facecolor="white", **options)
 
 
-def _save(figure: "Figure", path: str | Path | None, dpi: int) -> "Figure":
+def save_figure(figure: "Figure", path: str | Path | None, dpi: int) -> "Figure":
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=dpi)
     return figure
 
 
-def _styles() -> Iterator[dict[str, str]]:
+def line_styles() -> Iterator[dict[str, str]]:
     """Colour and marker of one line after the other; 56 lines before a pair repeats."""
     yield from (
         {"color": color, "marker": marker}
@@ -58,7 +57,7 @@ def _set_title(axes, title: str) -> None:
     axes.set_title("\n".join(lines), fontsize="medium", parse_math=False)  # names may hold dollars
 
 
-def _add_legend(figure: "Figure", axes, columns: int, side: str = "lower") -> None:
+def add_legend(figure: "Figure", axes, columns: int, side: str = "lower") -> None:
     """Outside of the axes, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
     options = {"loc": f"outside {side} center", "ncols": columns, "fontsize": "small", "frameon": False}
@@ -68,16 +67,16 @@ def _add_legend(figure: "Figure", axes, columns: int, side: str = "lower") -> No
 
 def draw_curves(axes, curves: Mapping[str, Curve], norm: str) -> None:
     """Draw accuracy in percent over epsilon, one line per name."""
-    for style, (name, (epsilons, accuracies)) in zip(_styles(), curves.items(), strict=False):
+    for style, (name, (epsilons, accuracies)) in zip(line_styles(), curves.items(), strict=False):
         at = [float(epsilon) for epsilon in epsilons]
         axes.plot(at, [100 * accuracy for accuracy in accuracies], markersize=5, label=name, **style)
-    _set_epsilon_ticks(axes.xaxis, curves)
+    set_epsilon_ticks(axes.xaxis, curves)
     name = NORM_NAMES.get(norm, norm)
     axes.set(xlabel=f"epsilon ({name}, pixels in [0, 1])", ylabel="accuracy (%)", ylim=(0, 100))
     axes.grid(alpha=0.3)
 
 
-def _set_epsilon_ticks(axis, curves: Mapping[str, Curve]) -> None:
+def set_epsilon_ticks(axis, curves: Mapping[str, Curve]) -> None:
     """Put ticks at the epsilons of the curves, in the usual notation; where they crowd, some stay without a label."""
     grid = sorted({epsilon for epsilons, _ in curves.values() for epsilon in epsilons})
     labels, width, end = [], grid[-1] / 11, 2 * grid[-1]
@@ -107,7 +106,7 @@ def plot_robustness_curve(
     `intervals` holds the confidence intervals at each epsilon, for any of the curves; they are shaded. A dashed line
     shows the accuracy of guessing, where `num_classes` is known.
     """
-    figure = _figure(figsize=(6.4, 4.4))
+    figure = new_figure(figsize=(6.4, 4.4))
     axes = figure.subplots()
     draw_curves(axes, curves, norm)
     for line, name in zip(list(axes.lines), curves, strict=True):
@@ -118,8 +117,8 @@ def plot_robustness_curve(
         label = f"chance (1 in {num_classes} classes)"
         axes.axhline(100 / num_classes, linestyle="--", color="grey", linewidth=1, label=label)
     _set_title(axes, title)
-    _add_legend(figure, axes, columns=2)
-    return _save(figure, path, dpi=150)
+    add_legend(figure, axes, columns=2)
+    return save_figure(figure, path, dpi=150)
 
 
 def plot_report(report: "RobustnessReport", path: str | Path | None = None, title: str | None = None) -> "Figure":
@@ -169,7 +168,7 @@ def plot_epsilon_schedule(
     """
     import numpy as np
 
-    figure = _figure(figsize=(6.4, 3.2))
+    figure = new_figure(figsize=(6.4, 3.2))
     axes = figure.subplots()
     last, reached = done or (steps[-1], epsilons[-1])
     count, color = sum(step <= last for step in steps), _COLORS[0]
@@ -197,8 +196,8 @@ def plot_epsilon_schedule(
         )
         below.spines.bottom.set_position(("outward", 38))  # below the steps and their label
         below.set_xlabel("epoch")
-    _add_legend(figure, axes, columns=2, side="upper")
-    return _save(figure, path, dpi=150)
+    add_legend(figure, axes, columns=2, side="upper")
+    return save_figure(figure, path, dpi=150)
 
 
 def plot_adversarial_examples(
@@ -214,7 +213,7 @@ def plot_adversarial_examples(
         names (`Mapping[int, str]`):
             The model's class names.
     """
-    figure = _figure(figsize=(7.5, 2.6 * len(examples.positions)))
+    figure = new_figure(figsize=(7.5, 2.6 * len(examples.positions)))
     grid = figure.subplots(len(examples.positions), 3, squeeze=False)
     probabilities = examples.logits.softmax(dim=1), examples.adversarial_logits.softmax(dim=1)
     for row, position in enumerate(examples.positions):
@@ -236,57 +235,8 @@ def plot_adversarial_examples(
             axes.imshow(shown, cmap="gray" if shown.shape[-1] == 1 else None, vmin=0, vmax=1)
             axes.set_title(title, fontsize="small", parse_math=False)  # names may hold dollars
             axes.set_axis_off()
-    return _save(figure, path, dpi=100)
+    return save_figure(figure, path, dpi=100)
 
 
 def _class_name(names: Mapping[int, str], label) -> str:
     return textwrap.shorten(str(names.get(int(label), int(label))), 22, placeholder="…")
-
-
-def plot_comparison(runs: Mapping[str, Sequence[Mapping]], path: str | Path | None, norm: str) -> "Figure":
-    """Plot robustness curves, and training histories with the onset of task adaptation, for several recipes.
-
-    Args:
-        runs (`Mapping[str, Sequence[Mapping]]`):
-            For each recipe, one mapping per seed with `accuracies` (epsilon as text -> accuracy), `validation` and
-            `epsilon` (lists of (epoch, value)) and `onset` (epoch or None). Curves are means over seeds, with their
-            standard deviation shaded; histories show every seed.
-    """
-    figure = _figure(figsize=(15, 4.8))
-    curve_axes, validation_axes, epsilon_axes = figure.subplots(1, 3)
-    curves, deviations = {}, {}
-    for style, (name, of_seeds) in zip(_styles(), runs.items(), strict=False):
-        color = style["color"]
-        grid = [parse_epsilon(epsilon) for epsilon in of_seeds[0]["accuracies"]]
-        columns = list(zip(*(one["accuracies"].values() for one in of_seeds), strict=True))
-        curves[name] = (grid, [statistics.mean(column) for column in columns])
-        deviations[name] = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in columns]
-        for one in of_seeds:
-            if not one["validation"]:  # the run was not evaluated while it trained
-                continue
-            epochs, accuracies = zip(*one["validation"], strict=True)
-            validation_axes.plot(epochs, [100 * accuracy for accuracy in accuracies], color=color, alpha=0.7)
-            if one["onset"] is not None:
-                at = 100 * accuracies[one["onset"] - 1]
-                validation_axes.plot(epochs[one["onset"] - 1], at, "*", color=color, markersize=11)
-        if of_seeds[0]["epsilon"]:
-            epochs, epsilons = zip(*of_seeds[0]["epsilon"], strict=True)
-            epsilon_axes.plot(epochs, epsilons, color=color)
-    draw_curves(curve_axes, curves, norm)
-    for line, (name, (_, means)) in zip(list(curve_axes.lines), curves.items(), strict=True):
-        if any(deviations[name]):
-            bands = [(mean - one, mean + one) for mean, one in zip(means, deviations[name], strict=True)]
-            _shade(curve_axes, line, *zip(*bands, strict=True))
-    seeds = max(map(len, runs.values()))
-    of_several = f" (mean ± standard deviation, {seeds} seeds)" if seeds > 1 else ""
-    curve_axes.set_title(f"robustness{of_several}", fontsize="medium")
-    validation_axes.set(xlabel="epoch", ylabel="clean validation accuracy (%)", ylim=(0, 100))
-    validation_axes.set_title("adaptation (one line per seed; star: onset)", fontsize="medium")
-    _set_epsilon_ticks(epsilon_axes.yaxis, curves)
-    epsilon_axes.set(xlabel="epoch", ylabel=f"training epsilon ({NORM_NAMES.get(norm, norm)})")
-    epsilon_axes.set_title("schedule", fontsize="medium")
-    for axes in (validation_axes, epsilon_axes):
-        axes.grid(alpha=0.3)
-        axes.locator_params(axis="x", integer=True)
-    _add_legend(figure, curve_axes, columns=4)
-    return _save(figure, path, dpi=150)

@@ -23,14 +23,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..utils.values import NOT_NEGATIVE, SEED
+from .results import COLUMNS
 
 
 KEYS = {"common", "factors", "seeds", "grids", "resources"}
 # Flags that a study sets itself: what they say is not part of what a run computes.
 SET_BY_STUDY = {"output_dir", "resume", "resume_from_checkpoint", "seed"}
+# Columns of the tables, beside those of the factors, and a key of `grids`.
+RESERVED = {*COLUMNS, "pair", "at", "at_number", "accuracy", "reason", "seeds"}
+# Flags that belong together: whatever sets the first drops an earlier value of the second.
+TIED = {"epsilon_schedule_type": "epsilon_schedule_kwargs"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One training: which option of each factor, which seed, and the flags that follow."""
 
@@ -84,8 +89,13 @@ class Study:
                     raise ValueError(f"{name} must hold flags of `hf-rft train`, got {flags!r}.")
                 if own := sorted(SET_BY_STUDY & set(flags)):
                     raise ValueError(f"{name} sets {own[0]!r}, which the study sets for each run; leave it out.")
-        if "seeds" in factors or "seed" in factors:
-            raise ValueError("`factors` holds the seeds; list them under `seeds`.")
+                if secret := [flag for flag in flags if flag.endswith("token")]:
+                    raise ValueError(
+                        f"{name} sets {secret[0]!r}, and a study keeps its flags; log in with `hf auth login` or set "
+                        "HF_TOKEN instead."
+                    )
+        if taken := [factor for factor in factors if factor in RESERVED]:
+            raise ValueError(f"`factors` has {taken[0]!r}, a column of the results; give the factor another name.")
         resources = description.get("resources") or {}
         if not isinstance(resources, dict) or not set(resources) <= {"cpus", "gpus"}:
             raise ValueError(f"`resources: {resources}` may hold `cpus` and `gpus`.")
@@ -132,6 +142,11 @@ def _runs_of(
         parts = [common, *(factors[factor][option] for factor, option in zip(factors, options, strict=True))]
         # As on the command line, flags win over recipes.
         recipes = [read_recipe(part["config"]) for part in parts if "config" in part]
-        flags = {name: value for part in (*recipes, *parts) for name, value in part.items()}
+        flags: dict[str, Any] = {}
+        for part in (*recipes, *parts):
+            for first, second in TIED.items():
+                if first in part:
+                    flags.pop(second, None)
+            flags |= part
         flags = {name: value for name, value in flags.items() if name not in ("config", *SET_BY_STUDY)}
         yield Run(dict(zip(factors, map(str, options), strict=True)), seed, flags)

@@ -6,10 +6,10 @@ long form, what its columns `epsilons` and `broken_at` hold. Columns of results.
 - `seed`, `clean_accuracy`, `robust_accuracy` (at the largest epsilon), `expected_robustness`: shares of 1;
 - `norm`, `epsilons` (the grid), `tier` (of the attacks), `num_examples`, `num_classes`;
 - `seconds`: of training alone, on a machine that may have had other work;
-- `onset`: share of training after which the validation accuracy first passed the threshold of [`onset`]; empty: never;
+- `onset`: share of training after which the validation accuracy first passed [`onset`]'s threshold; empty: never;
 - `validation_accuracy`: clean, at equal distances over training;
-- `broken_at`: one character an example, the place in `epsilons` of the first epsilon at which the model was wrong, as a
-  digit (0-9, then a-z); one more than the last place: never;
+- `broken_at`: one character an example (0-9, then a-z): the place in `epsilons`, from 0, of the first epsilon that
+  broke it; one more than the last place if none did;
 - `images` (first characters of the hash of the test images), `trust_checks` (that failed);
 - `run`: hash of the run's flags; `commit`, `torch`: what it was made with.
 """
@@ -132,14 +132,14 @@ def curves(table: pandas.DataFrame, factors: Sequence[str]) -> pandas.DataFrame:
     """One row a run and epsilon: the epsilon as written, as a number, and the accuracy there."""
     rows = []
     for _, run in table.iterrows():
-        is_right = withstands(run)
-        for epsilon, accuracy in zip(run["epsilons"].split(), is_right.mean(axis=0), strict=True):
-            named = {column: run[column] for column in (*factors, "seed", "run")}
+        first_wrong = broken_at(run["broken_at"])
+        named = {column: run[column] for column in (*factors, "seed", "run")}
+        for place, epsilon in enumerate(run["epsilons"].split()):
+            accuracy = (first_wrong > place).mean()
             rows.append({**named, "at": epsilon, "at_number": float(parse_epsilon(epsilon)), "accuracy": accuracy})
     return pandas.DataFrame(rows, columns=[*factors, "seed", "run", "at", "at_number", "accuracy"])
 
 
-def withstands(run: Mapping[str, Any]) -> np.ndarray:
-    """Whether the model was right, for each example and epsilon."""
-    broken_at = np.array([_DIGITS.index(digit) for digit in run["broken_at"]])
-    return broken_at[:, None] > np.arange(len(run["epsilons"].split()))
+def broken_at(written: str) -> np.ndarray:
+    """The column `broken_at` of one run as numbers."""
+    return np.array([_DIGITS.index(digit) for digit in written])

@@ -1,13 +1,12 @@
 """Making the runs of a study: each an ordinary `hf-rft train` in a process and a folder of its own.
 
-A run that has its row in results.csv is not made again, so a study that was killed goes on, with the last checkpoint of
-a run that was cut short. A run that fails is listed in failures.csv; the others go on.
+A run that has its row in results.csv is not made again, so a study that was killed goes on; a run that was cut short
+goes on from its last checkpoint. A run that fails is listed in failures.csv, and the others go on.
 """
 
 import csv
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -99,9 +98,12 @@ def with_ray(
     """Make the runs on the nodes of a Ray cluster, which makes those of a node that is lost again on another."""
     import ray  # the extra `ray`
 
+    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=-1)
+    def make_remotely(run: Run) -> Outcome:
+        return make(run)
+
     ray.init(address=address, log_to_driver=False)
-    remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=-1)(make)
-    pending = {remote.remote(run): run for run in runs}
+    pending = {make_remotely.remote(run): run for run in runs}
     try:
         while pending:
             [done], _ = ray.wait(list(pending), num_returns=1)
@@ -146,7 +148,7 @@ def _make_in(output_dir: Path, run: Run, *, cpus: int, keeps_weights: bool) -> O
     return make_run(run, output_dir / "runs" / run.key, cpus=cpus, keeps_weights=keeps_weights)
 
 
-def known_rows(study: Study, output_dir: Path) -> dict[str, Mapping[str, Any]]:
+def known_rows(study: Study, output_dir: Path) -> dict[str, dict[Any, Any]]:
     """The rows of results.csv by run, under the names that factors and options have now.
 
     Raises:
@@ -162,7 +164,7 @@ def known_rows(study: Study, output_dir: Path) -> dict[str, Mapping[str, Any]]:
             f"{path} has {len(foreign)} rows of runs that the study does not describe, run {foreign[0]} first; delete "
             "these rows, or name another --output_dir."
         )
-    return {row["run"]: {**row, **runs[row["run"]].options} for row in table.to_dict("records")}
+    return {str(row["run"]): {**row, **runs[row["run"]].options} for row in table.to_dict("records")}
 
 
 def _write(study: Study, rows: Mapping[str, Mapping[str, Any]], failures: list[dict], output_dir: Path) -> None:
@@ -172,7 +174,3 @@ def _write(study: Study, rows: Mapping[str, Mapping[str, Any]], failures: list[d
         writer = csv.DictWriter(stream, [*study.factors, "seed", "run", "reason"])
         writer.writeheader()
         writer.writerows(failures)
-
-
-def remove_weights(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)

@@ -41,3 +41,11 @@ def test_share_of_a_run(run_time):
     stopwatch.probes = [[2.0, 0.0], [4.0, 0.0]]
     assert stopwatch.seconds_of_run("constant", rounds=10) == 384 * 2 + 30
     assert stopwatch.seconds_of_run("hinge", rounds=10) == 384 + 30
+
+
+def test_counted_passes(run_time):
+    """k + 1 with a constant epsilon; 1 in a quarter of the steps with hinges; half of k on average along the ramp."""
+    assert run_time.counted_passes("constant", 7) == 8
+    assert run_time.counted_passes("hinge", 7) == pytest.approx(1 / 4 + 8 * 3 / 4, abs=1e-2)
+    on_ramp = 1 + sum(range(1, 8)) / 7
+    assert run_time.counted_passes("hinge_fewer_steps", 7) == pytest.approx(1 / 4 + on_ramp / 2 + 8 / 4, abs=1e-2)
