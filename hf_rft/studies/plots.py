@@ -98,14 +98,14 @@ def plot_curves(table: pandas.DataFrame, curves: pandas.DataFrame, factor: str, 
     pairs = list(table["pair"].unique())
     figure, panels = _grid(len(pairs), (3.4, 2.9))
     styles = _styles(table, factor)
-    curves = curves.merge(table[["run", "pair", "norm"]], on="run")
+    curves = curves.merge(table[["run", "pair", "eval_norm"]], on="run")
     for axes, pair in zip(panels, pairs, strict=True):
         of_pair = curves[curves["pair"] == pair]
         lines = {}
         for option, of_option in of_pair.groupby(factor, sort=False):
             means = of_option.groupby("at", sort=False)["accuracy"].mean()
             lines[option] = ([parse_epsilon(epsilon) for epsilon in means.index], list(means))
-        draw_curves(axes, lines, of_pair["norm"].iloc[0])
+        draw_curves(axes, lines, of_pair["eval_norm"].iloc[0])
         for line, option in zip(axes.lines, lines, strict=True):
             line.set(label=None, **styles[option])
         axes.set_title(pair, fontsize="medium", parse_math=False)

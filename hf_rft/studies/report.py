@@ -103,7 +103,7 @@ def _conditions(table: pandas.DataFrame) -> str:
     hours = table["seconds"].sum() / 3600
     checks = table[table["trust_checks"] != ""]
     text = (
-        f"{len(table)} runs, seeds {shown('seed')}. Evaluation: {shown('norm')}, tier {shown('tier')}, "
+        f"{len(table)} runs, seeds {shown('seed')}. Evaluation: {shown('eval_norm')}, tier {shown('tier')}, "
         f"{shown('num_examples')} examples a run. {hours:.1f} hours of training; commit {shown('commit')}, torch "
         f"{shown('torch')}."
     )

@@ -1,15 +1,15 @@
 """The tables of a study: results.csv with one row a run, and curves.csv with one row a run and epsilon.
 
 Everything that a study says is made from results.csv alone, by [`hf_rft.studies.report`]; curves.csv says again, in
-long form, what its columns `epsilons` and `broken_at` hold. Columns of results.csv: one for each factor, and
+long form, what its columns `eval_epsilons` and `broken_at` hold. Columns of results.csv: one for each factor, and
 
 - `seed`, `clean_accuracy`, `robust_accuracy` (at the largest epsilon), `expected_robustness`: shares of 1;
-- `norm`, `epsilons` (the grid), `tier` (of the attacks), `num_examples`, `num_classes`;
+- `eval_norm`, `eval_epsilons` (the grid), `tier` (of the attacks), `num_examples`, `num_classes`;
 - `seconds`: of training alone, on a machine that may have had other work;
 - `onset`: share of training after which the validation accuracy first passed [`onset`]'s threshold; empty: never;
 - `validation_accuracy`: clean, at equal distances over training;
-- `broken_at`: one character an example (0-9, then a-z): the place in `epsilons`, from 0, of the first epsilon that
-  broke it; one more than the last place if none did;
+- `broken_at`: one character an example (0-9, then a-z): the place in the grid, from 0, of the first epsilon that broke
+  it; one more than the last place if none did;
 - `images` (first characters of the hash of the test images), `trust_checks` (that failed);
 - `run`: hash of the run's flags; `commit`, `torch`: what it was made with.
 """
@@ -32,7 +32,7 @@ from ..utils.files import replacing
 
 # After those of the factors.
 COLUMNS = [
-    *("seed", "clean_accuracy", "robust_accuracy", "expected_robustness", "norm", "epsilons", "tier"),
+    *("seed", "clean_accuracy", "robust_accuracy", "expected_robustness", "eval_norm", "eval_epsilons", "tier"),
     *("num_examples", "num_classes", "seconds", "onset", "validation_accuracy", "broken_at", "images"),
     *("trust_checks", "run", "commit", "torch"),
 ]
@@ -60,8 +60,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         "clean_accuracy": report.clean_accuracy,
         "robust_accuracy": report.robust_accuracy,
         "expected_robustness": report.expected_robustness,
-        "norm": report.norm,
-        "epsilons": " ".join(map(format_epsilon, report.epsilons)),
+        "eval_norm": report.norm,
+        "eval_epsilons": " ".join(map(format_epsilon, report.epsilons)),
         "tier": report.settings["tier"],
         "num_examples": len(report),
         "num_classes": num_classes,
@@ -134,7 +134,7 @@ def curves(table: pandas.DataFrame, factors: Sequence[str]) -> pandas.DataFrame:
     for _, run in table.iterrows():
         first_wrong = broken_at(run["broken_at"])
         named = {column: run[column] for column in (*factors, "seed", "run")}
-        for place, epsilon in enumerate(run["epsilons"].split()):
+        for place, epsilon in enumerate(run["eval_epsilons"].split()):
             accuracy = (first_wrong > place).mean()
             rows.append({**named, "at": epsilon, "at_number": float(parse_epsilon(epsilon)), "accuracy": accuracy})
     return pandas.DataFrame(rows, columns=[*factors, "seed", "run", "at", "at_number", "accuracy"])

@@ -68,7 +68,7 @@ def differences(table: pandas.DataFrame, factor: str, baseline: str) -> pandas.D
 
 
 def _check_comparable(matched: pandas.DataFrame, pair: str, option: str, baseline: str) -> None:
-    for column in ("images", "epsilons", "norm", "tier"):
+    for column in ("images", "eval_epsilons", "eval_norm", "tier"):
         if (matched[column] != matched[f"{column}_baseline"]).any():
             raise ValueError(
                 f"{pair}: the runs of {option} and {baseline} have other {column}, so they cannot be compared; make "
@@ -77,7 +77,7 @@ def _check_comparable(matched: pandas.DataFrame, pair: str, option: str, baselin
 
 
 def _example_differences(run: pandas.Series) -> np.ndarray:
-    epsilons = [parse_epsilon(epsilon) for epsilon in run["epsilons"].split()]
+    epsilons = [parse_epsilon(epsilon) for epsilon in run["eval_epsilons"].split()]
     ours, theirs = (contributions(epsilons, broken_at(run[name])) for name in ("broken_at", "broken_at_baseline"))
     return ours - theirs
 

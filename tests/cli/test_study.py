@@ -25,7 +25,13 @@ def made(monkeypatch):
         folders.append(folder)
         share = 0.5 if run.options.get("schedule") == "linear" else 0.25
         numbers = dict.fromkeys(("clean_accuracy", "robust_accuracy", "expected_robustness"), share)
-        numbers |= {"norm": "linf", "epsilons": "0 4/255", "tier": "fast", "num_examples": 4, "num_classes": 2}
+        numbers |= {
+            "eval_norm": "linf",
+            "eval_epsilons": "0 4/255",
+            "tier": "fast",
+            "num_examples": 4,
+            "num_classes": 2,
+        }
         numbers |= {"seconds": 1.0, "onset": None, "validation_accuracy": "0.5", "images": "a", "trust_checks": ""}
         return {**numbers, "broken_at": "2000", "commit": "c", "torch": "2"}
 

@@ -40,7 +40,7 @@ def finished(folder, places=(0, 1, 2, 4, 4), validation=(0.1, 0.5), **options):
 def test_a_finished_run_as_a_row(tmp_path):
     row = read_run(finished(tmp_path / "run", flags={"random_output": "it varies"}))
     assert (row["clean_accuracy"], row["robust_accuracy"]) == (0.8, 0.4)
-    assert (row["epsilons"], row["broken_at"]) == ("0 2/255 85/255 0.5", "01244")
+    assert (row["eval_epsilons"], row["broken_at"]) == ("0 2/255 85/255 0.5", "01244")
     assert (row["tier"], row["num_examples"], row["num_classes"], row["seconds"]) == ("standard", 5, 10, 120.0)
     assert (row["images"], row["trust_checks"]) == ("abcdefabcdef", "random_output")
     # Not above the threshold of one class: all labels of the report are the same.

@@ -21,7 +21,14 @@ def table(rows, **columns):
     found["clean_accuracy"] = [(place > 0).mean() for place in places]
     found["robust_accuracy"] = [(place > 1).mean() for place in places]
     found["expected_robustness"] = (found["clean_accuracy"] + found["robust_accuracy"]) / 2
-    constants = {"norm": "linf", "epsilons": "0 1/255", "tier": "fast", "images": "a", "seconds": 60.0, "onset": 0.5}
+    constants = {
+        "eval_norm": "linf",
+        "eval_epsilons": "0 1/255",
+        "tier": "fast",
+        "images": "a",
+        "seconds": 60.0,
+        "onset": 0.5,
+    }
     constants |= {"num_examples": 4, "num_classes": 2, "validation_accuracy": "", "trust_checks": ""}
     return found.assign(**{**constants, "run": "r", "commit": "c", "torch": "2", **columns})
 
@@ -61,7 +68,7 @@ def test_only_seeds_that_both_have_are_compared():
     assert differences(with_pairs(table(rows[:2]), "schedule"), "schedule", "constant").empty
 
 
-@pytest.mark.parametrize("column", ["images", "epsilons", "norm", "tier"])
+@pytest.mark.parametrize("column", ["images", "eval_epsilons", "eval_norm", "tier"])
 def test_runs_evaluated_differently_are_not_compared(column):
     other = with_pairs(table(ROWS[:4]), "schedule")
     other.loc[2, column] = "0 2/255"
