@@ -17,6 +17,7 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from ..studies.grid import KEYS, Study
 from ..studies.report import write_report
@@ -35,15 +36,16 @@ def read_recipe(name: str) -> dict:
 
 def check_runs(study: Study, output_dir: Path) -> None:
     """Let `hf-rft train` read the flags of every run, so that a mistake ends the study before it begins."""
-    for run in study.runs:
-        recipe = output_dir / "runs" / run.key / "recipe.yaml"
-        write_recipe(run, recipe)
-        try:
-            with contextlib.redirect_stdout(None):  # it says which file it reads
-                parse_arguments(["--config", str(recipe), "--output_dir", str(recipe.parent)])
-        except SystemExit:
-            print(f"in the run {run}", file=sys.stderr)
-            raise
+    with TemporaryDirectory() as scratch:
+        for run in study.runs:
+            recipe = Path(scratch, "recipe.yaml")
+            write_recipe(run, recipe)
+            try:
+                with contextlib.redirect_stdout(None):  # it says which file it reads
+                    parse_arguments(["--config", str(recipe), "--output_dir", str(output_dir / "runs" / run.key)])
+            except SystemExit:
+                print(f"in the run {run}", file=sys.stderr)
+                raise
 
 
 def add_run_arguments(parser: Parser, output_dir: str) -> None:

@@ -35,7 +35,7 @@ from hf_rft import (
     evaluate_robustness,
     load_robust_model,
 )
-from hf_rft.cli import compare, leaderboard, push_metric
+from hf_rft.cli import compare, leaderboard, push_metric, study
 from hf_rft.cli import evaluate as evaluation_recipe
 from hf_rft.cli import push as push_robust_model
 from hf_rft.cli import train as run_rft
@@ -44,6 +44,7 @@ from hf_rft.evaluation import evaluate as evaluation
 from hf_rft.evaluation import evaluator
 from hf_rft.metrics.expected_robustness.expected_robustness import mean_breaking_share, robustness_summary
 from hf_rft.metrics.robust_accuracy.robust_accuracy import robust_accuracy_summary
+from hf_rft.studies import runs as studied_runs
 
 
 ROOT = Path(__file__).parents[2]
@@ -75,13 +76,14 @@ def no_work(monkeypatch):
     monkeypatch.setattr(evaluator, "find_breaking_points", start)
     for module in (push_metric, push_robust_model):
         monkeypatch.setattr(module, "push_folder", start)
-    monkeypatch.setattr(compare, "run", start)
+    monkeypatch.setattr(studied_runs, "make_run", start)
 
 
 RECIPES = {
     "run_rft": run_rft,
     "evaluate": evaluation_recipe,
     "compare": compare,
+    "study": study,
     "leaderboard": leaderboard,
     "push_metric": push_metric,
     "push_robust_model": push_robust_model,
@@ -92,6 +94,7 @@ VALID = {
     "--train_val_split 0.5 --output_dir {out}",
     "evaluate": "--model_name_or_path {root}/models/good --output_dir {out}",
     "compare": "--output_dir {out}",
+    "study": "--output_dir {out}",
     "leaderboard": "--output_dir {out}",
     "push_metric": "",
     "push_robust_model": "",
@@ -296,11 +299,14 @@ COMMAND_LINES = [
     ),
     # The other recipes
     ("compare", "missing.yaml", "configs: missing.yaml is neither a file nor the name of one"),
-    ("compare", "{root}/images/a_file --jobs 0", "--jobs 0 must be at least 1"),
-    ("compare", "{root}/images/a_file --seeds -1", "--seeds -1 must be a whole number from 0"),
-    ("compare", "{root}/images/a_file --seeds 1 1", r"--seeds \[1, 1\] holds one seed twice"),
-    ("compare", "{root}/images/a_file {root}/images/a_file", "two configurations have the same file name"),
-    ("compare", "{root}/images/a_file --output_dir {root}/images/a_file", "`--output_dir=.* is a file"),
+    ("compare", "{root}/images/a_file", "--config .*a_file must hold `name: value` lines, got str"),
+    ("compare", "emoji --jobs 0", "--jobs 0 must be at least 1"),
+    ("compare", "emoji --seeds -1", r"`seeds: \[-1\]` must be a list of seeds, each a whole number from 0"),
+    ("compare", "emoji emoji", "two configurations have the same file name"),
+    ("compare", "emoji --output_dir {root}/images/a_file", "`--output_dir=.* is a file"),
+    ("compare", "emoji --epsilom 4/255", "unknown key 'epsilom'. Did you mean epsilon?"),
+    ("compare", "emoji --hub_token secret", "`common` sets 'hub_token', and a study keeps its flags; log in"),
+    ("study", "missing.yaml", "study: missing.yaml is neither a file nor the name of one"),
     ("leaderboard", "a --output_dir {root}/images/a_file", "`--output_dir=.* is a file"),
     ("push_metric", [], "required: --namespace"),
     ("push_metric", ["--namespace", "my name"], "--namespace 'my name' is not the name of a user: .*my name"),
@@ -588,7 +594,7 @@ def test_the_table_is_as_long_as_promised():
         ("evaluate", f"{DATA}strings --split train", ""),
         ("evaluate", "--image_dir {root}/images/with_text", "left out 1 files"),
         ("push_metric", "--namespace me", ""),
-        ("compare", "{root}/images/a_file", ""),
+        ("compare", "emoji --use_cpu True", ""),
     ],
 )
 def test_work_starts(start, capsys, caplog, recipe, flags, said):

@@ -23,6 +23,7 @@ def made(monkeypatch):
 
     def make_run(run, folder, *, cpus, keeps_weights):
         folders.append(folder)
+        runs.write_recipe(run, folder / "recipe.yaml")
         share = 0.5 if run.options.get("schedule") == "linear" else 0.25
         numbers = dict.fromkeys(("clean_accuracy", "robust_accuracy", "expected_robustness"), share)
         numbers |= {
@@ -85,7 +86,7 @@ def test_mistakes_end_a_study_before_it_begins(made, tmp_path, capsys, changes, 
     with pytest.raises((SystemExit, ValueError)) as error:
         study.main([described(tmp_path, **changes), "--output_dir", str(tmp_path / "out")])
     assert message in capsys.readouterr().err + str(error.value)
-    assert not made
+    assert not made and not (tmp_path / "out").exists()
 
 
 def test_the_run_at_fault_is_named(made, tmp_path, capsys):

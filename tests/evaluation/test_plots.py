@@ -19,15 +19,6 @@ CURVES = {
 }
 
 
-def make_run(onset=2, epsilon=((1, 0.0), (2, 0.01), (3, 0.02))):
-    return {
-        "accuracies": {"0": 0.8, "2/255": 0.6, "4/255": 0.4},
-        "validation": [(1, 0.1), (2, 0.5), (3, 0.8)],
-        "epsilon": list(epsilon),
-        "onset": onset,
-    }
-
-
 def test_draw_curves():
     axes = Figure().subplots()
     plots.draw_curves(axes, CURVES, "linf")
@@ -64,11 +55,9 @@ def test_robustness_curve_is_written(tmp_path):
 
 
 def test_legends_hide_no_line():
-    runs = {name: [make_run(), make_run()] for name in CURVES}
     schedule = [0, 1], [0, 0.1], ThreatModel("linf", "8/255")
     figures = [
         plots.plot_robustness_curve(CURVES, "linf"),
-        plots.plot_comparison(runs, None, "linf"),
         plots.plot_epsilon_schedule(*schedule, kept=(1, 0.1), epochs=1),
     ]
     for figure in figures:
@@ -77,7 +66,7 @@ def test_legends_hide_no_line():
         for axes in figure.axes:
             assert axes.get_legend() is None
             assert not legend.get_window_extent().overlaps(axes.get_window_extent())
-    assert stated(figures[0]) == stated(figures[1]) == list(CURVES)
+    assert stated(figures[0]) == list(CURVES)
 
 
 def test_names_are_no_formulas_and_long_titles_are_broken(tmp_path):
@@ -104,7 +93,6 @@ def test_figures_make_the_folder_they_go_to(tmp_path):
         "curve": lambda path: plots.plot_robustness_curve(CURVES, "linf", path),
         "schedule": lambda path: plots.plot_epsilon_schedule([0, 1], [0, 0.1], ThreatModel("linf", "8/255"), path),
         "examples": lambda path: plots.plot_adversarial_examples(adversarial_examples(), 5 * [0], {}, path),
-        "comparison": lambda path: plots.plot_comparison({"fixed": [make_run()]}, path, "linf"),
     }
     for name, plot in draw.items():
         path = tmp_path / name / "new" / "figure.png"
@@ -121,35 +109,6 @@ def drawn(monkeypatch):
         Figure, "savefig", lambda self, *args, **kwargs: (figures.append(self), save(self, *args, **kwargs))
     )
     return figures
-
-
-def test_comparison_is_written(tmp_path, drawn):
-    path = tmp_path / "comparison.png"
-    second = make_run(onset=None) | {"accuracies": {"0": 0.6, "2/255": 0.4, "4/255": 0.2}}
-    plots.plot_comparison({"fixed": [make_run(epsilon=())], "hinge": [make_run(), second]}, path, "linf")
-    assert path.read_bytes().startswith(PNG)
-    curves, validation, epsilons = drawn[0].axes
-    assert [line.get_label() for line in curves.lines] == ["fixed", "hinge"]
-    assert list(curves.lines[1].get_ydata()) == pytest.approx([70, 50, 30])
-    stars = [line for line in validation.lines if line.get_marker() == "*"]
-    assert len(validation.lines) - len(stars) == 3
-    assert [(star.get_xdata()[0], star.get_ydata()[0]) for star in stars] == [(2, 50.0), (2, 50.0)]
-    assert list(epsilons.lines[0].get_ydata()) == pytest.approx([0, 0.01, 0.02])
-
-
-def test_comparison_shades_the_spread_over_seeds():
-    second = make_run() | {"accuracies": {"0": 0.6, "2/255": 0.4, "4/255": 0.2}}
-    curves = plots.plot_comparison({"one": [make_run()], "two": [make_run(), second]}, None, "linf").axes[0]
-    (shade,) = curves.collections
-    deviation = 100 * 0.1 * 2**0.5  # of 80 and 60
-    assert shade.get_paths()[0].get_extents().ymax == pytest.approx(70 + deviation)
-    assert shade.get_paths()[0].get_extents().ymin == pytest.approx(30 - deviation)
-    assert "mean ± standard deviation, 2 seeds" in curves.get_title()
-
-
-def test_comparison_shows_every_recipe(tmp_path, drawn):
-    plots.plot_comparison({f"recipe {number}": [make_run()] for number in range(12)}, tmp_path / "many.png", "linf")
-    assert len(drawn[0].axes[0].lines) == 12
 
 
 def test_nothing_is_left_in_the_global_state_of_pyplot(tmp_path):

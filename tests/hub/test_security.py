@@ -591,16 +591,15 @@ def test_no_token_in_an_error_of_the_command_line(tmp_path, capsys, text, flags)
     assert "error:" in captured.err and TOKEN not in captured.err + captured.out
 
 
-def test_a_comparison_takes_no_token(monkeypatch, capsys, tmp_path):
-    """It would print it, keep it in a file, and show it in the list of processes."""
+def test_a_comparison_takes_no_token(capsys, tmp_path):
+    """A study keeps its flags in files."""
     config = "fashion_mnist/efficientnet_lite0_hinge"
-    monkeypatch.setattr(compare, "run", lambda *_: pytest.fail("a run was started"))
     for flags in (["--token", TOKEN], [f"--hub-token={TOKEN}"], ["--hub_token", TOKEN]):
-        monkeypatch.setattr(sys, "argv", ["hf-rft compare", config, "--output_dir", str(tmp_path / "out"), *flags])
-        with pytest.raises(SystemExit) as stop:
-            compare.main()
+        with pytest.raises(ValueError, match="HF_TOKEN") as error:
+            compare.main([config, "--output_dir", str(tmp_path / "out"), *flags])
         captured = capsys.readouterr()
-        assert stop.value.code == 2 and "set HF_TOKEN" in captured.err and TOKEN not in captured.err + captured.out
+        assert TOKEN not in captured.err + captured.out + str(error.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_token_on_the_command_line_of_the_upload(monkeypatch):
