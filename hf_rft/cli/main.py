@@ -15,7 +15,7 @@ from .launch import launch, split_arguments
 COMMANDS = {
     "train": "fine-tune an image classifier robustly, and report how robust it became",
     "evaluate": "measure the accuracy-versus-epsilon curve of any image classifier",
-    "compare": "run several recipes with several seeds, into one table and one figure",
+    "compare": "run several recipes with several seeds, and compare them",
     "study": "train over a grid of options and seeds, and compare the options with intervals",
     "leaderboard": "put the reports of several models side by side",
     "push": "publish a robust model with its evidence",
