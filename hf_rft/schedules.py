@@ -106,23 +106,34 @@ def piecewise(*, points: Sequence[tuple[float, float]]) -> EpsilonSchedule:
     return lambda progress: float(np.interp(progress, progress_points, multipliers))
 
 
-def adaptive(*, end: float = 0.5) -> EpsilonSchedule:
-    """A ramp from the first step on, but only for the examples that the model classifies correctly.
+def adaptive(
+    *, duration: float = 0.35, low: float = 0.05, high: float = 0.5, start: float = 0.5, end: float = 0.9
+) -> EpsilonSchedule:
+    """A ramp at the pace of the model: epsilon rises while the model masters the epsilon it has.
 
-    An example that the model gets wrong is trained on as it is. So epsilon rises at once where the task is easy, and
-    waits where it is hard, for each example by itself. It costs one more forward pass per step, except with TRADES,
-    whose attack makes that pass anyway.
+    Its speed is proportional to the accuracy on the adversarial training examples, as far as that exceeds `low`; from
+    `high` on it is full speed, at which the ramp takes `duration`, a share of training. So it is over early where the
+    task is easy, and waits where it is hard. It is never behind a late hinge schedule from `start` to `end`, so that
+    epsilon is reached in time. No extra pass: the accuracy is that of the log, with which epsilon moves.
 
-    Instance-adaptive training (Balaji et al. 2019, https://huggingface.co/papers/1910.08051) and MMA (Ding et al.
-    2020, https://huggingface.co/papers/1812.02637) also attack less what the model does not know yet; they remember or
-    search for an epsilon per example, while this looks at the present step alone.
+    Unlike instance-adaptive training (Balaji et al. 2019, https://huggingface.co/papers/1910.08051) and MMA (Ding et
+    al. 2020, https://huggingface.co/papers/1812.02637), all examples share one epsilon, and the log is all its memory.
     """
-    ramp = linear(end=end)
+    late = hinge(start=start, end=end)
+    for name, value in (("low", low), ("high", high), ("duration", duration)):
+        if not isinstance(value, Real) or not 0 <= value <= 1:
+            raise ValueError(f"`{name}={value}` is outside [0, 1].")
+    if duration == 0 or low >= high:
+        raise ValueError(f"`duration={duration}` must be above 0, and `low={low}` below `high={high}`.")
 
-    def schedule(progress: float) -> float:
-        return ramp(progress)
+    def schedule(progress: float, accuracies: Sequence[tuple[float, float]] = ()) -> float:
+        paced = before = 0.0
+        for at, accuracy in accuracies:
+            paced += _ramp(accuracy, low, high) * (at - before) / duration
+            before = at
+        return min(max(paced, late(progress)), 1.0)
 
-    schedule.spares_wrong = True  # pyright: ignore[reportFunctionMemberAccess]
+    schedule.follows_accuracy = True  # pyright: ignore[reportFunctionMemberAccess]
     return schedule
 
 
@@ -242,6 +253,13 @@ def _steps_per_epoch(state: TrainerState) -> int:
     return math.ceil(round(state.global_step / state.epoch, 6))
 
 
+def _accuracies(state: TrainerState) -> list[tuple[float, float]]:
+    """Progress and accuracy of each training log up to the present step; checkpoints restore the log."""
+    name = "adversarial_accuracy"
+    entries = (entry for entry in state.log_history if name in entry and entry["step"] <= state.global_step)
+    return [(entry["step"] / state.max_steps, entry[name]) for entry in entries]
+
+
 class EpsilonScheduleCallback(TrainerCallback):
     """Sets the share of epsilon for the next training step.
 
@@ -251,8 +269,9 @@ class EpsilonScheduleCallback(TrainerCallback):
 
     Args:
         schedule (`Callable[[float], float]`):
-            Maps progress in [0, 1] to a multiplier of epsilon. If it has an attribute `spares_wrong` that is true,
-            examples that the model gets wrong are not attacked; see [`~hf_rft.schedules.adaptive`].
+            Maps progress in [0, 1] to a multiplier of epsilon. If it has an attribute `follows_accuracy` that is
+            true, it is also given what has been logged: pairs of progress and the accuracy on the adversarial training
+            examples since the pair before; see [`~hf_rft.schedules.adaptive`].
         interval (`str`, *optional*, defaults to `"step"`):
             `"step"` measures progress in completed optimizer steps, `"epoch"` in completed epochs (a staircase, as in
             the paper).
@@ -273,9 +292,8 @@ class EpsilonScheduleCallback(TrainerCallback):
         return f"{type(self).__name__}({schedule}, interval={self.interval!r})"
 
     @property
-    def spares_wrong(self) -> bool:
-        """Whether only examples that the model classifies correctly are attacked."""
-        return getattr(self.schedule, "spares_wrong", False)
+    def follows_accuracy(self) -> bool:
+        return getattr(self.schedule, "follows_accuracy", False)
 
     def progress(self, state: TrainerState) -> float:
         """Share of training completed before the next step, in [0, 1]."""
@@ -290,7 +308,8 @@ class EpsilonScheduleCallback(TrainerCallback):
     def multiplier(self, state: TrainerState) -> float:
         """The schedule's value for the next step, checked."""
         progress = self.progress(state)
-        return checked_multiplier(self.schedule(progress), progress)
+        logged = [_accuracies(state)] if self.follows_accuracy else []
+        return checked_multiplier(self.schedule(progress, *logged), progress)
 
     def share(self, state: TrainerState) -> float:
         """The result of `multiplier`, checked, since a subclass may override it."""
@@ -314,6 +333,11 @@ class EpsilonScheduleCallback(TrainerCallback):
             raise ValueError(
                 "`epsilon_schedule_interval='epoch'` needs a training dataset with a length, to know how many epochs "
                 "there are; set it to 'step'."
+            )
+        if self.follows_accuracy and (args.logging_strategy == "no" or state.logging_steps > state.max_steps / 10):
+            raise ValueError(
+                "The epsilon schedule follows the accuracy that training logs, and needs at least 10 logs: set "
+                f"`logging_steps` to {max(state.max_steps // 10, 1)} or less, with `logging_strategy='steps'`."
             )
         at = {share: checked_multiplier(self.schedule(share), share) for share in (0.0, 0.25, 0.5, 0.75, 1.0)}
         if getattr(args, "best_model_at_any_epsilon", False) and args.metric_for_best_model and self.grows(state):

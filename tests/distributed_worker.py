@@ -28,6 +28,13 @@ DTYPE = torch.float64
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
 PROCESSOR = ViTImageProcessor(size={"height": SIZE, "width": SIZE})
 
+# Starts at once, since 4 classes give more than `low`, and reaches half of epsilon or so.
+ADAPTIVE = {
+    "epsilon_schedule_type": "adaptive",
+    "num_train_epochs": 5,
+    "logging_strategy": "steps",
+    "logging_steps": 1,
+}
 # Name, loss, family, training examples, global batch, micro-batches a step, further arguments.
 TRAINING_CASES = [
     ("at vit", "at", "vit", 27, 16, 1, {}),  # the last batch: 8 and 3 examples
@@ -41,6 +48,7 @@ TRAINING_CASES = [
     ("split batches", "at", "vit", 27, 16, 1, {"accelerator_config": {"split_batches": True}}),
     ("dispatched batches", "at", "vit", 27, 16, 1, {"accelerator_config": {"dispatch_batches": True}}),
     ("iterable dataset", "at", "vit", 27, 16, 1, {"max_steps": 3}),
+    ("adaptive epsilon", "at", "vit", 27, 16, 1, ADAPTIVE),
 ]
 # Cases that are trained with FSDP2 as well: the layers whose weights are gathered together.
 FSDP_CASES = {"trades vit": "ViTLayer", "at timm": "BasicBlock"}

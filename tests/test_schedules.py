@@ -1,10 +1,13 @@
 import doctest
 import math
 import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import TrainerState
 
 from hf_rft import EpsilonScheduleCallback, EpsilonScheduleType, get_epsilon_schedule, schedules
 from hf_rft.schedules import scaled_steps
@@ -21,7 +24,7 @@ def build(name, start, end):
         "constant": {"multiplier": start},
         "linear": {"end": end},
         "piecewise": {"points": [(0.0, 0.0), (1.0, end)]},
-        "adaptive": {"end": end},
+        "adaptive": {"start": start, "end": end},
     }.get(name, {"start": start, "end": end})
     return get_epsilon_schedule(name, **kwargs)
 
@@ -176,9 +179,91 @@ def test_docstring_example():
     assert results.attempted > 0 and results.failed == 0
 
 
-def test_adaptive_is_a_ramp_that_spares_wrong_examples():
-    schedule, ramp = get_epsilon_schedule("adaptive", end=0.4), get_epsilon_schedule("linear", end=0.4)
-    assert all(schedule(share / 10) == ramp(share / 10) for share in range(11))
-    assert EpsilonScheduleCallback(schedule).spares_wrong and not EpsilonScheduleCallback(ramp).spares_wrong
-    with pytest.raises(ValueError, match="`end=2` is not a share of training"):
-        get_epsilon_schedule("adaptive", end=2)
+# --- Adaptive: scripted accuracies, one log every 5 % of training ---
+
+
+def ramp_of(accuracy, **kwargs):
+    """The multiplier after each log, where the accuracy is a function of progress and of the multiplier so far."""
+    schedule, logged, multipliers = get_epsilon_schedule("adaptive", **kwargs), [], []
+    for place in range(1, 21):
+        progress = place / 20
+        logged.append((progress, accuracy(progress, multipliers[-1] if multipliers else 0.0)))
+        multipliers.append(schedule(progress, logged))
+    return multipliers
+
+
+def test_an_easy_task_is_ramped_at_full_speed():
+    multipliers = ramp_of(lambda progress, multiplier: 0.9)
+    assert multipliers[:7] == pytest.approx([place / 7 for place in range(1, 8)])
+    assert set(multipliers[7:]) == {1.0}
+
+
+def test_a_task_that_is_never_learned_gets_the_late_ramp():
+    late = get_epsilon_schedule("hinge", start=0.5, end=0.9)
+    assert ramp_of(lambda *_: 0.05) == [late(place / 20) for place in range(1, 21)]
+    assert get_epsilon_schedule("adaptive")(0.7) == late(0.7), "nor is anything known without a log"
+
+
+def test_a_hard_task_waits_until_it_is_learned():
+    multipliers = ramp_of(lambda progress, multiplier: 0.02 if progress <= 0.3 else 0.275)
+    assert multipliers[:6] == [0] * 6
+    assert multipliers[6] == pytest.approx(0.05 / 0.35 / 2), "half-way from 5 to 50 %: half the speed"
+    assert multipliers[-1] == 1 and multipliers == sorted(multipliers)
+
+
+def test_the_ramp_slows_down_where_the_attack_wins():
+    multipliers = ramp_of(lambda progress, multiplier: 0.6 * (1 - multiplier))
+    steps = [after - before for before, after in zip([0.0, *multipliers], multipliers, strict=False)]
+    paced = steps[: next(place for place, value in enumerate(multipliers) if place >= 10)]
+    assert all(after <= before + 1e-12 for before, after in zip(paced, paced[1:], strict=False))
+
+
+@given(st.lists(shares, max_size=30), shares)
+def test_adaptive_stays_between_the_late_ramp_and_one_and_never_falls(accuracies, progress):
+    schedule, late = get_epsilon_schedule("adaptive"), get_epsilon_schedule("hinge", start=0.5, end=0.9)
+    logged = [((place + 1) * progress / 31, accuracy) for place, accuracy in enumerate(accuracies)]
+    values = [schedule(progress, logged[:count]) for count in range(len(logged) + 1)]
+    assert values == sorted(values) and late(progress) <= values[0] and values[-1] <= 1
+
+
+def test_the_callback_gives_it_what_was_logged_up_to_the_step():
+    state = TrainerState(global_step=30, max_steps=100, num_train_epochs=1, epoch=0.3, logging_steps=10)
+    state.log_history = [
+        {"step": 10, "loss": 1.0, "adversarial_accuracy": 0.5},
+        {"step": 15, "eval_accuracy": 0.9},
+        {"step": 20, "adversarial_accuracy": 0.05},
+        {"step": 40, "adversarial_accuracy": 0.9},
+    ]
+    callback = EpsilonScheduleCallback(get_epsilon_schedule("adaptive"))
+    assert callback.multiplier(state) == pytest.approx(0.1 / 0.35)
+    assert [callback.multiplier_of_step(state, step) for step in (0, 9, 10)] == pytest.approx([0, 0, 0.1 / 0.35])
+    assert callback.grows(state)
+    state.global_step = 95
+    assert callback.is_final(state)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "logging_steps", "is_enough"), [("steps", 10, True), ("steps", 11, False), ("no", 10, False)]
+)
+def test_too_few_logs_to_follow_are_refused(strategy, logging_steps, is_enough):
+    callback = EpsilonScheduleCallback(get_epsilon_schedule("adaptive"))
+    state = TrainerState(max_steps=100, num_train_epochs=1, logging_steps=logging_steps)
+    args = SimpleNamespace(logging_strategy=strategy, best_model_at_any_epsilon=False)
+    with (
+        nullcontext() if is_enough else pytest.raises(ValueError, match="at least 10 logs: set `logging_steps` to 10")
+    ):
+        callback.on_train_begin(args, state, None)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"duration": 0}, "`duration=0` must be above 0"),
+        ({"low": 0.5, "high": 0.5}, "`low=0.5` below `high=0.5`"),
+        ({"high": 50}, r"`high=50` is outside \[0, 1\]"),
+        ({"end": 2}, "`end=2` is not a share of training"),
+    ],
+)
+def test_bad_arguments_of_adaptive(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        get_epsilon_schedule("adaptive", **kwargs)

@@ -104,7 +104,6 @@ class Adversary:
         *,
         optimizer_step: int = 0,
         first: int = 0,
-        spare_wrong: bool = False,
         **inputs,
     ) -> torch.Tensor:
         """The adversarial examples of one micro-batch.
@@ -119,8 +118,6 @@ class Adversary:
             optimizer_step, first (`int`, *optional*, defaults to 0):
                 The step, and the position of the first example in its global batch. They determine the noise, so
                 gradient accumulation and the number of processes do not change it.
-            spare_wrong (`bool`, *optional*, defaults to `False`):
-                Return the clean image where the model classifies it wrongly.
             inputs:
                 Further inputs of the model.
 
@@ -134,16 +131,9 @@ class Adversary:
         self.attacks += 1
         options = {}
         with self.under_attack(training=self.training_mode):
-            if self.objective == "kl" or spare_wrong:
+            if self.objective == "kl":
                 with torch.no_grad():
-                    clean_logits = forward(pixels)
-                if self.objective == "kl":
-                    options["objective"] = KLDivergence(clean_logits)
-                if spare_wrong:
-                    is_right = clean_logits.argmax(dim=1) == labels
-                    threat_model = ThreatModel(
-                        self.target.norm, float(threat_model.epsilon) * is_right.to(pixels.dtype)
-                    )
+                    options["objective"] = KLDivergence(forward(pixels))
             return self.attack(
                 forward, pixels, labels, threat_model=threat_model, steps=steps, generator=generator, **options
             )
@@ -167,21 +157,23 @@ class Adversary:
 class AdversarialAccuracy:
     """Accuracy on the adversarial training examples since the last `pop`."""
 
-    def __init__(self):
-        self._right: torch.Tensor | None = None  # stays on the device until it is logged
-        self._seen = 0
+    def __init__(self, right: int = 0, seen: int = 0):
+        self._right: int | torch.Tensor = right  # stays on the device until it is logged
+        self._seen = seen
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Add a micro-batch, without waiting for the device."""
-        right = (logits.detach().argmax(dim=1) == labels).sum()
-        self._right = right if self._right is None else self._right + right
+        self._right = self._right + (logits.detach().argmax(dim=1) == labels).sum()
         self._seen += len(labels)
 
-    def pop(self, accelerator: Accelerator) -> dict[str, float]:
-        """The accuracy over all processes, as an entry of the log; empty if there was no training step."""
-        if self._right is None:
-            return {}
-        counts = torch.stack([self._right, torch.full_like(self._right, self._seen)])
-        self._right, self._seen = None, 0
+    def counts(self, accelerator: Accelerator) -> tuple[int, int]:
+        """How many examples were right, and how many there were, over all processes."""
+        counts = torch.tensor([int(self._right), self._seen], device=accelerator.device)
         right, seen = cast(torch.Tensor, accelerator.reduce(counts, "sum")).tolist()
-        return {"adversarial_accuracy": right / seen}
+        return right, seen
+
+    def pop(self, accelerator: Accelerator) -> dict[str, float]:
+        """The accuracy, as an entry of the log; empty if there was no training step."""
+        right, seen = self.counts(accelerator)
+        self._right = self._seen = 0
+        return {"adversarial_accuracy": right / seen} if seen else {}

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import json
 import math
 from collections.abc import Iterator
 from os import PathLike
@@ -17,6 +18,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ..schedules import is_stream
+from ..utils.files import write_text
+from .adversary import AdversarialAccuracy
 from .checkpoints import (
     check_resumable,
     last_complete_checkpoint,
@@ -28,6 +31,8 @@ from .interruption import InterruptionCallback
 
 
 logger = logging.get_logger(__name__)
+
+COUNTS_NAME = "accuracy_since_log.json"
 
 
 def find_checkpoint(trainer: Trainer) -> Path | None:
@@ -84,8 +89,18 @@ def stream_position(
     return passes, 0 if trainer.args.ignore_data_skip else steps * trainer.args.gradient_accumulation_steps
 
 
+def accuracy_since_log(trainer: Trainer, checkpoint: str | None) -> AdversarialAccuracy:
+    """What the next training log counts from: nothing, or what a checkpoint between two logs had counted."""
+    path = Path(checkpoint or "", COUNTS_NAME)
+    if checkpoint is None or not path.is_file() or trainer.args.process_index > 0:  # the counts are of all processes
+        return AdversarialAccuracy()
+    return AdversarialAccuracy(*json.loads(path.read_text()))
+
+
 @contextlib.contextmanager
-def saved_whole(trainer: Trainer, trial, interruption: InterruptionCallback) -> Iterator[None]:
+def saved_whole(
+    trainer: Trainer, trial, interruption: InterruptionCallback, accuracy: AdversarialAccuracy
+) -> Iterator[None]:
     """Around `Trainer._save_checkpoint`: mark the checkpoint as complete, and only then delete old ones.
 
     Raises:
@@ -99,8 +114,10 @@ def saved_whole(trainer: Trainer, trial, interruption: InterruptionCallback) -> 
     limit, args.save_total_limit = args.save_total_limit, None  # `Trainer` would delete old ones too early
     try:
         yield
+        counts = accuracy.counts(accelerator)
         accelerator.wait_for_everyone()
         if args.should_save:
+            write_text(folder / COUNTS_NAME, json.dumps(counts))
             mark_complete(folder)
     except Exception as error:
         if args.should_save:

@@ -50,7 +50,7 @@ from .distributed import (
 )
 from .evaluation import check_can_evaluate, make_report, on_clean_logits, with_robust_metrics
 from .interruption import InterruptionCallback, preemption_requests, with_workers_in_own_group
-from .resuming import checkpoint_to_resume, saved_whole, stream_position
+from .resuming import accuracy_since_log, checkpoint_to_resume, saved_whole, stream_position
 
 
 class RobustTrainer(Trainer):
@@ -163,7 +163,7 @@ class RobustTrainer(Trainer):
             NonFiniteError: if a loss or gradient is not finite; the step is not taken.
         """
         checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
-        self._train_accuracy = AdversarialAccuracy()  # an earlier run may have ended between two logs
+        self._train_accuracy = accuracy_since_log(self, checkpoint)
         self.interruption.reset()
         with preemption_requests(self.interruption):
             output = super().train(checkpoint, *args, **kwargs)
@@ -226,9 +226,7 @@ class RobustTrainer(Trainer):
             return None
         before = step.micro_batch * over_processes(self.args, self._train_batch_size)
         position = {"optimizer_step": self.state.global_step, "first": before + self.args.process_index * len(pixels)}
-        callback = self.epsilon_callback
-        spare_wrong = callback is not None and callback.spares_wrong
-        adversarial = self.adversary(pixels, labels, share, spare_wrong=spare_wrong, **position, **inputs)
+        adversarial = self.adversary(pixels, labels, share, **position, **inputs)
         values = self.classifier.normalization.from_pixels(adversarial)
         # Bytes (from a processor that does nothing) cannot represent a perturbation: the result stays float.
         return values.to(pixel_values.dtype) if pixel_values.is_floating_point() else values
@@ -314,7 +312,7 @@ class RobustTrainer(Trainer):
         return stream_position(self, checkpoint, max_steps, num_train_epochs) or position
 
     def _save_checkpoint(self, model, trial):
-        with saved_whole(self, trial, self.interruption):
+        with saved_whole(self, trial, self.interruption, self._train_accuracy):
             super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

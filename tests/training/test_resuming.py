@@ -281,6 +281,31 @@ def test_a_stream_resumed_in_any_pass_ends_like_one_that_was_not_interrupted(
         assert_same(run(f"from-{step}", tmp_path / "whole" / f"checkpoint-{step}"), whole)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_adaptive_epsilon_resumes_exactly_also_between_two_logs(make_trainer, tmp_path, stream):
+    options = {"max_steps": 24, "save_strategy": "steps", "save_steps": 1, "logging_steps": 2}
+    options |= {"epsilon_schedule_type": "adaptive", "per_device_train_batch_size": 4}
+
+    def run(folder, checkpoint=None):
+        data = {"train_dataset": Stream()} if stream else None
+        trainer = make_trainer(output_dir=str(tmp_path / folder), trainer_options=data, **options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    def path_of_epsilon(trainer):
+        # Not the loss: after a resume, `Trainer` averages it over fewer steps than it divides by.
+        entries = (entry for entry in trainer.state.log_history if "epsilon" in entry)
+        return [(entry["epsilon"], entry["adversarial_accuracy"]) for entry in entries]
+
+    whole = run("whole")
+    assert path_of_epsilon(whole)[0][0] == 0 and len({epsilon for epsilon, _ in path_of_epsilon(whole)}) > 5
+    for step in (6, 7, 11):
+        resumed = run(f"from-{step}", tmp_path / "whole" / f"checkpoint-{step}")
+        assert path_of_epsilon(resumed) == path_of_epsilon(whole)
+        for name, tensor in weights(whole.model).items():
+            assert torch.equal(weights(resumed.model)[name], tensor), name
+
+
 def test_a_stream_that_was_trained_to_its_end_goes_on_only_if_the_end_is_put_off(make_trainer, tmp_path):
     def run(max_steps, checkpoint=None):
         trainer = make_trainer(
