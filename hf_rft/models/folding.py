@@ -27,6 +27,9 @@ class FoldablePair(NamedTuple):
     batch_norm: nn.BatchNorm2d
 
 
+FoldedWeights = dict[FoldablePair, tuple[nn.Parameter, nn.Parameter]]  # weight and bias of the convolution
+
+
 def find_foldable_pairs(model: nn.Module) -> list[FoldablePair]:
     """The pairs in a model that can be folded, in evaluation mode, without changing its outputs beyond rounding.
 
@@ -42,24 +45,30 @@ def find_foldable_pairs(model: nn.Module) -> list[FoldablePair]:
     return [pair for pair in pairs if all(names[id(one)] == 1 for one in pair)]
 
 
+def folded_weights(pairs: Sequence[FoldablePair]) -> FoldedWeights:
+    """What the convolutions need in order to do the work of their BatchNorms, from the present weights.
+
+    A pair is skipped if either `forward` has been replaced since the pair was found.
+    """
+    return {pair: _folded_weights(*pair) for pair in pairs if not any(_has_own_forward(one) for one in pair)}
+
+
 @contextlib.contextmanager
-def folded(pairs: Sequence[FoldablePair]) -> Iterator[None]:
+def folded(weights: FoldedWeights) -> Iterator[None]:
     """Let convolutions do the work of their BatchNorms, which must be in evaluation mode.
 
-    Folded weights are computed from the current ones and pass no gradient to them. A pair is skipped if either
-    `forward` has been replaced since the pair was found. Afterwards, all modules are restored.
+    Folded weights pass no gradient to the model's own. Afterwards, all modules are restored.
     """
-    pairs = [pair for pair in pairs if not any(_has_own_forward(one) for one in pair)]
-    own = [(convolution, convolution.weight, convolution.bias) for convolution, _ in pairs]
+    own = [(convolution, convolution.weight, convolution.bias) for convolution, _ in weights]
     try:
-        for convolution, batch_norm in pairs:
+        for (convolution, batch_norm), (weight, bias) in weights.items():
             rest = _after_batch_norm(batch_norm)
             assert rest is not None and not batch_norm.training, "see `find_foldable_pairs`"
-            convolution.weight, convolution.bias = _folded_weights(convolution, batch_norm)
+            convolution.weight, convolution.bias = weight, bias
             vars(batch_norm)["forward"] = rest  # shadows the method of the class
         yield
     finally:
-        for (convolution, weight, bias), (_, batch_norm) in zip(own, pairs, strict=True):
+        for (convolution, weight, bias), (_, batch_norm) in zip(own, weights, strict=True):
             convolution.weight, convolution.bias = weight, bias
             vars(batch_norm).pop("forward", None)
 
@@ -85,7 +94,7 @@ def folding_is_exact(model: nn.Module, pairs: Sequence[FoldablePair], images: to
     """
     with in_mode(model, training=False):
         expected = model(pixel_values=images).logits
-        with folded(pairs):
+        with folded(folded_weights(pairs)):
             found = model(pixel_values=images).logits
     return bool((found - expected).abs().max() <= 1e-3 * expected.abs().max())
 

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from ..attacks import ATTACKS
 from ..attacks.base import Attack, KLDivergence, checked
 from ..models.classifier import PixelClassifier
-from ..models.folding import FoldablePair, folded
+from ..models.folding import FoldablePair, folded, folded_weights
 from ..schedules import scaled_steps
 from ..threat_model import ThreatModel
 from ..utils.noise import TRAINING_ATTACK, example_generators
@@ -140,8 +140,8 @@ class Adversary:
 
     @contextlib.contextmanager
     def under_attack(self, *, training: bool = False) -> Iterator[None]:
-        """The classifier's state during an attack in training. (Attacks in evaluation do not fold.)"""
-        with self.classifier.under_attack(training=training), folded(self.foldable_pairs):
+        """The classifier's state during an attack in training."""
+        with self.classifier.under_attack(training=training), folded(folded_weights(self.foldable_pairs)):
             yield
 
     def forward(self, pixels: torch.Tensor, **inputs) -> torch.Tensor:

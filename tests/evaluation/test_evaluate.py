@@ -1,4 +1,5 @@
 import random
+from collections import Counter
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -14,7 +15,9 @@ from transformers import AutoModelForImageClassification, ResNetConfig, ViTConfi
 
 from hf_rft import PixelNormalization, ThreatModel, evaluate_robustness
 from hf_rft.attacks import apgd
+from hf_rft.evaluation import evaluate as evaluation
 from hf_rft.evaluation import evaluator, flags
+from hf_rft.models.folding import folded_weights
 from hf_rft.threat_model import NORMS
 
 
@@ -502,6 +505,54 @@ def test_half_precision_that_errs_changes_no_number():
     assert report.accuracies == exact.accuracies and report.robust_accuracy < report.clean_accuracy
     is_broken = np.isfinite(report.distances)
     assert (report.distances >= LinearClassifier().distances("linf") * (1 - 1e-6))[is_broken].all()
+
+
+def with_own_statistics(model):
+    """As after training: BatchNorm neither centred nor of unit variance."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean = 0.1 * torch.randn(module.num_features, generator=generator)
+            module.running_var = 0.5 + torch.rand(module.num_features, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("family", ["resnet", "timm"])
+def test_attacks_run_without_batch_norm_and_the_result_is_the_same(family, processor, monkeypatch):
+    model = with_own_statistics(make_model(family)).eval()
+    dataset, calls = picture_dataset(model, processor), Counter()
+    normalise = torch.nn.functional.batch_norm
+
+    def counted(*args, **options):
+        calls[is_folded] += 1
+        return normalise(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "batch_norm", counted)
+    is_folded = True
+    folded = evaluate(model, dataset, processor, tier=[("apgd", 20)])
+    is_folded = False
+    monkeypatch.setattr(evaluation, "folded_weights", lambda pairs: {})
+    plain = evaluate(model, dataset, processor, tier=[("apgd", 20)])
+    assert numbers(folded) == numbers(plain) and folded.robust_accuracy < folded.clean_accuracy
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert calls[False] - calls[True] >= 20 * norms > 0, "the steps of the attack"
+
+
+def test_folding_that_errs_changes_no_number(processor, monkeypatch):
+    """Whatever fools the folded model counts only if it fools the model."""
+    model = with_own_statistics(make_model("resnet")).eval()
+    dataset, tier = picture_dataset(model, processor), [("apgd", 5)]
+    expected = evaluate(model, dataset, processor, tier=tier)
+
+    def wrong(pairs):
+        return {pair: (-weight, bias) for pair, (weight, bias) in folded_weights(pairs).items()}
+
+    monkeypatch.setattr(evaluation, "folded_weights", wrong)
+    found = evaluate(model, dataset, processor, tier=tier)
+    assert found.clean_accuracy == expected.clean_accuracy
+    adversarial = found.examples.adversarial
+    predicted = model.eval()((adversarial - 0.5) / 0.5).logits.argmax(dim=1)
+    assert (predicted.numpy() != found.labels[found.examples.positions]).all()
 
 
 def test_batch_size_changes_nothing_in_float64(processor):

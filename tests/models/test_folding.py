@@ -9,7 +9,7 @@ from transformers import AutoModelForImageClassification, TimmWrapperConfig
 
 from hf_rft.attacks import pgd
 from hf_rft.models.classifier import under_attack
-from hf_rft.models.folding import exactly_foldable_pairs, find_foldable_pairs, folded, folding_is_exact
+from hf_rft.models.folding import exactly_foldable_pairs, find_foldable_pairs, folded, folded_weights, folding_is_exact
 from hf_rft.threat_model import ThreatModel
 
 
@@ -55,7 +55,7 @@ def test_every_batch_norm_of_the_known_families_is_found(model):
 
 def test_logits_are_the_same_up_to_rounding(model):
     expected = logits(model)(images())
-    with folded(find_foldable_pairs(model)):
+    with folded(folded_weights(find_foldable_pairs(model))):
         found = logits(model)(images())
     assert not torch.equal(found, expected)  # something was folded
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
@@ -64,7 +64,7 @@ def test_logits_are_the_same_up_to_rounding(model):
 def test_everything_comes_back_also_after_an_error(model):
     before, parameters = weights(model), dict(model.named_parameters())
     entries = {module: dict(vars(module)) for module in model.modules()}
-    with contextlib.suppress(KeyError), folded(find_foldable_pairs(model)):
+    with contextlib.suppress(KeyError), folded(folded_weights(find_foldable_pairs(model))):
         raise KeyError
     after = dict(model.named_parameters())
     assert list(after) == list(parameters) and all(after[name] is parameters[name] for name in after)
@@ -89,7 +89,7 @@ def test_attack_is_the_same_up_to_rounding():
     options = {"threat_model": ThreatModel("l2", "0.5"), "steps": 3}
     found = []
     for pairs in ([], find_foldable_pairs(model)):
-        with under_attack(model, training=False), folded(pairs):
+        with under_attack(model, training=False), folded(folded_weights(pairs)):
             found.append(pgd(logits(model), images().double(), labels, **options))
     assert not torch.equal(*found)
     torch.testing.assert_close(*found, atol=1e-6, rtol=0)
@@ -184,7 +184,7 @@ def test_a_forward_that_was_replaced_after_the_search_is_used_and_kept(name):
     original = module.forward
     module.forward = lambda images: original(images) + 1
     replaced, expected = module.forward, part(images())
-    with folded(pairs):
+    with folded(folded_weights(pairs)):
         assert torch.equal(part(images()), expected)
     assert module.forward is replaced
 
