@@ -6,13 +6,13 @@
     hf-rft study report outputs/my_study --compare schedule --baseline linear75
 
 my_study.yaml names flags of `hf-rft train` that all runs share, the factors that vary with the flags of their options,
-and seeds; docs/how_to/study.md shows one. Each run is an ordinary `hf-rft train` in a folder of its own. A
-study that was killed goes on with the same command; a run that fails is listed in failures.csv and does not stop the
-others. Writes into --output_dir: results.csv (a row per run), curves.csv (a row per run and epsilon), failures.csv,
+and seeds; docs/how_to/study.md shows one. Each run is an ordinary `hf-rft train` in a folder of its own. A study that was
+killed goes on with the same command; a run that fails is listed in failures.csv and does not stop the others. Writes into --output_dir: results.csv (a row per run), curves.csv (a row per run and epsilon), failures.csv,
 report.md with its figures, and runs/ with the folders of the runs.
 """
 
 import contextlib
+import importlib.util
 import os
 import sys
 from functools import partial
@@ -50,7 +50,7 @@ def check_runs(study: Study, output_dir: Path) -> None:
 
 def add_run_arguments(parser: Parser, output_dir: str) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path(output_dir), help="Where runs and results go.")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="Runs at a time.")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="Runs at a time on this machine.")
     parser.add_argument(
         "--ray_address", metavar="TEXT", help='Of a Ray cluster that makes the runs; "auto": the one here.'
     )
@@ -61,6 +61,8 @@ def run_study(study: Study, args) -> None:
     """Make the runs that are missing, and the report."""
     if args.jobs < 1:
         exit_with(f"--jobs {args.jobs} must be at least 1.")
+    if args.ray_address is not None and importlib.util.find_spec("ray") is None:
+        exit_with('--ray_address needs ray: pip install "hf_rft[ray]"')
     check_writable("--output_dir", args.output_dir)
     output_dir = args.output_dir.resolve()
     check_runs(study, output_dir)
@@ -86,10 +88,10 @@ def main(arguments: list[str] | None = None) -> None:
         report(words[1:])
         return
     parser = Parser(description=__doc__)
-    parser.add_argument("study", help="YAML file of the study.")
+    parser.add_argument("file", help="YAML file that describes the study.")
     add_run_arguments(parser, "outputs/study")
     args = parser.parse_args(words)
-    description = read_config(find_file("study:", args.study), KEYS)
+    description = read_config(find_file("file:", args.file), KEYS)
     run_study(Study.from_description(description, read_recipe), args)
 
 

@@ -306,7 +306,7 @@ COMMAND_LINES = [
     ("compare", "emoji --output_dir {root}/images/a_file", "`--output_dir=.* is a file"),
     ("compare", "emoji --epsilom 4/255", "unknown key 'epsilom'. Did you mean epsilon?"),
     ("compare", "emoji --hub_token secret", "`common` sets 'hub_token', and a study keeps its flags; log in"),
-    ("study", "missing.yaml", "study: missing.yaml is neither a file nor the name of one"),
+    ("study", "missing.yaml", "file: missing.yaml is neither a file nor the name of one"),
     ("leaderboard", "a --output_dir {root}/images/a_file", "`--output_dir=.* is a file"),
     ("push_metric", [], "required: --namespace"),
     ("push_metric", ["--namespace", "my name"], "--namespace 'my name' is not the name of a user: .*my name"),

@@ -1,4 +1,5 @@
 import csv
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,13 @@ def test_mistakes_end_a_study_before_it_begins(made, tmp_path, capsys, changes, 
         study.main([described(tmp_path, **changes), "--output_dir", str(tmp_path / "out")])
     assert message in capsys.readouterr().err + str(error.value)
     assert not made and not (tmp_path / "out").exists()
+
+
+def test_without_ray_it_says_what_to_install(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit):
+        study.main([described(tmp_path), "--output_dir", str(tmp_path / "out"), "--ray_address", "auto"])
+    assert 'pip install "hf_rft[ray]"' in capsys.readouterr().err
 
 
 def test_the_run_at_fault_is_named(made, tmp_path, capsys):
