@@ -6,9 +6,11 @@
     hf-rft study report outputs/my_study --compare schedule --baseline linear75
 
 my_study.yaml names flags of `hf-rft train` that all runs share, the factors that vary with the flags of their options,
-and seeds; docs/how_to/study.md shows one. Each run is an ordinary `hf-rft train` in a folder of its own. A study that was
-killed goes on with the same command; a run that fails is listed in failures.csv and does not stop the others. Writes into --output_dir: results.csv (a row per run), curves.csv (a row per run and epsilon), failures.csv,
-report.md with its figures, and runs/ with the folders of the runs.
+and seeds; docs/how_to/study.md shows one. Each run is an ordinary `hf-rft train` in a folder of its own. A study that
+was killed goes on with the same command; a run that fails is listed in failures.csv and does not stop the others.
+
+Writes into --output_dir: results.csv (a row per run), curves.csv (a row per run and epsilon), failures.csv, report.md
+with its figures, and runs/ with the folders of the runs.
 """
 
 import contextlib
