@@ -114,7 +114,8 @@ def adaptive(
     Its speed is proportional to the accuracy on the adversarial training examples, as far as that exceeds `low`; from
     `high` on it is full speed, at which the ramp takes `duration`, a share of training. So it is over early where the
     task is easy, and waits where it is hard. It is never behind a late hinge schedule from `start` to `end`, so that
-    epsilon is reached in time. No extra pass: the accuracy is that of the log, with which epsilon moves.
+    epsilon is reached in time. No extra pass: the accuracy is that of the log, with which epsilon moves. With fewer
+    than 20 classes, guessing alone exceeds the default `low`.
 
     Unlike instance-adaptive training (Balaji et al. 2019, https://huggingface.co/papers/1910.08051) and MMA (Ding et
     al. 2020, https://huggingface.co/papers/1812.02637), all examples share one epsilon, and the log is all its memory.
@@ -334,7 +335,7 @@ class EpsilonScheduleCallback(TrainerCallback):
                 "`epsilon_schedule_interval='epoch'` needs a training dataset with a length, to know how many epochs "
                 "there are; set it to 'step'."
             )
-        if self.follows_accuracy and (args.logging_strategy == "no" or state.logging_steps > state.max_steps / 10):
+        if self.follows_accuracy and (args.logging_strategy != "steps" or state.logging_steps > state.max_steps / 10):
             raise ValueError(
                 "The epsilon schedule follows the accuracy that training logs, and needs at least 10 logs: set "
                 f"`logging_steps` to {max(state.max_steps // 10, 1)} or less, with `logging_strategy='steps'`."

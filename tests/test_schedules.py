@@ -243,7 +243,8 @@ def test_the_callback_gives_it_what_was_logged_up_to_the_step():
 
 
 @pytest.mark.parametrize(
-    ("strategy", "logging_steps", "is_enough"), [("steps", 10, True), ("steps", 11, False), ("no", 10, False)]
+    ("strategy", "logging_steps", "is_enough"),
+    [("steps", 10, True), ("steps", 11, False), ("epoch", 10, False), ("no", 10, False)],
 )
 def test_too_few_logs_to_follow_are_refused(strategy, logging_steps, is_enough):
     callback = EpsilonScheduleCallback(get_epsilon_schedule("adaptive"))

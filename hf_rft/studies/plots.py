@@ -121,10 +121,10 @@ def plot_adaptation(table: pandas.DataFrame, factor: str, path: Path) -> None:
     styles = _styles(table, factor)
     for axes, pair in zip(panels, pairs, strict=True):
         for _, run in table[table["pair"] == pair].iterrows():
-            accuracies = [100 * float(accuracy) for accuracy in run["validation_accuracy"].split()]
-            if not accuracies:  # the run was not evaluated while it trained
+            points = [entry.split(":") for entry in run["validation_accuracy"].split()]
+            if not points:  # the run was not validated
                 continue
-            progress = 100 * np.arange(1, len(accuracies) + 1) / len(accuracies)
+            progress, accuracies = 100 * np.array(points, dtype=float).T
             color = styles[run[factor]]["color"]
             axes.plot(progress, accuracies, color=color, alpha=0.7, linewidth=1.2)
             if not np.isnan(run["onset"]):

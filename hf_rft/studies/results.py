@@ -4,10 +4,10 @@ Everything that a study says is made from results.csv alone, by [`hf_rft.studies
 long form, what its columns `eval_epsilons` and `broken_at` hold. Columns of results.csv: one for each factor, and
 
 - `seed`, `clean_accuracy`, `robust_accuracy` (at the largest epsilon), `expected_robustness`: shares of 1;
-- `eval_norm`, `eval_epsilons` (the grid), `tier` (of the attacks), `num_examples`, `num_classes`;
-- `seconds`: of training alone, on a machine that may have had other work;
+- `eval_norm`, `eval_epsilons` (the grid), `tier` and `attacks` (attack:steps:restarts), `num_examples`, `num_classes`;
+- `seconds`: of training alone (its last part, if it was resumed), on a machine that may have had other work;
 - `onset`: share of training after which the validation accuracy first passed [`onset`]'s threshold; empty: never;
-- `validation_accuracy`: clean, at equal distances over training;
+- `validation_accuracy`: clean, as `share of training:accuracy`; empty: the run was not validated;
 - `broken_at`: one character an example (0-9, then a-z): the place in the grid, from 0, of the first epsilon that broke
   it; one more than the last place if none did;
 - `images` (first characters of the hash of the test images), `trust_checks` (that failed);
@@ -33,6 +33,7 @@ from ..utils.files import replacing
 # After those of the factors.
 COLUMNS = [
     *("seed", "clean_accuracy", "robust_accuracy", "expected_robustness", "eval_norm", "eval_epsilons", "tier"),
+    "attacks",
     *("num_examples", "num_classes", "seconds", "onset", "validation_accuracy", "broken_at", "images"),
     *("trust_checks", "run", "commit", "torch"),
 ]
@@ -54,7 +55,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     log = TrainerState.load_from_json(str(folder / "trainer_state.json")).log_history
     if len(report.epsilons) >= len(_DIGITS):
         raise ValueError(f"A study keeps at most {len(_DIGITS) - 1} epsilons a run, got {len(report.epsilons)}.")
-    validation = [(entry["epoch"], entry["eval_accuracy"]) for entry in evaluations(log)]
+    end = next(entry for entry in reversed(log) if "train_runtime" in entry)
+    validation = [(entry["epoch"] / end["epoch"], entry["eval_accuracy"]) for entry in evaluations(log)]
     num_classes = report.settings["model"]["num_classes"]
     return {
         "clean_accuracy": report.clean_accuracy,
@@ -63,16 +65,17 @@ def read_run(folder: Path) -> dict[str, Any]:
         "eval_norm": report.norm,
         "eval_epsilons": " ".join(map(format_epsilon, report.epsilons)),
         "tier": report.settings["tier"],
+        "attacks": " ".join("{attack}:{steps}:{restarts}".format(**run) for run in report.settings["attacks"]),
         "num_examples": len(report),
         "num_classes": num_classes,
-        "seconds": round(next(entry["train_runtime"] for entry in log if "train_runtime" in entry), 1),
+        "seconds": round(end["train_runtime"], 1),
         "onset": onset(validation, report.labels),
-        "validation_accuracy": " ".join(f"{accuracy:.4g}" for _, accuracy in validation),
+        "validation_accuracy": " ".join(f"{share:.4g}:{accuracy:.4g}" for share, accuracy in validation),
         "broken_at": "".join(_DIGITS[place] for place in report.broken_at),
         "images": str(report.settings["dataset"]["sha256"])[:12],
         "trust_checks": " ".join(report.flags or {}),
         "commit": current_commit(),
-        "torch": versions()["torch"],
+        "torch": report.settings["versions"]["torch"],
     }
 
 
@@ -83,21 +86,26 @@ def onset(validation: Sequence[tuple[float, float]], labels: np.ndarray) -> floa
     class for every image.
 
     Args:
-        validation (`Sequence` of `(epoch, accuracy)`):
-            Over the whole of training.
+        validation (`Sequence` of `(share of training, accuracy)`):
+            In order.
         labels (`np.ndarray`):
             Of the test images.
     """
     chance = np.bincount(labels).max() / len(labels)
-    passed = [epoch for epoch, accuracy in validation if accuracy > onset_threshold(1 / chance)]
-    return round(passed[0] / validation[-1][0], 4) if passed else None
+    passed = [share for share, accuracy in validation if accuracy > onset_threshold(1 / chance)]
+    return round(passed[0], 4) if passed else None
 
 
 def current_commit() -> str:
     """Of the source that runs; the version of the package where it was installed without its repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not that of a repository around the environment
+        return git("describe", "--always", "--dirty", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return versions()["hf_rft"]
 

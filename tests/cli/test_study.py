@@ -34,7 +34,14 @@ def made(monkeypatch):
             "num_examples": 4,
             "num_classes": 2,
         }
-        numbers |= {"seconds": 1.0, "onset": None, "validation_accuracy": "0.5", "images": "a", "trust_checks": ""}
+        numbers |= {
+            "seconds": 1.0,
+            "onset": None,
+            "validation_accuracy": "1:0.5",
+            "attacks": "",
+            "images": "a",
+            "trust_checks": "",
+        }
         return {**numbers, "broken_at": "2000", "commit": "c", "torch": "2"}
 
     monkeypatch.setattr(runs, "make_run", make_run)

@@ -10,7 +10,7 @@ from hf_rft.studies.statistics import differences, over_pairs, summary, with_pai
 from studies.test_statistics import ROWS, table
 
 
-RUNS = with_pairs(table(ROWS, validation_accuracy="0.1 0.4 0.6", run=list("abcdef")), "schedule")
+RUNS = with_pairs(table(ROWS, validation_accuracy="0.25:0.1 0.5:0.4 1:0.6", run=list("abcdef")), "schedule")
 FOUND = differences(RUNS, "schedule", "constant")
 
 
@@ -83,8 +83,8 @@ def test_curves_are_means_over_seeds(drawn):
 def test_adaptation_marks_the_onset(drawn):
     draw("adaptation")
     line, star, *_ = drawn[0].axes[0].lines
-    np.testing.assert_allclose(line.get_xdata(), [100 / 3, 200 / 3, 100])
-    assert (star.get_xdata()[0], star.get_ydata()[0]) == (50, pytest.approx(25))
+    np.testing.assert_allclose(line.get_xdata(), [25, 50, 100])
+    assert (star.get_xdata()[0], star.get_ydata()[0]) == (50, pytest.approx(40))
 
 
 def test_names_are_no_formulas(tmp_path):

@@ -10,7 +10,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def saved(folder, rows=ROWS, **columns):
-    found = table(rows, **{"validation_accuracy": "0.1 0.4 0.6", **columns})
+    found = table(rows, **{"validation_accuracy": "0.25:0.1 0.5:0.4 1:0.6", **columns})
     found["run"] = [f"run{place}" for place in range(len(found))]
     found[["data", "schedule", *COLUMNS]].to_csv(folder / "results.csv", index=False)
     return folder

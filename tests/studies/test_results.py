@@ -22,8 +22,12 @@ SETTINGS = {
     "model": {"name": "m", "num_classes": 10},
     "dataset": {"sha256": "abcdef" * 10},
     "tier": "standard",
-    "attacks": [],
+    "attacks": [
+        {"attack": "apgd", "steps": 100, "restarts": 1},
+        {"attack": "apgd_targeted", "steps": 100, "restarts": 1},
+    ],
     "seed": 0,
+    "versions": {"torch": "2.0.1"},
 }
 
 
@@ -32,7 +36,7 @@ def finished(folder, places=(0, 1, 2, 4, 4), validation=(0.1, 0.5), **options):
     folder.mkdir(parents=True)
     make_report(places, settings=SETTINGS, **options).save(folder / "robustness.json")
     log = [{"epoch": epoch, "eval_accuracy": accuracy} for epoch, accuracy in enumerate(validation, start=1)]
-    log.append({"train_runtime": 120.04})
+    log.append({"train_runtime": 120.04, "epoch": 2.0})
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
     return folder
 
@@ -44,17 +48,18 @@ def test_a_finished_run_as_a_row(tmp_path):
     assert (row["tier"], row["num_examples"], row["num_classes"], row["seconds"]) == ("standard", 5, 10, 120.0)
     assert (row["images"], row["trust_checks"]) == ("abcdefabcdef", "random_output")
     # Not above the threshold of one class: all labels of the report are the same.
-    assert (row["validation_accuracy"], row["onset"]) == ("0.1 0.5", None)
+    assert (row["validation_accuracy"], row["onset"]) == ("0.5:0.1 1:0.5", None)
+    assert (row["attacks"], row["torch"]) == ("apgd:100:1 apgd_targeted:100:1", "2.0.1")
     assert row["commit"] and set(row) | {"seed", "run"} == set(COLUMNS)
 
 
 def test_onset_is_the_share_of_training_when_guessing_is_left_behind():
     ten_classes = np.arange(100) % 10
-    assert onset([(0.5, 0.15), (1.0, 0.2), (1.5, 0.21), (2.0, 0.9)], ten_classes) == 0.75
-    assert onset([(1, 0.1), (2, 0.2)], ten_classes) is None
+    assert onset([(0.25, 0.15), (0.5, 0.2), (0.75, 0.21), (1.0, 0.9)], ten_classes) == 0.75
+    assert onset([(0.5, 0.1), (1, 0.2)], ten_classes) is None
     mostly_one = np.repeat([0, 1], [40, 60])  # 60 % by guessing: half-way to 100 % is 80 %
-    assert onset([(1, 0.6), (2, 0.79)], mostly_one) is None
-    assert onset([(1, 0.6), (2, 0.81)], mostly_one) == 1.0
+    assert onset([(0.5, 0.6), (1, 0.79)], mostly_one) is None
+    assert onset([(0.5, 0.6), (1, 0.81)], mostly_one) == 1.0
     assert onset([], ten_classes) is None
 
 

@@ -30,7 +30,7 @@ def table(rows, **columns):
         "onset": 0.5,
     }
     constants |= {"num_examples": 4, "num_classes": 2, "validation_accuracy": "", "trust_checks": ""}
-    return found.assign(**{**constants, "run": "r", "commit": "c", "torch": "2", **columns})
+    return found.assign(**{**constants, "run": "r", "attacks": "apgd:100:1", "commit": "c", "torch": "2", **columns})
 
 
 ROWS = [
