@@ -254,11 +254,11 @@ def _steps_per_epoch(state: TrainerState) -> int:
     return math.ceil(round(state.global_step / state.epoch, 6))
 
 
-def _accuracies(state: TrainerState) -> list[tuple[float, float]]:
-    """Progress and accuracy of each training log up to the present step; checkpoints restore the log."""
+def _accuracies(state: TrainerState, progress: float) -> list[tuple[float, float]]:
+    """Progress and accuracy of each training log up to `progress`; checkpoints restore the log."""
     name = "adversarial_accuracy"
-    entries = (entry for entry in state.log_history if name in entry and entry["step"] <= state.global_step)
-    return [(entry["step"] / state.max_steps, entry[name]) for entry in entries]
+    found = [(entry["step"] / state.max_steps, entry[name]) for entry in state.log_history if name in entry]
+    return [(at, accuracy) for at, accuracy in found if at <= progress]
 
 
 class EpsilonScheduleCallback(TrainerCallback):
@@ -309,7 +309,7 @@ class EpsilonScheduleCallback(TrainerCallback):
     def multiplier(self, state: TrainerState) -> float:
         """The schedule's value for the next step, checked."""
         progress = self.progress(state)
-        logged = [_accuracies(state)] if self.follows_accuracy else []
+        logged = [_accuracies(state, progress)] if self.follows_accuracy else []
         return checked_multiplier(self.schedule(progress, *logged), progress)
 
     def share(self, state: TrainerState) -> float:

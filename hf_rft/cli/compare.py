@@ -33,13 +33,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 def flags_of(words: Sequence[str]) -> dict[str, object]:
     """The flags of a command line as a recipe holds them."""
-    flags: dict[str, list[str]] = {}
+    given: dict[str, list[str]] = {}
     name = ""
     for word in words:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
-            flags[name] = [value] if equals else []
+            given[name] = [value] if equals else []
+        elif name:
+            given[name].append(word)
         else:
-            flags[name].append(word)
-    return {name: values if len(values) > 1 else values[0] if values else True for name, values in flags.items()}
+            exit_with(f"{word} belongs to no flag; name all recipes first.")
+    flags: dict[str, object] = {}
+    for name, values in given.items():
+        if values:
+            flags[name] = values if len(values) > 1 else values[0]
+        else:  # `--flag` or `--no_flag`
+            flags[name.removeprefix("no_")] = not name.startswith("no_")
+    return flags

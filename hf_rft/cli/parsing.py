@@ -195,7 +195,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_config(path: Path, names: set[str] | None = None) -> dict[str, Any]:
+def read_config(path: Path, names: set[str] | None = None, argument: str = "--config") -> dict[str, Any]:
     """The values of a YAML file by their keys, which must be among `names`, if these are given.
 
     Raises:
@@ -205,12 +205,12 @@ def read_config(path: Path, names: set[str] | None = None) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"--config {path} is not valid YAML: {error}.") from error
+        raise ValueError(f"{argument} {path} is not valid YAML: {error}.") from error
     if not isinstance(values, dict):
-        raise ValueError(f"--config {path} must hold `name: value` lines, got {type(values).__name__}.")
+        raise ValueError(f"{argument} {path} must hold `name: value` lines, got {type(values).__name__}.")
     for name in values:
         if names is not None and name not in names:
-            raise ValueError(f"--config {path}: unknown key {name!r}.{_nearest(str(name), names)}")
+            raise ValueError(f"{argument} {path}: unknown key {name!r}.{_nearest(str(name), names)}")
     return values
 
 

@@ -16,6 +16,7 @@ with its figures, and runs/ with the folders of the runs.
 import contextlib
 import importlib.util
 import os
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from ..studies.grid import KEYS, Study
 from ..studies.report import write_report
 from ..studies.runs import make_study, with_ray, with_threads, write_recipe
 from ..utils.files import check_writable
-from .exits import exit_with
+from .exits import PREEMPTED, exit_with
 from .parsing import Parser, read_config
 from .recipes import find_file
 from .train import parse_arguments
@@ -33,7 +34,7 @@ from .train import parse_arguments
 
 def read_recipe(name: str) -> dict:
     """The flags of a recipe; their names are checked with all others, when the run is."""
-    return read_config(find_file("config:", name))
+    return read_config(find_file("config:", name), argument="config:")
 
 
 def check_runs(study: Study, output_dir: Path) -> None:
@@ -74,6 +75,8 @@ def run_study(study: Study, args) -> None:
     else:
         cpus = int(study.cpus or 1)
         scheduler = partial(with_ray, address=args.ray_address, cpus=cpus, gpus=study.gpus)
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
     failed = make_study(study, output_dir, scheduler, cpus=cpus, keeps_weights=not args.delete_weights)
     if failed < len(study.runs):
         print(write_report(output_dir))
@@ -93,7 +96,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("file", help="YAML file that describes the study.")
     add_run_arguments(parser, "outputs/study")
     args = parser.parse_args(words)
-    description = read_config(find_file("file:", args.file), KEYS)
+    description = read_config(find_file("file:", args.file), KEYS, "file:")
     run_study(Study.from_description(description, read_recipe), args)
 
 

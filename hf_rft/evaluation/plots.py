@@ -70,13 +70,13 @@ def draw_curves(axes, curves: Mapping[str, Curve], norm: str) -> None:
     for style, (name, (epsilons, accuracies)) in zip(line_styles(), curves.items(), strict=False):
         at = [float(epsilon) for epsilon in epsilons]
         axes.plot(at, [100 * accuracy for accuracy in accuracies], markersize=5, label=name, **style)
-    set_epsilon_ticks(axes.xaxis, curves)
+    _set_epsilon_ticks(axes.xaxis, curves)
     name = NORM_NAMES.get(norm, norm)
     axes.set(xlabel=f"epsilon ({name}, pixels in [0, 1])", ylabel="accuracy (%)", ylim=(0, 100))
     axes.grid(alpha=0.3)
 
 
-def set_epsilon_ticks(axis, curves: Mapping[str, Curve]) -> None:
+def _set_epsilon_ticks(axis, curves: Mapping[str, Curve]) -> None:
     """Put ticks at the epsilons of the curves, in the usual notation; where they crowd, some stay without a label."""
     grid = sorted({epsilon for epsilons, _ in curves.values() for epsilon in epsilons})
     labels, width, end = [], grid[-1] / 11, 2 * grid[-1]

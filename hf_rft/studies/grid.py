@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..utils.values import NOT_NEGATIVE, SEED
+from ..utils.values import COUNT, NOT_NEGATIVE, SEED
 from .results import COLUMNS
 
 
@@ -30,7 +30,7 @@ KEYS = {"common", "factors", "seeds", "grids", "resources"}
 # Flags that a study sets itself: what they say is not part of what a run computes.
 SET_BY_STUDY = {"output_dir", "resume", "resume_from_checkpoint", "seed"}
 # Columns of the tables, beside those of the factors, and a key of `grids`.
-RESERVED = {*COLUMNS, "pair", "at", "at_number", "accuracy", "reason", "seeds"}
+RESERVED = {*COLUMNS, "option", "pair", "at", "at_number", "accuracy", "reason", "common", "seeds"}
 # Flags that belong together: whatever sets the first drops an earlier value of the second.
 TIED = {"epsilon_schedule_type": "epsilon_schedule_kwargs"}
 
@@ -60,7 +60,7 @@ class Study:
     factors: list[str]
     runs: list[Run]
     cpus: int | None = None  # cores of each run; None: an equal share for runs at the same time
-    gpus: float = 0
+    gpus: float = 0  # for Ray
 
     @classmethod
     def from_description(
@@ -83,28 +83,30 @@ class Study:
         for factor, options in {"common": {"": common}, **factors}.items():
             if not isinstance(options, dict) or not options:
                 raise ValueError(f"`{factor}` must hold its options, as `option: {{flag: value}}`, got {options!r}.")
+            if odd := [key for key in (factor, *options) if key is None or isinstance(key, bool)]:
+                raise ValueError(f"`{factor}` has the key {odd[0]}, as YAML reads `on`, `no` and the like; quote it.")
+            if len(set(map(str, options))) < len(options):
+                raise ValueError(f"`{factor}` has options that are written alike: {list(options)}; rename one.")
             for option, flags in options.items():
                 name = f"`{factor}: {option}`" if option else f"`{factor}`"
-                if not isinstance(flags, dict):
+                if not isinstance(flags, dict) or not all(isinstance(flag, str) for flag in flags):
                     raise ValueError(f"{name} must hold flags of `hf-rft train`, got {flags!r}.")
                 if own := sorted(SET_BY_STUDY & set(flags)):
                     raise ValueError(f"{name} sets {own[0]!r}, which the study sets for each run; leave it out.")
-                if secret := [flag for flag in flags if flag.endswith("token")]:
-                    raise ValueError(
-                        f"{name} sets {secret[0]!r}, and a study keeps its flags; log in with `hf auth login` or set "
-                        "HF_TOKEN instead."
-                    )
         if taken := [factor for factor in factors if factor in RESERVED]:
             raise ValueError(f"`factors` has {taken[0]!r}, a column of the results; give the factor another name.")
         resources = description.get("resources") or {}
         if not isinstance(resources, dict) or not set(resources) <= {"cpus", "gpus"}:
             raise ValueError(f"`resources: {resources}` may hold `cpus` and `gpus`.")
         for name, value in resources.items():
-            if value not in NOT_NEGATIVE:
-                raise ValueError(f"`resources: {name}: {value}` must be {NOT_NEGATIVE}.")
+            if value not in (allowed := COUNT if name == "cpus" else NOT_NEGATIVE):
+                raise ValueError(f"`resources: {name}: {value}` must be {allowed}.")
+        grids = description.get("grids") or [{}]
+        if not isinstance(grids, list):
+            raise ValueError(f"`grids` must be a list of `{{factor: [options], seeds: [...]}}`, got {grids!r}.")
 
         runs: dict[str, Run] = {}
-        for grid in description.get("grids") or [{}]:
+        for grid in grids:
             for run in _runs_of(grid, factors, common, description.get("seeds", [0]), read_recipe):
                 other = runs.setdefault(run.key, run)
                 if other.options != run.options:
@@ -149,4 +151,9 @@ def _runs_of(
                     flags.pop(second, None)
             flags |= part
         flags = {name: value for name, value in flags.items() if name not in ("config", *SET_BY_STUDY)}
+        if secret := [flag for flag, value in flags.items() if flag.endswith("token") and value is not None]:
+            raise ValueError(
+                f"{secret[0]!r} is set, and a study keeps its flags in files; log in with `hf auth login` or set "
+                "HF_TOKEN instead."
+            )
         yield Run(dict(zip(factors, map(str, options), strict=True)), seed, flags)

@@ -10,9 +10,9 @@ from ..evaluation.plots import add_legend, draw_curves, line_styles, new_figure,
 from ..threat_model import parse_epsilon
 
 
-def _styles(table: pandas.DataFrame, factor: str) -> dict[str, dict[str, str]]:
+def _styles(table: pandas.DataFrame) -> dict[str, dict[str, str]]:
     """Colour and marker of each option, the same in all pictures."""
-    return dict(zip(table[factor].unique(), line_styles(), strict=False))
+    return dict(zip(table["option"].unique(), line_styles(), strict=False))
 
 
 def _name_all(axes, styles: dict[str, dict[str, str]]) -> None:
@@ -32,13 +32,13 @@ def _grid(count: int, size: tuple[float, float]):
     return figure, axes[:count]
 
 
-def plot_levels(table: pandas.DataFrame, factor: str, path: Path) -> None:
+def plot_levels(table: pandas.DataFrame, path: Path) -> None:
     """How robust is each option? Expected robustness by pair: every seed, and the mean."""
-    styles, pairs = _styles(table, factor), list(table["pair"].unique())
+    styles, pairs = _styles(table), list(table["pair"].unique())
     figure = new_figure(figsize=(7.5, 1.4 + 0.55 * len(pairs)))
     axes = figure.subplots()
     for (option, style), offset in zip(styles.items(), _offsets(len(styles)), strict=True):
-        of_option = table[table[factor] == option]
+        of_option = table[table["option"] == option]
         heights = [pairs.index(pair) + offset for pair in of_option["pair"]]
         axes.plot(100 * of_option["expected_robustness"], heights, ".", color=style["color"], alpha=0.4, markersize=5)
         means = of_option.groupby("pair", sort=False)["expected_robustness"].mean()
@@ -60,21 +60,20 @@ def plot_differences(
     table: pandas.DataFrame,
     found: pandas.DataFrame,
     means: pandas.DataFrame,
-    factor: str,
     baseline: str,
     path: Path,
 ) -> None:
     """How much better than the baseline, and how sure? 95 % intervals over seeds; last, the mean over pairs."""
-    styles = {option: style for option, style in _styles(table, factor).items() if option in set(found[factor])}
+    styles = {option: style for option, style in _styles(table).items() if option in set(found["option"])}
     pairs = list(found["pair"].unique())
     rows = [*pairs, "mean over pairs"] if len(pairs) > 1 else pairs
     figure = new_figure(figsize=(7.5, 1.4 + 0.55 * len(rows)))
     axes = figure.subplots()
     for (option, style), offset in zip(styles.items(), _offsets(len(styles)), strict=True):
-        shown = found[found[factor] == option]
+        shown = found[found["option"] == option]
         heights = [pairs.index(pair) + offset for pair in shown["pair"]]
         if len(pairs) > 1:
-            shown = pandas.concat([shown, means[means[factor] == option]])
+            shown = pandas.concat([shown, means[means["option"] == option]])
             heights.append(len(pairs) + offset)
         low, high = shown["difference"] - shown["low"], shown["high"] - shown["difference"]
         bars = 100 * np.nan_to_num(np.array([low, high], dtype=float))
@@ -93,16 +92,16 @@ def plot_differences(
     save_figure(figure, path, dpi=150)
 
 
-def plot_curves(table: pandas.DataFrame, curves: pandas.DataFrame, factor: str, path: Path) -> None:
+def plot_curves(table: pandas.DataFrame, curves: pandas.DataFrame, path: Path) -> None:
     """Where on the curve does the difference lie? Accuracy over epsilon, means over seeds, a panel per pair."""
     pairs = list(table["pair"].unique())
     figure, panels = _grid(len(pairs), (3.4, 2.9))
-    styles = _styles(table, factor)
-    curves = curves.merge(table[["run", "pair", "eval_norm"]], on="run")
+    styles = _styles(table)
+    curves = curves.merge(table[["run", "pair", "option", "eval_norm"]], on="run")
     for axes, pair in zip(panels, pairs, strict=True):
         of_pair = curves[curves["pair"] == pair]
         lines = {}
-        for option, of_option in of_pair.groupby(factor, sort=False):
+        for option, of_option in of_pair.groupby("option", sort=False):
             means = of_option.groupby("at", sort=False)["accuracy"].mean()
             lines[option] = ([parse_epsilon(epsilon) for epsilon in means.index], list(means))
         draw_curves(axes, lines, of_pair["eval_norm"].iloc[0])
@@ -114,18 +113,18 @@ def plot_curves(table: pandas.DataFrame, curves: pandas.DataFrame, factor: str, 
     save_figure(figure, path, dpi=150)
 
 
-def plot_adaptation(table: pandas.DataFrame, factor: str, path: Path) -> None:
+def plot_adaptation(table: pandas.DataFrame, path: Path) -> None:
     """When does each option learn the task? Clean validation accuracy over training, every seed; stars: onset."""
     pairs = list(table["pair"].unique())
     figure, panels = _grid(len(pairs), (3.4, 2.6))
-    styles = _styles(table, factor)
+    styles = _styles(table)
     for axes, pair in zip(panels, pairs, strict=True):
         for _, run in table[table["pair"] == pair].iterrows():
             points = [entry.split(":") for entry in run["validation_accuracy"].split()]
             if not points:  # the run was not validated
                 continue
             progress, accuracies = 100 * np.array(points, dtype=float).T
-            color = styles[run[factor]]["color"]
+            color = styles[run["option"]]["color"]
             axes.plot(progress, accuracies, color=color, alpha=0.7, linewidth=1.2)
             if not np.isnan(run["onset"]):
                 at = 100 * run["onset"]
@@ -138,13 +137,13 @@ def plot_adaptation(table: pandas.DataFrame, factor: str, path: Path) -> None:
     save_figure(figure, path, dpi=150)
 
 
-def plot_onset(summaries: pandas.DataFrame, found: pandas.DataFrame, factor: str, baseline: str, path: Path) -> None:
+def plot_onset(summaries: pandas.DataFrame, found: pandas.DataFrame, baseline: str, path: Path) -> None:
     """Does the onset under the baseline predict the gain? A point per pair and option."""
-    onsets = summaries[summaries[factor] == baseline].set_index("pair")["onset"]
+    onsets = summaries[summaries["option"] == baseline].set_index("pair")["onset"]
     figure = new_figure(figsize=(6.4, 4.4))
     axes = figure.subplots()
-    for option, style in _styles(summaries, factor).items():
-        shown = found[found[factor] == option]
+    for option, style in _styles(summaries).items():
+        shown = found[found["option"] == option]
         if shown.empty:
             continue
         at, gains = 100 * onsets.loc[shown["pair"]], 100 * shown["difference"]

@@ -11,15 +11,7 @@ from ..utils.files import replacing, write_text
 from ..utils.markdown import cell
 from .plots import plot_adaptation, plot_curves, plot_differences, plot_levels, plot_onset
 from .results import curves, factors_of, read_results
-from .statistics import (
-    MEASURES,
-    differences,
-    mean_ranks,
-    onset_correlation,
-    over_pairs,
-    summary,
-    with_pairs,
-)
+from .statistics import MEASURES, differences, mean_ranks, onset_correlation, over_pairs, prepared, summary
 
 
 def write_report(folder: Path, compare: str | None = None, baseline: str | None = None) -> str:
@@ -49,20 +41,21 @@ def write_report(folder: Path, compare: str | None = None, baseline: str | None 
     if baseline not in options:
         raise ValueError(f"--baseline {baseline} is not an option of {factor}; there are {', '.join(options)}.")
 
-    table = with_pairs(table, factor)
-    summaries = summary(table, factor)
-    found = differences(table, factor, baseline)
-    means = over_pairs(found, factor)
-    correlations = onset_correlation(summaries, found, factor, baseline)
+    runs = prepared(table, factor)
+    summaries = summary(runs)
+    found = differences(runs, baseline)
+    compared = found[found["not_compared"] == ""]
+    means = over_pairs(compared)
+    correlations = onset_correlation(summaries, compared, baseline)
     figures = {
-        "levels": partial(plot_levels, table, factor),
-        "curves": partial(plot_curves, table, curves(table, factors), factor),
-        "adaptation": partial(plot_adaptation, table, factor),
+        "levels": partial(plot_levels, runs),
+        "curves": partial(plot_curves, runs, curves(table, factors)),
+        "adaptation": partial(plot_adaptation, runs),
     }
-    if not found.empty:
-        figures["differences"] = partial(plot_differences, table, found, means, factor, baseline)
+    if not compared.empty:
+        figures["differences"] = partial(plot_differences, runs, compared, means, baseline)
     if not correlations.empty:
-        figures["onset"] = partial(plot_onset, summaries, found, factor, baseline)
+        figures["onset"] = partial(plot_onset, summaries, compared, baseline)
     for name, plot in figures.items():
         with replacing(folder / f"{name}.png") as scratch:
             plot(scratch)
@@ -70,7 +63,11 @@ def write_report(folder: Path, compare: str | None = None, baseline: str | None 
     parts = [f"# {factor}: {', '.join(options)}", _conditions(table), _levels(summaries, factor)]
     parts += ["![Expected robustness](levels.png)"]
     if not found.empty:
-        parts += [_differences(found, means, summaries, factor, baseline), "![Differences](differences.png)"]
+        parts += [_differences(found, factor, baseline)]
+    if not compared.empty:
+        parts += ["![Differences](differences.png)"]
+    if compared["pair"].nunique() > 1:
+        parts += [_over_pairs(means, mean_ranks(runs), factor, baseline)]
     parts += ["## Where on the curve\n\n![Accuracy over epsilon](curves.png)"]
     parts += ["## When the task is learned", _ADAPTATION, "![Validation accuracy over training](adaptation.png)"]
     if not correlations.empty:
@@ -129,7 +126,7 @@ def _levels(summaries: pandas.DataFrame, factor: str) -> str:
     for _, row in summaries.iterrows():
         numbers = [_with_deviation(row[name], row[f"{name}_std"]) for name in MEASURES]
         rows.append(
-            [row["pair"], row[factor], row["seeds"], *numbers, points(row["onset"]), f"{row['seconds'] / 60:.1f}"]
+            [row["pair"], row["option"], row["seeds"], *numbers, points(row["onset"]), f"{row['seconds'] / 60:.1f}"]
         )
     notes = "Accuracy in %, mean ± standard deviation over seeds; onset in % of training (100: never)."
     return f"## How robust\n\n{notes}\n\n{markdown_table(header, rows)}"
@@ -139,46 +136,47 @@ def _with_deviation(mean: float, deviation: float) -> str:
     return points(mean) + ("" if np.isnan(deviation) else f" ± {points(deviation)}")
 
 
-def _differences(
-    found: pandas.DataFrame, means: pandas.DataFrame, summaries: pandas.DataFrame, factor: str, baseline: str
-) -> str:
+def _differences(found: pandas.DataFrame, factor: str, baseline: str) -> str:
     header = ["pair", factor, "seeds", "difference", "95 % over seeds", "95 % over examples"]
     rows = []
     for _, row in found.iterrows():
-        over_seeds, over_examples = (
-            interval(row["low"], row["high"]),
-            interval(row["low_examples"], row["high_examples"]),
-        )
-        rows.append(
-            [row["pair"], row[factor], row["seeds"], points(row["difference"], "+"), over_seeds, over_examples]
-        )
-    parts = [
-        f"## Compared with {cell(baseline)}",
-        "Difference in expected robustness, in points, on the same test images and with the same seeds. The interval "
-        "over seeds is Student's t; that over examples holds for these seeds.",
-        markdown_table(header, rows),
-    ]
-    if found["pair"].nunique() > 1:
-        ranks = mean_ranks(summaries, factor)
-        header = [factor, "pairs", "mean difference", "95 % over pairs", "better in", "surely better", "surely worse"]
-        header += ["worst", "best", "mean rank"]
-        rows = [
-            [row[factor], row["pairs"], points(row["difference"], "+"), interval(row["low"], row["high"])]
-            + [row["better"], row["surely_better"], row["surely_worse"]]
-            + [points(row["worst"], "+"), points(row["best"], "+"), _rank(ranks, row[factor])]
-            for _, row in means.iterrows()
-        ]
-        rows.append([baseline, *[""] * 8, _rank(ranks, baseline)])
-        parts += [
-            "### Over all pairs",
-            "Surely: the interval over seeds lies on one side of 0. Ranks by expected robustness, over the pairs that "
-            "have all options; 1 is best.",
+        over_seeds = interval(row["low"], row["high"])
+        over_examples = interval(row["low_examples"], row["high_examples"])
+        difference = row["not_compared"] or points(row["difference"], "+")
+        rows.append([row["pair"], row["option"], row["seeds"], difference, over_seeds, over_examples])
+    return "\n\n".join(
+        [
+            f"## Compared with {cell(baseline)}",
+            "Difference in expected robustness, in points, on the same test images and with the same seeds. The "
+            "interval over seeds is Student's t. That over examples holds for the models of these seeds; test sets "
+            "drawn by several seeds overlap, which makes it a little too narrow.",
             markdown_table(header, rows),
         ]
-    return "\n\n".join(parts)
+    )
 
 
-def _rank(ranks: pandas.Series, option: str) -> str:
+def _over_pairs(means: pandas.DataFrame, ranks: dict[str, float], factor: str, baseline: str) -> str:
+    header = [factor, "pairs", "mean difference", "95 % over pairs", "better in", "interval above 0"]
+    header += ["interval below 0", "worst", "best", "mean rank"]
+    rows = [
+        [row["option"], row["pairs"], points(row["difference"], "+"), interval(row["low"], row["high"])]
+        + [row["better"], row["above"], row["below"], points(row["worst"], "+"), points(row["best"], "+")]
+        + [_rank(ranks, row["option"])]
+        for _, row in means.iterrows()
+    ]
+    rows.append([baseline, *[""] * 8, _rank(ranks, baseline)])
+    return "\n\n".join(
+        [
+            "## Over all pairs",
+            "Pairs count as independent, though some share a backbone or data. Intervals above and below 0: over "
+            "seeds, without a correction for the number of comparisons. Ranks by expected robustness, 1 the best, "
+            "over the pairs in which all options have a seed in common.",
+            markdown_table(header, rows),
+        ]
+    )
+
+
+def _rank(ranks: dict[str, float], option: str) -> str:
     return f"{ranks[option]:.1f}" if option in ranks else ""
 
 
@@ -190,9 +188,12 @@ _ADAPTATION = (
 
 def _correlations(correlations: pandas.DataFrame, factor: str, baseline: str) -> str:
     rows = [
-        [row[factor], row["pairs"], f"{row['correlation']:+.2f}", f"{row['p']:.2g}"]
+        [row["option"], row["pairs"], f"{row['correlation']:+.2f}", f"{row['p']:.2g}"]
         for _, row in correlations.iterrows()
     ]
     title = f"## Does the onset under {cell(baseline)} predict the gain over it?"
-    note = "Spearman's correlation over pairs of the onset (mean over seeds) and the difference above."
+    note = (
+        "Spearman's correlation over pairs of the onset (mean over seeds) and the difference above; two-sided p by "
+        "permutation. Both rest on the same baseline runs, whose noise alone correlates them a little."
+    )
     return f"{title}\n\n{note}\n\n{markdown_table([factor, 'pairs', 'correlation', 'p'], rows)}"

@@ -4,11 +4,14 @@ A run that has its row in results.csv is not made again, so a study that was kil
 goes on from its last checkpoint. A run that fails is listed in failures.csv, and the others go on.
 """
 
+import contextlib
 import csv
 import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import partial
@@ -32,26 +35,30 @@ _PATIENCE = 60  # seconds in which a run that is told to stop can write its chec
 
 
 def make_run(run: Run, folder: Path, *, cpus: int, keeps_weights: bool = True) -> Outcome:
-    """Train in `folder`, unless that is done; the outcome is never an exception."""
-    recipe, log, done = folder / "recipe.yaml", folder / "log.txt", folder / "robustness.json"
-    _stop_earlier(folder)
-    write_recipe(run, recipe)
-    if not done.is_file():
-        command = [sys.executable, "-m", "hf_rft", "train", "--config", str(recipe)]
-        command += ["--output_dir", str(folder), "--resume", "auto"]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(cpus)}
-        with log.open("a") as stream:
-            status = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, env=environment).returncode
-        if status:
-            return {"reason": f"status {status}: {_last_error(log)}"}
+    """Train in `folder`, unless that is done; what goes wrong is the outcome, not an exception."""
+    log = folder / "log.txt"
     try:
+        _stop_earlier(folder)
+        write_recipe(run, folder / "recipe.yaml")
+        if not (folder / "robustness.json").is_file():
+            command = [sys.executable, "-m", "hf_rft", "train", "--config", str(folder / "recipe.yaml")]
+            command += ["--output_dir", str(folder), "--resume", "auto"]
+            with log.open("a") as stream:
+                before = stream.tell()
+                options = {"stdin": subprocess.DEVNULL, "stdout": stream, "stderr": subprocess.STDOUT}
+                environment = {**os.environ, "OMP_NUM_THREADS": str(cpus)}
+                status = subprocess.run(command, env=environment, **options).returncode
+            if status:
+                return {"reason": f"status {status}: {_last_error(log, before)}"}
         outcome = read_run(folder)
-    except (OSError, ValueError, KeyError, StopIteration) as error:
+        if not keeps_weights:
+            for checkpoint in folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
+            for weights in folder.glob("*.safetensors"):
+                weights.unlink()
+        return outcome
+    except Exception as error:
         return {"reason": f"{type(error).__name__}: {error}"}
-    if not keeps_weights:
-        for path in folder.rglob("*.safetensors"):
-            path.unlink()
-    return outcome
 
 
 def write_recipe(run: Run, path: Path) -> None:
@@ -60,42 +67,64 @@ def write_recipe(run: Run, path: Path) -> None:
     write_text(path, f"# {run}\n" + yaml.safe_dump({**run.flags, "seed": run.seed}, sort_keys=False))
 
 
+def _is_training(process: psutil.Process | None, *words: str) -> bool:
+    """Whether a process is a `hf-rft train` with these words on its command line."""
+    try:
+        return process is not None and {"train", "--output_dir", *words} <= set(process.cmdline())
+    except psutil.Error:
+        return False
+
+
 def _stop_earlier(folder: Path) -> None:
     """Stop a training that still writes to the folder: its study, or its node of a cluster, was killed."""
-    found = [
-        process
-        for process in psutil.process_iter(["cmdline"])
-        if str(folder) in (process.info["cmdline"] or ()) and process.pid != os.getpid()
-    ]
-    for process in found:
-        process.terminate()
-    _, alive = psutil.wait_procs(found, timeout=_PATIENCE)
+    found = [process for process in psutil.process_iter() if _is_training(process, str(folder))]
+    # Not their workers, which have the same command line: without them a training writes no checkpoint.
+    _stop([process for process in found if not _is_training(process.parent(), str(folder))])
+
+
+def _stop(processes: list[psutil.Process]) -> None:
+    """Let trainings end, with a checkpoint after the step in progress."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(processes, timeout=_PATIENCE)
     for process in alive:
-        process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
-def _last_error(log: Path) -> str:
-    """The message in the log: that of the command, else its last line."""
-    lines = [line.strip() for line in re.split(r"[\n\r]", log.read_text(errors="replace")) if line.strip()]
-    messages = [line for line in lines if "error: " in line]
-    return (messages or lines or ["no output"])[-1].split("error: ", 1)[-1][:500]
+def _last_error(log: Path, start: int) -> str:
+    """The message of the command in its log, from byte `start` on; without one, the last line."""
+    text = log.read_bytes()[start:].decode(errors="replace")
+    lines = [line.strip() for line in re.split(r"[\n\r]", text) if line.strip()]
+    messages = [line for line in lines if re.search(r"error: ", line, re.IGNORECASE)]
+    return (messages or lines or ["no output"])[-1].removeprefix("hf-rft train: error: ")[:500]
 
 
 def with_threads(make: Callable[[Run], Outcome], runs: list[Run], *, jobs: int) -> Iterator[tuple[Run, Outcome]]:
     """Make the runs on this machine, `jobs` at a time."""
     pool = ThreadPoolExecutor(jobs)
+    futures = {pool.submit(make, run): run for run in runs}
     try:
-        futures = {pool.submit(make, run): run for run in runs}
         for future in as_completed(futures):
             yield futures[future], future.result()
+    except BaseException:  # the study is interrupted
+        pool.shutdown(wait=False, cancel_futures=True)
+        while not all(future.done() for future in futures):  # one may just be about to start
+            _stop([process for process in psutil.Process().children() if _is_training(process)])
+            time.sleep(0.1)
+        raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown()
 
 
 def with_ray(
     make: Callable[[Run], Outcome], runs: list[Run], *, address: str, cpus: int, gpus: float
 ) -> Iterator[tuple[Run, Outcome]]:
-    """Make the runs on the nodes of a Ray cluster, which makes those of a node that is lost again on another."""
+    """Make the runs on the nodes of a Ray cluster, which makes those of a node that is lost again on another.
+
+    Interrupted, it ends its connection, and with it the runs in progress.
+    """
     import ray  # the extra `ray`
 
     @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=-1)
@@ -119,12 +148,11 @@ def make_study(study: Study, output_dir: Path, scheduler: Scheduler, *, cpus: in
         ValueError: if another process makes a study in this folder, or results.csv has rows of another study.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output_dir / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"--output_dir {output_dir} is in use by another study; wait, or name another.") from None
-    with lock:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(output_dir / ".lock", timeout=0))
+        except Timeout:
+            raise ValueError(f"--output_dir {output_dir} is in use by another study; wait, or name another.") from None
         rows = known_rows(study, output_dir)
         missing = [run for run in study.runs if run.key not in rows]
         make = partial(_make_in, output_dir, cpus=cpus, keeps_weights=keeps_weights)

@@ -5,6 +5,7 @@ seed, on the same test images. Differences are of expected robustness, in shares
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import pandas
@@ -16,70 +17,78 @@ from .results import broken_at, factors_of
 
 
 MEASURES = ("clean_accuracy", "robust_accuracy", "expected_robustness")
+# What runs must have in common to be compared.
+CONDITIONS = ("images", "eval_norm", "eval_epsilons", "attacks")
 
 
-def with_pairs(table: pandas.DataFrame, factor: str) -> pandas.DataFrame:
-    """The table with a column `pair`: the options of the other factors, without those that never vary."""
+def prepared(table: pandas.DataFrame, factor: str) -> pandas.DataFrame:
+    """The table with the columns `option`, that of `factor`, and `pair`, those of the other factors that ever vary."""
     others = [other for other in factors_of(table) if other != factor and table[other].nunique() > 1]
     names = table[others].agg(", ".join, axis=1) if others else "all"
-    return table.assign(pair=names)
+    return table.assign(option=table[factor], pair=names)
 
 
-def summary(table: pandas.DataFrame, factor: str) -> pandas.DataFrame:
-    """Mean and standard deviation over seeds: one row for each pair and option."""
-    groups = table.groupby(["pair", factor], sort=False)
-    columns = {"seeds": groups["seed"].nunique(), "seconds": groups["seconds"].mean()}
+def summary(runs: pandas.DataFrame) -> pandas.DataFrame:
+    """Mean and standard deviation over seeds: one row for each pair and option.
+
+    The onset of a run that never passed the threshold counts as 1, the end of training; that of a run that was not
+    validated is missing.
+    """
+    was_validated = runs["validation_accuracy"] != ""
+    groups = runs.assign(onset=runs["onset"].mask(was_validated & runs["onset"].isna(), 1.0))
+    groups = groups.groupby(["pair", "option"], sort=False)
+    columns = {"seeds": groups["seed"].nunique(), "seconds": groups["seconds"].mean(), "onset": groups["onset"].mean()}
     for measure in MEASURES:
         columns |= {measure: groups[measure].mean(), f"{measure}_std": groups[measure].std(ddof=1)}
-    columns["onset"] = table.fillna({"onset": 1.0}).groupby(["pair", factor], sort=False)["onset"].mean()
     return pandas.DataFrame(columns).reset_index()
 
 
-def differences(table: pandas.DataFrame, factor: str, baseline: str) -> pandas.DataFrame:
+def differences(runs: pandas.DataFrame, baseline: str) -> pandas.DataFrame:
     """Each option minus the baseline, within pairs: one row for each pair and option.
 
     `low`, `high`: 95 % interval over seeds (Student's t), missing with one seed. `low_examples`, `high_examples`: over
-    the examples of all seeds, for these seeds.
-
-    Raises:
-        ValueError: if two runs to be compared were evaluated on other images, epsilons or attacks.
+    test images, for the models of these seeds. `not_compared` says why a row has no numbers; it is empty otherwise.
     """
     rows = []
-    for (pair, option), runs in table.groupby(["pair", factor], sort=False):
+    for (pair, option), own in runs.groupby(["pair", "option"], sort=False):  # pyright: ignore[reportGeneralTypeIssues]
         if option == baseline:
             continue
-        others = table[(table["pair"] == pair) & (table[factor] == baseline)]
-        matched = runs.merge(others, on="seed", suffixes=("", "_baseline"))
-        if matched.empty:
-            continue
-        _check_comparable(matched, pair, option, baseline)
-        of_seeds = (matched["expected_robustness"] - matched["expected_robustness_baseline"]).to_numpy()
-        of_examples = np.concatenate([_example_differences(run) for _, run in matched.iterrows()])
-        low, high = mean_interval(of_seeds)
-        low_examples, high_examples = difference_interval(of_examples)
-        rows.append(
-            {
-                **{"pair": pair, factor: option, "seeds": len(of_seeds), "difference": of_seeds.mean()},
-                **{"low": low, "high": high, "low_examples": low_examples, "high_examples": high_examples},
-            }
-        )
-    columns = ["pair", factor, "seeds", "difference", "low", "high", "low_examples", "high_examples"]
+        others = runs[(runs["pair"] == pair) & (runs["option"] == baseline)]
+        matched = own.merge(others, on="seed", suffixes=("", "_baseline"))
+        row = {"pair": pair, "option": option, "seeds": len(matched), "not_compared": _why_not(matched)}
+        if not row["not_compared"]:
+            of_seeds = (matched["expected_robustness"] - matched["expected_robustness_baseline"]).to_numpy()
+            of_images = _image_differences(matched)
+            row["difference"] = of_seeds.mean()
+            row["low"], row["high"] = mean_interval(of_seeds)
+            row["low_examples"], row["high_examples"] = difference_interval(of_images)
+        rows.append(row)
+    columns = ["pair", "option", "seeds", "not_compared", "difference", "low", "high", "low_examples", "high_examples"]
     return pandas.DataFrame(rows, columns=columns)
 
 
-def _check_comparable(matched: pandas.DataFrame, pair: str, option: str, baseline: str) -> None:
-    for column in ("images", "eval_epsilons", "eval_norm", "tier"):
-        if (matched[column] != matched[f"{column}_baseline"]).any():
-            raise ValueError(
-                f"{pair}: the runs of {option} and {baseline} have other {column}, so they cannot be compared; make "
-                "them with the same flags of evaluation."
-            )
+def _why_not(matched: pandas.DataFrame) -> str:
+    if matched.empty:
+        return "no common seed"
+    other = [column for column in CONDITIONS if (matched[column] != matched[f"{column}_baseline"]).any()]
+    return f"other {other[0]}" if other else ""
 
 
-def _example_differences(run: pandas.Series) -> np.ndarray:
+def _image_differences(matched: pandas.DataFrame) -> np.ndarray:
+    """One value per test image. An image that several seeds share is not several images: its mean counts."""
+    parts = []
+    for _, same_images in matched.groupby("images"):
+        of_runs = [
+            _contributions(run, "broken_at") - _contributions(run, "broken_at_baseline")
+            for _, run in same_images.iterrows()
+        ]
+        parts.append(np.mean(of_runs, axis=0))
+    return np.concatenate(parts)
+
+
+def _contributions(run: pandas.Series, column: str) -> np.ndarray:
     epsilons = [parse_epsilon(epsilon) for epsilon in run["eval_epsilons"].split()]
-    ours, theirs = (contributions(epsilons, broken_at(run[name])) for name in ("broken_at", "broken_at_baseline"))
-    return ours - theirs
+    return contributions(epsilons, broken_at(run[column]))
 
 
 def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
@@ -90,40 +99,55 @@ def mean_interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
-def over_pairs(found: pandas.DataFrame, factor: str) -> pandas.DataFrame:
-    """The mean of the differences over pairs, with its interval over pairs, and in how many the option is better.
+def over_pairs(compared: pandas.DataFrame) -> pandas.DataFrame:
+    """The mean of the differences over pairs, with its 95 % interval over pairs.
 
-    `surely_better`, `surely_worse`: pairs whose interval over seeds lies above, or below, 0.
+    `better`: pairs in which the option is better. `above`, `below`: pairs whose interval over seeds lies above, or
+    below, 0, without a correction for the number of comparisons.
     """
     rows = []
-    for option, of_pairs in found.groupby(factor, sort=False):
-        low, high = mean_interval(of_pairs["difference"].to_numpy())
-        row = {factor: option, "pairs": len(of_pairs), "difference": of_pairs["difference"].mean()}
-        row |= {"low": low, "high": high, "better": int((of_pairs["difference"] > 0).sum())}
-        row |= {"surely_better": int((of_pairs["low"] > 0).sum()), "surely_worse": int((of_pairs["high"] < 0).sum())}
-        rows.append({**row, "worst": of_pairs["difference"].min(), "best": of_pairs["difference"].max()})
-    columns = ["pairs", "difference", "low", "high", "better", "surely_better", "surely_worse", "worst", "best"]
-    return pandas.DataFrame(rows, columns=[factor, *columns])
+    for option, of_pairs in compared.groupby("option", sort=False):
+        values = of_pairs["difference"].to_numpy(dtype=float)
+        low, high = mean_interval(values)
+        row = {"option": option, "pairs": len(values), "difference": values.mean(), "low": low, "high": high}
+        row |= {"better": int((values > 0).sum()), "above": int((of_pairs["low"] > 0).sum())}
+        rows.append({**row, "below": int((of_pairs["high"] < 0).sum()), "worst": values.min(), "best": values.max()})
+    columns = ["option", "pairs", "difference", "low", "high", "better", "above", "below", "worst", "best"]
+    return pandas.DataFrame(rows, columns=columns)
 
 
-def mean_ranks(summaries: pandas.DataFrame, factor: str) -> pandas.Series:
-    """Mean rank of each option over the pairs that have all options; 1 is the best expected robustness."""
-    wide = summaries.pivot(index="pair", columns=factor, values="expected_robustness").dropna()
-    return wide.rank(axis=1, ascending=False).mean().sort_values()
+def mean_ranks(runs: pandas.DataFrame) -> dict[str, float]:
+    """Mean rank of each option by expected robustness, 1 the best, over pairs in which all options share a seed."""
+    ranks = []
+    for _, of_pair in runs.groupby("pair", sort=False):
+        wide = of_pair.pivot(index="seed", columns="option", values="expected_robustness")
+        means = wide.reindex(columns=runs["option"].unique()).dropna().mean()
+        if not means.isna().any():
+            ranks.append(means.rank(ascending=False))
+    return {str(option): rank for option, rank in pandas.DataFrame(ranks).mean().items()} if ranks else {}
 
 
-def onset_correlation(
-    summaries: pandas.DataFrame, found: pandas.DataFrame, factor: str, baseline: str
-) -> pandas.DataFrame:
-    """Over pairs: does the onset under the baseline predict how much an option gains? Spearman's correlation.
+def onset_correlation(summaries: pandas.DataFrame, compared: pandas.DataFrame, baseline: str) -> pandas.DataFrame:
+    """Over pairs: does the onset under the baseline predict how much an option gains?
 
-    The onset is the mean over seeds; a run that never passed counts as 1, the end of training.
+    Spearman's correlation of the onset, its mean over seeds, with the difference, and its two-sided p by permutation.
     """
-    onsets = summaries[summaries[factor] == baseline].set_index("pair")["onset"]
+    onsets = summaries[summaries["option"] == baseline].set_index("pair")["onset"]
     rows = []
-    for option, of_pairs in found.groupby(factor, sort=False):
-        onset, gain = onsets.loc[of_pairs["pair"]].to_numpy(), of_pairs["difference"].to_numpy()
-        if len(gain) >= 3 and np.ptp(onset) > 0 and np.ptp(gain) > 0:
-            correlation, p = stats.spearmanr(onset, gain)
-            rows.append({factor: option, "pairs": len(gain), "correlation": correlation, "p": p})
-    return pandas.DataFrame(rows, columns=[factor, "pairs", "correlation", "p"])
+    for option, of_pairs in compared.groupby("option", sort=False):
+        onset, gain = onsets.loc[of_pairs["pair"]].to_numpy(), of_pairs["difference"].to_numpy(dtype=float)
+        ranked = pandas.DataFrame({"onset": onset, "gain": gain}).dropna().rank()
+        if len(ranked) < 3 or (ranked.nunique() == 1).any():
+            continue
+        result = stats.permutation_test(
+            (ranked["onset"].to_numpy(),),
+            partial(_correlation, ranked["gain"].to_numpy()),
+            permutation_type="pairings",
+            rng=0,
+        )
+        rows.append({"option": option, "pairs": len(ranked), "correlation": result.statistic, "p": result.pvalue})
+    return pandas.DataFrame(rows, columns=["option", "pairs", "correlation", "p"])
+
+
+def _correlation(values: np.ndarray, others: np.ndarray) -> float:
+    return float(np.corrcoef(values, others)[0, 1])

@@ -24,6 +24,10 @@ def test_recipes_are_the_options_of_a_study(made, tmp_path, capsys):  # noqa: F8
 
 def test_flags_of_a_command_line():
     words = ["--max-steps", "3", "--seed=4", "--bf16", "--eval_epsilons", "0", "0.5", "--max_steps", "5"]
+    assert flags_of(["--no_save_safetensors", "--lr-scheduler-type", "cosine"]) == {
+        "save_safetensors": False,
+        "lr_scheduler_type": "cosine",
+    }
     assert flags_of(words) == {"max_steps": "5", "seed": "4", "bf16": True, "eval_epsilons": ["0", "0.5"]}
 
 

@@ -6,12 +6,12 @@ from matplotlib.figure import Figure
 
 from hf_rft.studies import plots
 from hf_rft.studies.results import curves
-from hf_rft.studies.statistics import differences, over_pairs, summary, with_pairs
+from hf_rft.studies.statistics import differences, over_pairs, prepared, summary
 from studies.test_statistics import ROWS, table
 
 
-RUNS = with_pairs(table(ROWS, validation_accuracy="0.25:0.1 0.5:0.4 1:0.6", run=list("abcdef")), "schedule")
-FOUND = differences(RUNS, "schedule", "constant")
+RUNS = prepared(table(ROWS, validation_accuracy="0.25:0.1 0.5:0.4 1:0.6", run=list("abcdef")), "schedule")
+FOUND = differences(RUNS, "constant")
 
 
 @pytest.fixture
@@ -24,13 +24,11 @@ def drawn(monkeypatch):
 
 def draw(name: str, path: Path = Path("figure.png")) -> None:
     {
-        "levels": lambda: plots.plot_levels(RUNS, "schedule", path),
-        "differences": lambda: plots.plot_differences(
-            RUNS, FOUND, over_pairs(FOUND, "schedule"), "schedule", "constant", path
-        ),
-        "curves": lambda: plots.plot_curves(RUNS, curves(RUNS, ["data", "schedule"]), "schedule", path),
-        "adaptation": lambda: plots.plot_adaptation(RUNS, "schedule", path),
-        "onset": lambda: plots.plot_onset(summary(RUNS, "schedule"), FOUND, "schedule", "constant", path),
+        "levels": lambda: plots.plot_levels(RUNS, path),
+        "differences": lambda: plots.plot_differences(RUNS, FOUND, over_pairs(FOUND), "constant", path),
+        "curves": lambda: plots.plot_curves(RUNS, curves(RUNS, ["data", "schedule"]), path),
+        "adaptation": lambda: plots.plot_adaptation(RUNS, path),
+        "onset": lambda: plots.plot_onset(summary(RUNS), FOUND, "constant", path),
     }[name]()
 
 
@@ -89,8 +87,6 @@ def test_adaptation_marks_the_onset(drawn):
 
 def test_names_are_no_formulas(tmp_path):
     odd = table([(r"$\frac{", r"$\sqrt{", 0, "02"), ("b", "c", 0, "12")], run=["a", "b"])
-    plots.plot_levels(with_pairs(odd, "schedule"), "schedule", tmp_path / "levels.png")
-    plots.plot_curves(
-        with_pairs(odd, "schedule"), curves(odd, ["data", "schedule"]), "schedule", tmp_path / "curves.png"
-    )
+    plots.plot_levels(prepared(odd, "schedule"), tmp_path / "levels.png")
+    plots.plot_curves(prepared(odd, "schedule"), curves(odd, ["data", "schedule"]), tmp_path / "curves.png")
     assert len(list(tmp_path.iterdir())) == 2

@@ -1,5 +1,4 @@
 import csv
-import json
 import os
 import pickle
 import subprocess
@@ -12,6 +11,7 @@ from functools import partial
 import pandas
 import psutil
 import pytest
+import yaml
 
 from hf_rft.studies import runs as studied
 from hf_rft.studies.grid import Run, Study
@@ -34,7 +34,7 @@ def trained(monkeypatch):
 
     calls = Trained()
 
-    def run(command, stdout, stderr, env):
+    def run(command, stdout, env, **options):
         folder = command[command.index("--output_dir") + 1]
         recipe = open(command[command.index("--config") + 1]).read()
         calls.append(os.path.basename(folder))
@@ -44,6 +44,8 @@ def trained(monkeypatch):
         for path in finished(studied.Path(folder, "scratch")).iterdir():
             path.rename(studied.Path(folder, path.name))
         studied.Path(folder, "model.safetensors").write_bytes(b"weights")
+        studied.Path(folder, "checkpoint-1").mkdir(exist_ok=True)
+        studied.Path(folder, "checkpoint-1", "optimizer.pt").write_bytes(b"state")
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(studied.subprocess, "run", run)
@@ -102,7 +104,8 @@ def test_a_failed_run_is_listed_and_does_not_stop_the_others(trained, tmp_path, 
 
 def test_weights_are_deleted_on_request(trained, tmp_path):
     make_study(STUDY, tmp_path, ONE_JOB, cpus=1, keeps_weights=False)
-    assert not list(tmp_path.rglob("*.safetensors")) and len(list(tmp_path.rglob("robustness.json"))) == 4
+    assert not list(tmp_path.rglob("*.safetensors")) and not list(tmp_path.rglob("checkpoint-*"))
+    assert len(list(tmp_path.rglob("robustness.json"))) == 4
 
 
 def test_rows_of_another_study_are_refused_before_anything_is_made(trained, tmp_path):
@@ -144,7 +147,7 @@ def test_jobs_run_at_the_same_time():
 def test_the_threads_of_a_run_are_its_cpus(monkeypatch, tmp_path):
     seen = {}
 
-    def run(command, stdout, stderr, env):
+    def run(command, env, **options):
         seen.update(env)
         return subprocess.CompletedProcess(command, 1)
 
@@ -155,12 +158,37 @@ def test_the_threads_of_a_run_are_its_cpus(monkeypatch, tmp_path):
 
 def test_a_training_whose_study_was_killed_is_stopped_before_it_is_made_again(trained, tmp_path):
     code = "import time; time.sleep(1000)"
-    orphan = subprocess.Popen([sys.executable, "-c", code, "--output_dir", str(tmp_path)])
+    orphan = subprocess.Popen([sys.executable, "-c", code, "train", "--output_dir", str(tmp_path)])
     while str(tmp_path) not in psutil.Process(orphan.pid).cmdline():
         time.sleep(0.01)
     make_run(RUNS[0], tmp_path, cpus=1)
     orphan.wait(10)
     assert trained == [tmp_path.name]
+
+
+def test_an_interrupted_study_stops_its_trainings(tmp_path, monkeypatch):
+    """Whoever interrupts it: each of them ends by itself on SIGTERM."""
+    trainings = []
+
+    def run(command, env, **options):
+        words = [sys.executable, "-c", "import time; time.sleep(1000)", *command[3:]]
+        trainings.append(subprocess.Popen(words))
+        return subprocess.CompletedProcess(command, trainings[-1].wait())
+
+    monkeypatch.setattr(studied.subprocess, "run", run)
+    found = with_threads(partial(studied._make_in, tmp_path, cpus=1, keeps_weights=True), RUNS, jobs=2)
+    first = threading.Thread(target=lambda: time.sleep(1) or trainings[0].terminate())
+    first.start()
+    assert next(found)[1] == {"reason": "status -15: no output"}
+    with pytest.raises(KeyboardInterrupt):
+        found.throw(KeyboardInterrupt)
+    assert len(trainings) <= 3 and all(training.poll() is not None for training in trainings)
+
+
+def test_the_reason_is_that_of_the_last_attempt(trained, tmp_path):
+    (tmp_path / "log.txt").write_text("RuntimeError: an earlier one\n")
+    trained.broken.add("a")
+    assert make_run(RUNS[0], tmp_path, cpus=1) == {"reason": "status 2: no such schedule."}
 
 
 def test_a_damaged_result_is_a_failure(trained, tmp_path):
@@ -201,6 +229,7 @@ def test_a_killed_study_ends_as_an_undisturbed_one(real_runs, tmp_path):
     deadline = time.monotonic() + 200
     while not (log.is_file() and "Loading weights" in log.read_text(errors="replace")) and time.monotonic() < deadline:
         time.sleep(0.1)
+    assert "Loading weights" in log.read_text(errors="replace")
     process.kill()
     process.wait()
     assert rows(tmp_path / "killed") == []
@@ -253,5 +282,4 @@ def test_recipes_are_ordinary_files(tmp_path):
     run = Run({"schedule": "hinge"}, 3, {"epsilon": "4/255", "epsilon_schedule_kwargs": {"start": 0.25}})
     write_recipe(run, tmp_path / "runs" / "recipe.yaml")
     text = (tmp_path / "runs" / "recipe.yaml").read_text()
-    assert text.startswith("# hinge, seed 3\n") and "seed: 3" in text
-    assert json.dumps("4/255").strip('"') in text
+    assert text.startswith("# hinge, seed 3\n") and yaml.safe_load(text) == {**run.flags, "seed": 3}
