@@ -180,10 +180,7 @@ def _rank(ranks: dict[str, float], option: str) -> str:
     return f"{ranks[option]:.1f}" if option in ranks else ""
 
 
-_ADAPTATION = (
-    "Stars mark the onset: the first validation above twice the accuracy of always naming the largest class, or "
-    "half-way from there to 100 % with few classes."
-)
+_ADAPTATION = "Stars mark the onset: the first validation that is 5 points above the accuracy of always naming the largest class."
 
 
 def _correlations(correlations: pandas.DataFrame, factor: str, baseline: str) -> str:

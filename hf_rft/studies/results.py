@@ -6,7 +6,7 @@ long form, what its columns `eval_epsilons` and `broken_at` hold. Columns of res
 - `seed`, `clean_accuracy`, `robust_accuracy` (at the largest epsilon), `expected_robustness`: shares of 1;
 - `eval_norm`, `eval_epsilons` (the grid), `tier` and `attacks` (attack:steps:restarts), `num_examples`, `num_classes`;
 - `seconds`: of training alone (its last part, if it was resumed), on a machine that may have had other work;
-- `onset`: share of training after which the validation accuracy first passed [`onset`]'s threshold; empty: never;
+- `onset`: share of training after which the task began to be learned, see [`onset`]; empty: never;
 - `validation_accuracy`: clean, as `share of training:accuracy`; empty: the run was not validated;
 - `broken_at`: one character an example (0-9, then a-z): the place in the grid, from 0, of the first epsilon that broke
   it; one more than the last place if none did;
@@ -26,7 +26,7 @@ from transformers import TrainerState
 from ..evaluation.provenance import versions
 from ..evaluation.report import RobustnessReport
 from ..threat_model import format_epsilon, parse_epsilon
-from ..training.onset import evaluations, onset_threshold
+from ..training.onset import evaluations
 from ..utils.files import replacing
 
 
@@ -80,10 +80,10 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def onset(validation: Sequence[tuple[float, float]], labels: np.ndarray) -> float | None:
-    """The share of training after which the model had begun to learn; None: it never did.
+    """The share of training after which the model had begun to learn the task; None: it never did.
 
-    As [`hf_rft.training.onset.find_onset`], but with classes of unequal size: guessing then means to name the largest
-    class for every image.
+    That is where its accuracy exceeds that of always naming the largest class by 5 points: the paper's threshold (5 %,
+    section 3) for classes that are few, or of unequal size.
 
     Args:
         validation (`Sequence` of `(share of training, accuracy)`):
@@ -91,8 +91,8 @@ def onset(validation: Sequence[tuple[float, float]], labels: np.ndarray) -> floa
         labels (`np.ndarray`):
             Of the test images.
     """
-    chance = np.bincount(labels).max() / len(labels)
-    passed = [share for share, accuracy in validation if accuracy > onset_threshold(1 / chance)]
+    guessing = np.bincount(labels).max() / len(labels)
+    passed = [share for share, accuracy in validation if accuracy > guessing + 0.05]
     return round(passed[0], 4) if passed else None
 
 

@@ -55,11 +55,11 @@ def test_a_finished_run_as_a_row(tmp_path):
 
 def test_onset_is_the_share_of_training_when_guessing_is_left_behind():
     ten_classes = np.arange(100) % 10
-    assert onset([(0.25, 0.15), (0.5, 0.2), (0.75, 0.21), (1.0, 0.9)], ten_classes) == 0.75
-    assert onset([(0.5, 0.1), (1, 0.2)], ten_classes) is None
-    mostly_one = np.repeat([0, 1], [40, 60])  # 60 % by guessing: half-way to 100 % is 80 %
-    assert onset([(0.5, 0.6), (1, 0.79)], mostly_one) is None
-    assert onset([(0.5, 0.6), (1, 0.81)], mostly_one) == 1.0
+    assert onset([(0.25, 0.1), (0.5, 0.15), (0.75, 0.16), (1.0, 0.9)], ten_classes) == 0.75
+    assert onset([(0.5, 0.1), (1, 0.15)], ten_classes) is None
+    mostly_one = np.repeat([0, 1], [40, 60])  # 60 % by guessing
+    assert onset([(0.5, 0.6), (1, 0.64)], mostly_one) is None
+    assert onset([(0.5, 0.6), (1, 0.66)], mostly_one) == 1.0
     assert onset([], ten_classes) is None
 
 
