@@ -18,13 +18,14 @@ import importlib.util
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..studies.grid import KEYS, Study
 from ..studies.report import write_report
-from ..studies.runs import make_study, with_ray, with_threads, write_recipe
+from ..studies.runs import folder_of, make_study, with_ray, with_threads, write_recipe
 from ..utils.files import check_writable
 from .exits import PREEMPTED, exit_with
 from .parsing import Parser, read_config
@@ -45,7 +46,7 @@ def check_runs(study: Study, output_dir: Path) -> None:
             write_recipe(run, recipe)
             try:
                 with contextlib.redirect_stdout(None):  # it says which file it reads
-                    parse_arguments(["--config", str(recipe), "--output_dir", str(output_dir / "runs" / run.key)])
+                    parse_arguments(["--config", str(recipe), "--output_dir", str(folder_of(run, output_dir))])
             except SystemExit:
                 print(f"in the run {run}", file=sys.stderr)
                 raise
@@ -58,6 +59,16 @@ def add_run_arguments(parser: Parser, output_dir: str) -> None:
         "--ray_address", metavar="TEXT", help='Of a Ray cluster that makes the runs; "auto": the one here.'
     )
     parser.add_argument("--delete_weights", action="store_true", help="Of each run, once its numbers are read.")
+
+
+@contextlib.contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the study in order, as Ctrl-C does, so that no training goes on without it."""
+    previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def run_study(study: Study, args) -> None:
@@ -75,9 +86,8 @@ def run_study(study: Study, args) -> None:
     else:
         cpus = int(study.cpus or 1)
         scheduler = partial(with_ray, address=args.ray_address, cpus=cpus, gpus=study.gpus)
-    with contextlib.suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
-    failed = make_study(study, output_dir, scheduler, cpus=cpus, keeps_weights=not args.delete_weights)
+    with ended_by_sigterm():
+        failed = make_study(study, output_dir, scheduler, cpus=cpus, keeps_weights=not args.delete_weights)
     if failed < len(study.runs):
         print(write_report(output_dir))
     if failed:

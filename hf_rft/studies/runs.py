@@ -34,8 +34,9 @@ Scheduler = Callable[[Callable[[Run], Outcome], list[Run]], Iterable[tuple[Run, 
 _PATIENCE = 60  # seconds in which a run that is told to stop can write its checkpoint
 
 
-def make_run(run: Run, folder: Path, *, cpus: int, keeps_weights: bool = True) -> Outcome:
-    """Train in `folder`, unless that is done; what goes wrong is the outcome, not an exception."""
+def make_run(run: Run, output_dir: Path, *, cpus: int, keeps_weights: bool = True) -> Outcome:
+    """Train in the run's folder, unless that is done; what goes wrong is the outcome, not an exception."""
+    folder = folder_of(run, output_dir)
     log = folder / "log.txt"
     try:
         _stop_earlier(folder)
@@ -59,6 +60,10 @@ def make_run(run: Run, folder: Path, *, cpus: int, keeps_weights: bool = True) -
         return outcome
     except Exception as error:
         return {"reason": f"{type(error).__name__}: {error}"}
+
+
+def folder_of(run: Run, output_dir: Path) -> Path:
+    return output_dir / "runs" / run.key
 
 
 def write_recipe(run: Run, path: Path) -> None:
@@ -155,7 +160,7 @@ def make_study(study: Study, output_dir: Path, scheduler: Scheduler, *, cpus: in
             raise ValueError(f"--output_dir {output_dir} is in use by another study; wait, or name another.") from None
         rows = known_rows(study, output_dir)
         missing = [run for run in study.runs if run.key not in rows]
-        make = partial(_make_in, output_dir, cpus=cpus, keeps_weights=keeps_weights)
+        make = partial(make_run, output_dir=output_dir, cpus=cpus, keeps_weights=keeps_weights)
         failures: list[dict[str, Any]] = []
         _write(study, rows, failures, output_dir)
         with tqdm(total=len(study.runs), initial=len(rows), unit="run", smoothing=0.1) as bar:
@@ -163,17 +168,13 @@ def make_study(study: Study, output_dir: Path, scheduler: Scheduler, *, cpus: in
                 named = {**run.options, "seed": run.seed, "run": run.key}
                 if "reason" in outcome:
                     failures.append({**named, "reason": outcome["reason"]})
-                    bar.write(f"FAILED {run}: {outcome['reason']} ({output_dir / 'runs' / run.key / 'log.txt'})")
+                    bar.write(f"FAILED {run}: {outcome['reason']} ({folder_of(run, output_dir) / 'log.txt'})")
                 else:
                     rows[run.key] = {**outcome, **named}
                     bar.write(f"{run}: expected robustness {outcome['expected_robustness']:.1%}")
                 _write(study, rows, failures, output_dir)
                 bar.update()
     return len(failures)
-
-
-def _make_in(output_dir: Path, run: Run, *, cpus: int, keeps_weights: bool) -> Outcome:
-    return make_run(run, output_dir / "runs" / run.key, cpus=cpus, keeps_weights=keeps_weights)
 
 
 def known_rows(study: Study, output_dir: Path) -> dict[str, dict[Any, Any]]:

@@ -22,7 +22,8 @@ def made(monkeypatch):
     """The folders for which a run was asked; every run succeeds."""
     folders = []
 
-    def make_run(run, folder, *, cpus, keeps_weights):
+    def make_run(run, output_dir, *, cpus, keeps_weights):
+        folder = runs.folder_of(run, output_dir)
         folders.append(folder)
         runs.write_recipe(run, folder / "recipe.yaml")
         share = 0.5 if run.options.get("schedule") == "linear" else 0.25
@@ -73,7 +74,7 @@ def test_report_alone(made, tmp_path, capsys):
 
 
 def test_failures_end_in_status_1(monkeypatch, tmp_path):
-    monkeypatch.setattr(runs, "make_run", lambda run, folder, **options: {"reason": "it rained"})
+    monkeypatch.setattr(runs, "make_run", lambda run, output_dir, **options: {"reason": "it rained"})
     with pytest.raises(SystemExit, match="4 of 4 runs failed; see .*failures.csv"):
         study.main([described(tmp_path), "--output_dir", str(tmp_path / "out")])
     with open(tmp_path / "out" / "failures.csv", newline="") as stream:

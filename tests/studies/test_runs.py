@@ -16,7 +16,7 @@ import yaml
 from hf_rft.studies import runs as studied
 from hf_rft.studies.grid import Run, Study
 from hf_rft.studies.results import read_results
-from hf_rft.studies.runs import make_run, make_study, with_threads, write_recipe
+from hf_rft.studies.runs import folder_of, make_run, make_study, with_threads, write_recipe
 from studies.test_results import finished
 
 
@@ -157,13 +157,13 @@ def test_the_threads_of_a_run_are_its_cpus(monkeypatch, tmp_path):
 
 
 def test_a_training_whose_study_was_killed_is_stopped_before_it_is_made_again(trained, tmp_path):
-    code = "import time; time.sleep(1000)"
-    orphan = subprocess.Popen([sys.executable, "-c", code, "train", "--output_dir", str(tmp_path)])
-    while str(tmp_path) not in psutil.Process(orphan.pid).cmdline():
+    code, folder = "import time; time.sleep(1000)", str(folder_of(RUNS[0], tmp_path))
+    orphan = subprocess.Popen([sys.executable, "-c", code, "train", "--output_dir", folder])
+    while folder not in psutil.Process(orphan.pid).cmdline():
         time.sleep(0.01)
     make_run(RUNS[0], tmp_path, cpus=1)
     orphan.wait(10)
-    assert trained == [tmp_path.name]
+    assert trained == [RUNS[0].key]
 
 
 def test_an_interrupted_study_stops_its_trainings(tmp_path, monkeypatch):
@@ -176,7 +176,7 @@ def test_an_interrupted_study_stops_its_trainings(tmp_path, monkeypatch):
         return subprocess.CompletedProcess(command, trainings[-1].wait())
 
     monkeypatch.setattr(studied.subprocess, "run", run)
-    found = with_threads(partial(studied._make_in, tmp_path, cpus=1, keeps_weights=True), RUNS, jobs=2)
+    found = with_threads(partial(make_run, output_dir=tmp_path, cpus=1), RUNS, jobs=2)
     first = threading.Thread(target=lambda: time.sleep(1) or trainings[0].terminate())
     first.start()
     assert next(found)[1] == {"reason": "status -15: no output"}
@@ -186,14 +186,16 @@ def test_an_interrupted_study_stops_its_trainings(tmp_path, monkeypatch):
 
 
 def test_the_reason_is_that_of_the_last_attempt(trained, tmp_path):
-    (tmp_path / "log.txt").write_text("RuntimeError: an earlier one\n")
+    folder = folder_of(RUNS[0], tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "log.txt").write_text("RuntimeError: an earlier one\n")
     trained.broken.add("a")
     assert make_run(RUNS[0], tmp_path, cpus=1) == {"reason": "status 2: no such schedule."}
 
 
 def test_a_damaged_result_is_a_failure(trained, tmp_path):
-    write_recipe(RUNS[0], tmp_path / "recipe.yaml")
-    (tmp_path / "robustness.json").write_text("{}")
+    folder_of(RUNS[0], tmp_path).mkdir(parents=True)
+    (folder_of(RUNS[0], tmp_path) / "robustness.json").write_text("{}")
     outcome = make_run(RUNS[0], tmp_path, cpus=1)
     assert outcome["reason"] and not trained
 
