@@ -29,12 +29,11 @@ class Malicious:
         return self.call
 
 
-@pytest.mark.parametrize("call", [(print, ("run",)), (np.load, ("x.npy",))], ids=["builtin", "numpy"])
-def test_a_pickle_that_calls_a_function_is_refused(call, capsys):
+@pytest.mark.parametrize("call", [(exec, ("raise SystemExit",)), (np.load, ("x.npy",))], ids=["builtin", "numpy"])
+def test_a_pickle_that_calls_a_function_is_refused(call):
     data = pickle.dumps([np.arange(3), Malicious(call)])
     with pytest.raises(pickle.UnpicklingError, match="not an array"):
         make_assets.ArrayUnpickler(io.BytesIO(data)).load()
-    assert not capsys.readouterr().out
 
 
 def test_an_array_as_old_numpy_wrote_it_is_read():

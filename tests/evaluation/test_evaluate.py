@@ -533,7 +533,7 @@ def test_attacks_run_without_batch_norm_and_the_result_is_the_same(family, proce
     is_folded = False
     monkeypatch.setattr(evaluation, "folded_weights", lambda pairs: {})
     plain = evaluate(model, dataset, processor, tier=[("apgd", 20)])
-    assert numbers(folded) == numbers(plain) and folded.robust_accuracy < folded.clean_accuracy
+    assert numbers(folded) == numbers(plain)
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     assert calls[False] - calls[True] >= 20 * norms > 0, "the steps of the attack"
 
@@ -545,11 +545,11 @@ def test_folding_that_errs_changes_no_number(processor, monkeypatch):
     expected = evaluate(model, dataset, processor, tier=tier)
 
     def wrong(pairs):
-        return {pair: (-weight, bias) for pair, (weight, bias) in folded_weights(pairs).items()}
+        return {pair: (nn.Parameter(-weight, False), bias) for pair, (weight, bias) in folded_weights(pairs).items()}
 
     monkeypatch.setattr(evaluation, "folded_weights", wrong)
     found = evaluate(model, dataset, processor, tier=tier)
-    assert found.clean_accuracy == expected.clean_accuracy
+    assert found.clean_accuracy == expected.clean_accuracy > found.robust_accuracy
     adversarial = found.examples.adversarial
     predicted = model.eval()((adversarial - 0.5) / 0.5).logits.argmax(dim=1)
     assert (predicted.numpy() != found.labels[found.examples.positions]).all()
