@@ -22,7 +22,7 @@ from ..hub.evidence import REPORT_NAME, hash_weight_files, read_report
 from ..hub.loading import download
 from ..threat_model import NORM_NAMES, NORMS, format_epsilon, parse_epsilon
 from ..utils.files import check_writable, replacing, write_text
-from ..utils.markdown import cell
+from ..utils.markdown import cell, markdown_table
 from .parsing import Parser
 
 
@@ -126,13 +126,13 @@ def _markdown_table(one: dict[str, Any], sort_by: str) -> str:
     shared, rows = one["conditions"], one["rows"]
     further = [f"at {epsilon}" for epsilon in shared["epsilons"][1:]]
     header = ["rank", "model", "clean", *further, "expected robustness", "minus the next row's", "failed trust checks"]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for row in rows:
         expected = _with_interval(row["expected_robustness"], row["confidence_interval"])
         lead = _with_interval(row["difference_to_next"], row["difference_interval"], sign="+")
         accuracies = (f"{100 * accuracy:.1f}" for accuracy in row["accuracies"])
         lines.append([str(row["rank"]), row["name"], *accuracies, expected, lead, row["trust_checks"]])
-    table = "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
+    table = markdown_table(header, lines)
     notes = f"In %, on {shared['number of examples']} examples, sorted by {sort_by.replace('_', ' ')}; in "
     notes += "brackets 95 % intervals over examples, of differences over the same examples of both models."
     if unchecked := [cell(row["name"]) for row in rows if not row["weights_checked"]]:

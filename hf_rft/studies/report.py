@@ -1,6 +1,5 @@
 """The report of a study: report.md with its figures, from results.csv and nothing else."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import numpy as np
 import pandas
 
 from ..utils.files import replacing, write_text
-from ..utils.markdown import cell
+from ..utils.markdown import cell, markdown_table
 from .plots import plot_adaptation, plot_curves, plot_differences, plot_levels, plot_onset
 from .results import curves, factors_of, read_results
 from .statistics import MEASURES, differences, mean_ranks, onset_correlation, over_pairs, prepared, summary
@@ -75,11 +74,6 @@ def write_report(folder: Path, compare: str | None = None, baseline: str | None 
     text = "\n\n".join(parts) + "\n"
     write_text(folder / "report.md", text)
     return text
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
 
 
 def points(share: float, sign: str = "") -> str:

@@ -1,6 +1,7 @@
 """Escaping for Markdown: names and messages of reports, datasets and models are plain text, never markup."""
 
 import re
+from collections.abc import Sequence
 
 
 def one_line(text: object) -> str:
@@ -18,6 +19,12 @@ def plain(text: object) -> str:
 def cell(text: object) -> str:
     """Plain text for a table cell."""
     return plain(text).replace("|", "\\|")
+
+
+def markdown_table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """A table, each of whose cells is plain text."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
 
 
 def code(text: object) -> str:
