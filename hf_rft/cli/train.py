@@ -43,8 +43,7 @@ from ..evaluation.tiers import TIERS
 from ..hub.pretrained import ModelArguments, head_parameters, in_order_of_model, load_model, load_model_and_processor
 from ..hub.pushing import PushError
 from ..models.classifier import check_labels
-from ..studies.grid import TIED
-from ..training.arguments import RobustTrainingArguments
+from ..training.arguments import TIED, RobustTrainingArguments
 from ..training.checkpoints import all_checkpoints, check_resumable
 from ..training.distributed import NonFiniteError
 from ..training.interruption import (

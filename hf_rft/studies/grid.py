@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..training.arguments import TIED
 from ..utils.values import COUNT, NOT_NEGATIVE, SEED
 from .results import COLUMNS
 
@@ -31,8 +32,6 @@ KEYS = {"common", "factors", "seeds", "grids", "resources"}
 SET_BY_STUDY = {"output_dir", "resume", "resume_from_checkpoint", "seed"}
 # Columns of the tables, beside those of the factors, and a key of `grids`.
 RESERVED = {*COLUMNS, "option", "pair", "at", "at_number", "accuracy", "reason", "common", "seeds"}
-# Flags that belong together: whatever sets the first drops an earlier value of the second.
-TIED = {"epsilon_schedule_type": "epsilon_schedule_kwargs"}
 
 
 @dataclass(frozen=True, eq=False)

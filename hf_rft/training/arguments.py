@@ -20,7 +20,7 @@ from ..utils.values import COUNT, NOT_NEGATIVE, POSITIVE, SECONDS, check_ranges
 # Learning rate schedules that follow `metric_for_best_model`, which they expect to decrease.
 METRIC_SCHEDULERS = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 ROBUST_METRICS = ("robust_accuracy", "expected_robustness")
-
+TIED = {"epsilon_schedule_type": "epsilon_schedule_kwargs"}  # whatever sets the first drops an earlier second
 RANGES = {
     "attack_steps": COUNT._replace(hint="; for training without an attack set `robust_loss='standard'`"),
     "attack_step_size": POSITIVE._replace(hint="; it is relative to epsilon"),
