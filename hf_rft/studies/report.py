@@ -174,7 +174,7 @@ def _rank(ranks: dict[str, float], option: str) -> str:
     return f"{ranks[option]:.1f}" if option in ranks else ""
 
 
-_ADAPTATION = "Stars mark the onset: the first validation that is 5 points above always naming the largest class."
+_ADAPTATION = "Stars mark the onset: the first validation that is clearly better than always naming the largest class."
 
 
 def _correlations(correlations: pandas.DataFrame, factor: str, baseline: str) -> str:

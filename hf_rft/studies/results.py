@@ -6,7 +6,7 @@ long form, what its columns `eval_epsilons` and `broken_at` hold. Columns of res
 - `seed`, `clean_accuracy`, `robust_accuracy` (at the largest epsilon), `expected_robustness`: shares of 1;
 - `eval_norm`, `eval_epsilons` (the grid), `tier` and `attacks` (attack:steps:restarts), `num_examples`, `num_classes`;
 - `seconds`: of training alone (its last part, if it was resumed), on a machine that may have had other work;
-- `onset`: share of training after which the task began to be learned, see [`onset`]; empty: never;
+- `onset`: share of training after which the task began to be learned, see training/onset.py; empty: never;
 - `validation_accuracy`: clean, as `share of training:accuracy`; empty: the run was not validated;
 - `broken_at`: one character an example (0-9, then a-z): the place in the grid, from 0, of the first epsilon that broke
   it; one more than the last place if none did;
@@ -26,7 +26,7 @@ from transformers import TrainerState
 from ..evaluation.provenance import versions
 from ..evaluation.report import RobustnessReport
 from ..threat_model import format_epsilon, parse_epsilon
-from ..training.onset import evaluations
+from ..training.onset import evaluations, first_above_chance
 from ..utils.files import replacing
 
 
@@ -58,6 +58,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     end = next(entry for entry in reversed(log) if "train_runtime" in entry)
     validation = [(entry["epoch"] / end["epoch"], entry["eval_accuracy"]) for entry in evaluations(log)]
     num_classes = report.settings["model"]["num_classes"]
+    adapted = first_above_chance(log, num_classes)
     return {
         "clean_accuracy": report.clean_accuracy,
         "robust_accuracy": report.robust_accuracy,
@@ -69,7 +70,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "num_examples": len(report),
         "num_classes": num_classes,
         "seconds": round(end["train_runtime"], 1),
-        "onset": onset(validation, report.labels),
+        "onset": None if adapted is None else round(adapted["epoch"] / end["epoch"], 4),
         "validation_accuracy": " ".join(f"{share:.4g}:{accuracy:.4g}" for share, accuracy in validation),
         "broken_at": "".join(_DIGITS[place] for place in report.broken_at),
         "images": str(report.settings["dataset"]["sha256"])[:12],
@@ -77,23 +78,6 @@ def read_run(folder: Path) -> dict[str, Any]:
         "commit": current_commit(),
         "torch": report.settings["versions"]["torch"],
     }
-
-
-def onset(validation: Sequence[tuple[float, float]], labels: np.ndarray) -> float | None:
-    """The share of training after which the model had begun to learn the task; None: it never did.
-
-    That is where its accuracy exceeds that of always naming the largest class by 5 points: the paper's threshold (5 %,
-    section 3) for classes that are few, or of unequal size.
-
-    Args:
-        validation (`Sequence` of `(share of training, accuracy)`):
-            In order.
-        labels (`np.ndarray`):
-            Of the test images.
-    """
-    guessing = np.bincount(labels).max() / len(labels)
-    passed = [share for share, accuracy in validation if accuracy > guessing + 0.05]
-    return round(passed[0], 4) if passed else None
 
 
 def current_commit() -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..attacks.base import ZERO_GRADIENT_SHARE
-from .onset import evaluations, find_onset, onset_threshold, while_training
+from .onset import chance_accuracy, evaluations, first_above_chance, onset_threshold, while_training
 
 
 History = Sequence[Mapping[str, Any]]
@@ -79,7 +79,8 @@ def transfer_failure(history: History, run: Run) -> Alarm | None:
         return None
     losses = [entry for entry in history if "loss" in entry]
     measured = evaluations(history, run.prefix)
-    threshold, due = onset_threshold(run.num_classes), max(1, math.ceil(DUE * run.num_epochs))
+    threshold = onset_threshold(chance_accuracy(history, run.num_classes, run.prefix))
+    due = max(1, math.ceil(DUE * run.num_epochs))
     meaning = f"The model does not begin to learn the task. {_remedy(losses, run)}"
     if losses:
         step, epoch = losses[-1]["step"], losses[-1].get("epoch") or 0.0
@@ -95,7 +96,8 @@ def transfer_failure(history: History, run: Run) -> Alarm | None:
                 f"Transfer failure: at epoch {epoch:.3g} the training loss is {loss:.4g}, that of guessing among "
                 f"{run.num_classes} classes {run.chance_loss():.4g}. {meaning}",
             )
-    if measured and measured[-1]["epoch"] >= due and find_onset(history, run.num_classes, run.prefix) is None:
+    has_adapted = first_above_chance(history, run.num_classes, run.prefix) is not None
+    if measured and measured[-1]["epoch"] >= due and not has_adapted:
         best = max(entry[f"{run.prefix}_accuracy"] for entry in measured)
         return Alarm(
             "transfer_failure",

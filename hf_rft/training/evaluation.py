@@ -15,6 +15,7 @@ from ..evaluation.evaluator import AttackedBatch, robust_metrics
 from ..evaluation.provenance import describe_model
 from ..evaluation.report import RobustnessReport
 from .distributed import over_processes
+from .onset import MAJORITY
 
 
 def check_can_evaluate(trainer: Any) -> None:
@@ -51,7 +52,9 @@ def with_robust_metrics(
             clean = EvalPrediction(logits, evaluation.label_ids, evaluation.inputs, evaluation.losses)
             metrics.update(compute_metrics(clean))
         epsilons, target = trainer.current_evaluator.epsilons, trainer.threat_model.epsilon
-        return metrics | robust_metrics(predictions, evaluation.label_ids, epsilons, target)
+        labels = cast(np.ndarray, evaluation.label_ids)
+        metrics[MAJORITY] = np.unique(labels, return_counts=True)[1].max() / len(labels)
+        return metrics | robust_metrics(predictions, labels, epsilons, target)
 
     return compute_all
 

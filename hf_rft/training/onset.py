@@ -5,14 +5,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def onset_threshold(num_classes: int) -> float:
+MAJORITY = "majority_class_share"  # metric: share of the evaluated examples that belong to the largest class
+
+
+def onset_threshold(chance: float) -> float:
     """The accuracy above which a model has begun to learn the task.
 
-    The paper's threshold is 5 %. With few classes that is below chance, so the threshold is the larger of 5 % and
-    twice chance; with two classes, where twice chance is 100 %, half-way between chance and 100 %.
+    The paper's threshold is 5 %. Where always naming the largest class comes near that or above, because classes are
+    few or of unequal size, it is 5 points more than that (but at most twice it, and half-way to 100 %).
+
+    Args:
+        chance (`float`):
+            Accuracy of always naming the largest class, in (0, 1).
     """
-    chance = 1 / num_classes
-    return max(0.05, min(2 * chance, (1 + chance) / 2))
+    return max(0.05, chance + min(chance, 0.05, (1 - chance) / 2))
 
 
 def while_training(history: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -33,17 +39,27 @@ def evaluations(history: Sequence[Mapping[str, Any]], prefix: str = "eval") -> l
     return [entry for entry in while_training(history) if f"{prefix}_accuracy" in entry and entry.get("epoch")]
 
 
-def find_onset(history: Sequence[Mapping[str, Any]], num_classes: int, prefix: str = "eval") -> int | None:
-    """The epoch, counted from 1, of the first evaluation whose clean accuracy passes the threshold.
+def chance_accuracy(history: Sequence[Mapping[str, Any]], num_classes: int, prefix: str = "eval") -> float:
+    """Accuracy of always naming the largest class of the validation data, as the trainer logs it; 1 / `num_classes`
+    if it did not."""
+    logged = (entry.get(f"{prefix}_{MAJORITY}") for entry in history)
+    return next((share for share in logged if share is not None), 1 / num_classes)
 
-    Returns:
-        `int` or None: None if no evaluation passed it (*transfer failure*).
-    """
-    threshold = onset_threshold(num_classes)
-    for entry in evaluations(history, prefix):
-        if entry[f"{prefix}_accuracy"] > threshold:
-            return math.ceil(entry["epoch"])
-    return None
+
+def first_above_chance(
+    history: Sequence[Mapping[str, Any]], num_classes: int, prefix: str = "eval"
+) -> Mapping[str, Any] | None:
+    """The first evaluation during training whose clean accuracy passes [`onset_threshold`]; None: none does
+    (*transfer failure*)."""
+    threshold = onset_threshold(chance_accuracy(history, num_classes, prefix))
+    found = (entry for entry in evaluations(history, prefix) if entry[f"{prefix}_accuracy"] > threshold)
+    return next(found, None)
+
+
+def find_onset(history: Sequence[Mapping[str, Any]], num_classes: int, prefix: str = "eval") -> int | None:
+    """The epoch, counted from 1, of [`first_above_chance`]."""
+    first = first_above_chance(history, num_classes, prefix)
+    return None if first is None else math.ceil(first["epoch"])
 
 
 def describe_onset(history: Sequence[Mapping[str, Any]], num_classes: int, prefix: str = "eval") -> str:

@@ -74,7 +74,8 @@ class RobustTrainer(Trainer):
             Maps progress in [0, 1] to a multiplier of epsilon, instead of `args.epsilon_schedule_type`.
 
     `evaluate` returns, besides the loss, `eval_accuracy`, `eval_robust_accuracy` (at `args.epsilon`),
-    `eval_expected_robustness` and `eval_accuracy_at_<epsilon>` for each epsilon of the grid; `predict` returns
+    `eval_expected_robustness`, `eval_accuracy_at_<epsilon>` for each epsilon of the grid, and
+    `eval_majority_class_share`, the accuracy of always naming the largest class; `predict` returns
     (clean logits, predicted label at each epsilon, size of the smallest perturbation found that fools the model), or
     only the logits if the dataset has no labels. `compute_metrics` gets the clean logits.
 

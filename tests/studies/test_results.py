@@ -11,7 +11,6 @@ from hf_rft.studies.results import (
     broken_at,
     curves,
     factors_of,
-    onset,
     read_results,
     read_run,
     write_results,
@@ -47,24 +46,18 @@ def test_a_finished_run_as_a_row(tmp_path):
     assert (row["eval_epsilons"], row["broken_at"]) == ("0 2/255 85/255 0.5", "01244")
     assert (row["tier"], row["num_examples"], row["num_classes"], row["seconds"]) == ("standard", 5, 10, 120.0)
     assert (row["images"], row["trust_checks"]) == ("abcdefabcdef", "random_output")
-    # Not above the threshold of one class: all labels of the report are the same.
-    assert (row["validation_accuracy"], row["onset"]) == ("0.5:0.1 1:0.5", None)
+    assert (row["validation_accuracy"], row["onset"]) == ("0.5:0.1 1:0.5", 1.0)
     assert (row["attacks"], row["torch"]) == ("apgd:100:1 apgd_targeted:100:1", "2.0.1")
     assert row["commit"] and set(row) | {"seed", "run"} == set(COLUMNS)
 
 
-def test_onset_is_the_share_of_training_when_guessing_is_left_behind():
-    ten_classes = np.arange(100) % 10
-    assert onset([(0.25, 0.1), (0.5, 0.15), (0.75, 0.16), (1.0, 0.9)], ten_classes) == 0.75
-    assert onset([(0.5, 0.1), (1, 0.15)], ten_classes) is None
-    mostly_one = np.repeat([0, 1], [40, 60])  # 60 % by guessing
-    assert onset([(0.5, 0.6), (1, 0.64)], mostly_one) is None
-    assert onset([(0.5, 0.6), (1, 0.66)], mostly_one) == 1.0
-    assert onset([], ten_classes) is None
+def test_onset_of_a_run_that_never_learned_is_empty(tmp_path):
+    row = read_run(finished(tmp_path / "run", validation=(0.1, 0.15)))
+    assert row["onset"] is None
 
 
 def test_tables_say_what_was_written(tmp_path):
-    row = read_run(finished(tmp_path / "run")) | {"seed": 3, "run": "0123456789ab"}
+    row = read_run(finished(tmp_path / "run", validation=(0.1, 0.15))) | {"seed": 3, "run": "0123456789ab"}
     rows = [{**row, "data": "01", "epsilon": "4/255"}, {**row, "data": "None", "epsilon": "4/255", "onset": 0.5}]
     write_results(rows, ["data", "epsilon"], tmp_path)
     table = read_results(tmp_path / "results.csv")

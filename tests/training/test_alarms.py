@@ -114,6 +114,16 @@ def test_an_attack_that_is_too_strong_is_no_transfer_failure(clean):
     assert transfer_failure([*losses([CHANCE] * 10), still_guessing], make_run())
 
 
+def test_a_model_that_names_the_largest_class_has_not_learnt():
+    """Its loss is well below that of guessing, and its accuracy well above 5 %."""
+    collapsed = [evaluation(epoch, 0.3) | {"eval_majority_class_share": 0.3} for epoch in range(1, 11)]
+    alarm = transfer_failure([*losses([0.8 * CHANCE] * 10), *collapsed], make_run())
+    assert alarm and "no evaluation has had a clean accuracy above 35.0 % (the best: 30.0 %)" in alarm.message
+    assert transfer_failure([*losses([0.8 * CHANCE] * 10), *collapsed[:9]], make_run()) is None
+    collapsed[3]["eval_accuracy"] = 0.36
+    assert transfer_failure([*losses([0.8 * CHANCE] * 10), *collapsed], make_run()) is None
+
+
 @pytest.mark.parametrize(
     ("epsilons", "grows", "advice"),
     [

@@ -288,6 +288,8 @@ def test_trains_and_evaluates(make_trainer, family, options):
     assert grid == sorted(grid, reverse=True)
     assert grid[0] == metrics["eval_accuracy"]
     assert grid[-1] == metrics["eval_robust_accuracy"]
+    labels = [example["labels"] for example in trainer.eval_dataset]
+    assert metrics["eval_majority_class_share"] == max(map(labels.count, labels)) / len(labels)
     expected = sum(a + b for a, b in zip(grid, grid[1:], strict=False)) / 8
     assert metrics["eval_expected_robustness"] == pytest.approx(expected)
 
