@@ -5,18 +5,23 @@ from .apgd_targeted import apgd_targeted
 from .base import Attack
 from .fgsm import fgsm
 from .fmn import fmn
+from .nfgsm import nfgsm
 from .pgd import pgd
 from .square import square
 
 
 # Names for the command line. In Python, any callable with the signature of `Attack` will do.
-# Training attacks keep increasing a loss; the others stop once an example is misclassified, which teaches a model
-# little.
-TRAINING_ATTACKS: dict[str, Attack] = {"fgsm": fgsm, "pgd": pgd, "apgd": apgd, "apgd_dlr": apgd_dlr}
-ATTACKS: dict[str, Attack] = {**TRAINING_ATTACKS, "apgd_targeted": apgd_targeted, "fmn": fmn, "square": square}
+_ASCENTS: dict[str, Attack] = {"fgsm": fgsm, "pgd": pgd, "apgd": apgd, "apgd_dlr": apgd_dlr}
+# For evaluation.
+ATTACKS: dict[str, Attack] = {**_ASCENTS, "apgd_targeted": apgd_targeted, "fmn": fmn, "square": square}
+# For training: those that keep increasing a loss. The others stop once an example is misclassified, which teaches a
+# model little. N-FGSM leaves the ball, so it cannot measure robustness.
+TRAINING_ATTACKS: dict[str, Attack] = {**_ASCENTS, "nfgsm": nfgsm}
+SINGLE_STEP = ("fgsm", "nfgsm")
 
 __all__ = [
     "ATTACKS",
+    "SINGLE_STEP",
     "TRAINING_ATTACKS",
     "Attack",
     "apgd",
@@ -24,6 +29,7 @@ __all__ = [
     "apgd_targeted",
     "fgsm",
     "fmn",
+    "nfgsm",
     "pgd",
     "square",
 ]

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 
-from ..attacks import ATTACKS
+from ..attacks import TRAINING_ATTACKS
 from ..attacks.base import Attack, KLDivergence, checked
 from ..models.classifier import PixelClassifier
 from ..models.folding import FoldablePair, folded, folded_weights
@@ -76,7 +76,7 @@ class Adversary:
     def from_arguments(cls, args: Any, classifier: PixelClassifier, attack: Attack | None, **options) -> "Adversary":
         """The adversary that [`RobustTrainingArguments`] describe, with the user's own attack if there is one."""
         built_in = {"random_start": args.attack_random_start, "step_size": args.attack_step_size}
-        attack = checked(attack) if attack else partial(ATTACKS[args.attack], **built_in)
+        attack = checked(attack) if attack else partial(TRAINING_ATTACKS[args.attack], **built_in)
         return cls(
             classifier,
             attack,

@@ -10,6 +10,7 @@ from hf_rft.cli.parsing import Parser
 from hf_rft.losses import LOSSES, RobustLoss, at_loss
 from hf_rft.schedules import SCHEDULES
 from hf_rft.threat_model import NORMS
+from hf_rft.training.argument_checks import check_supported
 
 
 @pytest.fixture
@@ -66,8 +67,21 @@ def test_numbers_are_accepted_where_yaml_gives_them(make_args):
         ),
         ({"eval_attack_steps": 0}, "`eval_attack_steps=0` must be a whole number from 1 "),
         ({"attack_step_size": 0.0}, "`attack_step_size=0.0` must be a number above 0 .*relative to epsilon"),
-        ({"attack": "pdg"}, r"`attack='pdg'` is unknown; choose one of \['fgsm', 'pgd', 'apgd', 'apgd_dlr'\]"),
+        (
+            {"attack": "pdg"},
+            r"`attack='pdg'` is unknown; choose one of \['fgsm', 'pgd', 'apgd', .*'nfgsm'\]",
+        ),
         ({"eval_attack": "none"}, "`eval_attack='none'` is unknown; choose one of"),
+        ({"attack": "nfgsm"}, "`attack='nfgsm'` takes exactly one step, got `attack_steps=7`; set `attack_steps=1`"),
+        (
+            {"attack": "nfgsm", "attack_steps": 1, "norm": "l2"},
+            "defined for `norm='linf'`, got 'l2'",
+        ),
+        (
+            {"attack": "nfgsm", "attack_steps": 1, "attack_random_start": False},
+            "`attack='nfgsm'` starts from noise, which `attack_random_start=False` would leave out",
+        ),
+        ({"eval_attack": "nfgsm", "eval_attack_steps": 1}, "`eval_attack='nfgsm'` is unknown"),
         ({"attack": "fgsm"}, "`attack='fgsm'` takes exactly one step, got `attack_steps=7`; set `attack_steps=1`"),
         (
             {"attack": "fgsm", "attack_steps": 1, "attack_steps_schedule": "epsilon"},
@@ -172,4 +186,4 @@ def test_processes_that_do_not_find_each_other_are_refused(make_args, monkeypatc
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="2 processes were started, but each would train by itself.*`use_cpu=True`"):
-        args._check_supported()
+        check_supported(args)

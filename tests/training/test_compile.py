@@ -6,7 +6,7 @@ from conftest import Images, make_model, weights, without_dropout
 from torch._dynamo.utils import counters
 from transformers import TrainerCallback
 
-from hf_rft.attacks import TRAINING_ATTACKS
+from hf_rft.attacks import SINGLE_STEP, TRAINING_ATTACKS
 
 
 class CountGraphs(TrainerCallback):
@@ -147,7 +147,7 @@ def test_logits_and_gradients_outlive_the_next_run_of_a_cuda_graph(make_trainer,
     ("attack", "loss"), [*((attack, "at") for attack in TRAINING_ATTACKS), ("pgd", "trades"), ("apgd", "trades")]
 )
 def test_attacks_are_the_same_with_cuda_graphs(make_trainer, cuda_graphs, attack, loss):
-    options = {"attack": attack, "robust_loss": loss, "attack_steps": 1 if attack == "fgsm" else 12}
+    options = {"attack": attack, "robust_loss": loss, "attack_steps": 1 if attack in SINGLE_STEP else 12}
     trainer = make_trainer(without_dropout(make_model("vit")), **options)
     inputs = trainer.data_collator([Images(8)[i] for i in range(8)])
     arguments = trainer.classifier.normalization.to_pixels(inputs["pixel_values"]), inputs["labels"]
