@@ -92,6 +92,7 @@ SECTIONS = {
         *("config", "output_dir", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
         *("learning_rate", "head_learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"),
         *("bf16", "seed", "save_strategy", "resume", "abort_on_alarm", "report_to"),
+        "weight_averaging",
     ],
     "sharing": ["push_to_hub", "hub_model_id"],
     "several processes": ["accelerate_config", "num_processes"],

@@ -13,7 +13,7 @@ from ..attacks import ATTACKS, TRAINING_ATTACKS
 from ..losses import LOSSES
 from ..schedules import SCHEDULES, EpsilonSchedule, EpsilonScheduleCallback, get_epsilon_schedule
 from ..threat_model import NORMS, ThreatModel, parse_epsilon, parse_epsilons
-from ..utils.values import COUNT, NOT_NEGATIVE, POSITIVE, SECONDS, check_ranges
+from ..utils.values import COUNT, NOT_NEGATIVE, POSITIVE, SECONDS, SHARE, check_ranges
 from .argument_checks import check_attacks, check_eval_epsilons, check_loss, check_supported
 
 
@@ -24,6 +24,7 @@ RANGES = {
     "attack_steps": COUNT._replace(hint="; for training without an attack set `robust_loss='standard'`"),
     "attack_step_size": POSITIVE._replace(hint="; it is relative to epsilon"),
     "robust_loss_weight": NOT_NEGATIVE,
+    "ema_decay": SHARE,
     "eval_attack_steps": COUNT,
     "hub_timeout": SECONDS,
 }
@@ -80,6 +81,15 @@ class RobustTrainingArguments(TrainingArguments):
             Arguments of the schedule. None: its defaults, for `"hinge"` `{"start": 0.25, "end": 0.75}`.
         epsilon_schedule_interval (`str`, *optional*, defaults to `"step"`):
             `"step"`, or `"epoch"` for the paper's staircase.
+
+        > Parameters that control weight averaging
+
+        weight_averaging (`str`, *optional*):
+            `"ema"` evaluates, saves and returns an exponential moving average of the weights (and of BatchNorm's
+            statistics), at the memory of one more copy. Checkpoints also hold the weights that training goes on with.
+        ema_decay (`float`, *optional*, defaults to 0.999):
+            Weight of the former average after each optimizer step. It grows to this value as `(1 + n) / (10 + n)`
+            after `n` steps.
 
         > Parameters that control the evaluation
 
@@ -185,6 +195,15 @@ class RobustTrainingArguments(TrainingArguments):
     epsilon_schedule_interval: str = field(
         default="step",
         metadata={"help": "Change epsilon at every step, or once per epoch.", "choices": ["step", "epoch"]},
+    )
+
+    # --- Weight averaging ---
+    weight_averaging: str | None = field(
+        default=None,
+        metadata={"help": "Evaluate and save an average of the weights instead of the last.", "choices": ["ema"]},
+    )
+    ema_decay: float = field(
+        default=0.999, metadata={"help": "Weight of the former average after each step; smaller at first."}
     )
 
     # --- Robust evaluation ---

@@ -192,6 +192,8 @@ def described_arguments(trainer: Any) -> dict[str, Any]:
         del values["num_train_epochs"]  # it does not count
     else:
         del values["max_steps"]
+    if values["weight_averaging"] is None:
+        values["ema_decay"] = None
     stated = [name for name in own if values[name] is not None]
     return {name: values[name] for name in [*stated, *(name for name in _OPTIMISATION if values.get(name))]}
 

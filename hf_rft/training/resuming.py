@@ -20,6 +20,7 @@ from transformers.utils import logging
 from ..schedules import is_stream
 from ..utils.files import write_text
 from .adversary import AdversarialAccuracy
+from .averaging import save_trained_weights
 from .checkpoints import (
     check_resumable,
     last_complete_checkpoint,
@@ -118,6 +119,7 @@ def saved_whole(
         accelerator.wait_for_everyone()
         if args.should_save:
             write_text(folder / COUNTS_NAME, json.dumps(counts))
+            save_trained_weights(trainer, folder)
             mark_complete(folder)
     except Exception as error:
         if args.should_save:

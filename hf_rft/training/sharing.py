@@ -25,12 +25,13 @@ from transformers.utils.hub import PushInProgress
 
 from ..hub.pushing import NOT_PUSHED, PushError, create_repo, push_folder
 from ..utils.files import write_text
+from .averaging import TRAINED_NAME
 
 
 logger = logging.get_logger(__name__)
 
 # Files of a checkpoint that only resuming needs.
-_FOR_RESUMING = ["optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "global_step*"]
+_FOR_RESUMING = [TRAINED_NAME, "optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*", "global_step*"]
 
 
 def save_arguments_without_tokens(args: Any, folder: str | None) -> None:

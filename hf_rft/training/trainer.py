@@ -32,6 +32,7 @@ from . import sharing
 from .adversary import AdversarialAccuracy, Adversary
 from .alarm_callback import AlarmCallback
 from .arguments import RobustTrainingArguments
+from .averaging import WeightAveraging, averaged, averaging_of, restore_trained_weights
 from .callbacks import AttackCheckCallback, BestCheckpointCallback, DatasetEpochCallback, DataWaitCallback
 from .card import write_card
 from .checkpoints import restore_weights
@@ -130,6 +131,7 @@ class RobustTrainer(Trainer):
             raise ValueError("Give either `epsilon_schedule` or an `EpsilonScheduleCallback`, not both.")
         self.interruption = InterruptionCallback()
         for callback in (
+            *([WeightAveraging(args.ema_decay)] if args.weight_averaging else []),
             DatasetEpochCallback(),
             BestCheckpointCallback(),
             DataWaitCallback(lambda: self._seconds_for_data),
@@ -165,6 +167,8 @@ class RobustTrainer(Trainer):
         """
         checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
         self._train_accuracy = accuracy_since_log(self, checkpoint)
+        if (averaging := averaging_of(self)) is not None:
+            averaging.checkpoint = checkpoint
         self.interruption.reset()
         with preemption_requests(self.interruption):
             output = super().train(checkpoint, *args, **kwargs)
@@ -272,8 +276,9 @@ class RobustTrainer(Trainer):
     def evaluation_loop(self, dataloader, *args, **kwargs):
         check_can_evaluate(self)
         self._eval_batches = []
-        output = super().evaluation_loop(dataloader, *args, **kwargs)
-        self.robustness_report = make_report(self, output, dataloader.dataset, self._eval_batches)
+        with averaged(self):
+            output = super().evaluation_loop(dataloader, *args, **kwargs)
+            self.robustness_report = make_report(self, output, dataloader.dataset, self._eval_batches)
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -319,6 +324,7 @@ class RobustTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if not restore_weights(model or self.model, resume_from_checkpoint, sharded=is_sharded(self)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        restore_trained_weights(model or self.model, resume_from_checkpoint)
 
     def _load_best_model(self):
         if not restore_weights(self.model, self.state.best_model_checkpoint, sharded=is_sharded(self)):
@@ -336,7 +342,8 @@ class RobustTrainer(Trainer):
     _push_from_checkpoint = sharing.push_from_checkpoint
 
     def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
+        with averaged(self):
+            super()._save(output_dir, state_dict)
         sharing.save_arguments_without_tokens(self.args, output_dir)
 
     def save_model(self, output_dir=None, _internal_call=False):
