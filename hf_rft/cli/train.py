@@ -80,8 +80,8 @@ SECTIONS = {
         *("horizontal_flip", "color_jitter", "rotation"),
     ],
     "threat model": ["norm", "epsilon"],
-    "attack": ["attack", "attack_steps", "attack_steps_schedule", "attack_step_size", "freeze_batch_norm"],
-    "epsilon schedule": ["epsilon_schedule_type", "epsilon_schedule_kwargs", "epsilon_schedule_interval"],
+    "attack": ["attack", "attack_steps", "attack_steps_schedule", "freeze_batch_norm"],
+    "epsilon schedule": ["epsilon_schedule_type", "epsilon_schedule_kwargs"],
     "loss": ["robust_loss", "robust_loss_weight"],
     "evaluation": [
         *("test_tier", "eval_attack", "eval_attack_steps", "eval_epsilons", "eval_strategy"),
