@@ -60,6 +60,14 @@ def check_loss(args: Any) -> None:
         )
 
 
+def check_weights(args: Any) -> None:
+    if args.awp_gamma is not None and args.fp16:
+        raise ValueError(
+            f"`awp_gamma={args.awp_gamma}` needs gradients without the loss scaling of `fp16=True`; set `bf16=True` "
+            "instead."
+        )
+
+
 def check_eval_epsilons(args: Any) -> None:
     target = parse_epsilon(args.epsilon)
     if target == 0:

@@ -14,7 +14,7 @@ from ..losses import LOSSES
 from ..schedules import SCHEDULES, EpsilonSchedule, EpsilonScheduleCallback, get_epsilon_schedule
 from ..threat_model import NORMS, ThreatModel, parse_epsilon, parse_epsilons
 from ..utils.values import COUNT, NOT_NEGATIVE, POSITIVE, SECONDS, SHARE, check_ranges
-from .argument_checks import check_attacks, check_eval_epsilons, check_loss, check_supported
+from .argument_checks import check_attacks, check_eval_epsilons, check_loss, check_supported, check_weights
 
 
 # Learning rate schedules that follow `metric_for_best_model`, which they expect to decrease.
@@ -24,6 +24,8 @@ RANGES = {
     "attack_steps": COUNT._replace(hint="; for training without an attack set `robust_loss='standard'`"),
     "attack_step_size": POSITIVE._replace(hint="; it is relative to epsilon"),
     "robust_loss_weight": NOT_NEGATIVE,
+    "awp_gamma": POSITIVE._replace(hint="; leave it out for training without weight perturbation"),
+    "awp_warmup_steps": NOT_NEGATIVE,
     "ema_decay": SHARE,
     "eval_attack_steps": COUNT,
     "hub_timeout": SECONDS,
@@ -81,6 +83,14 @@ class RobustTrainingArguments(TrainingArguments):
             Arguments of the schedule. None: its defaults, for `"hinge"` `{"start": 0.25, "end": 0.75}`.
         epsilon_schedule_interval (`str`, *optional*, defaults to `"step"`):
             `"step"`, or `"epoch"` for the paper's staircase.
+
+        > Parameters that control weight perturbation
+
+        awp_gamma (`float`, *optional*):
+            Adversarial weight perturbation: length of the perturbation of each tensor, relative to the tensor; 0.01
+            for `"at"`, 0.005 for `"trades"` in the paper. One forward and backward pass more for each example.
+        awp_warmup_steps (`float`, *optional*, defaults to 0.1):
+            Optimizer steps without perturbation; below 1: their share of all.
 
         > Parameters that control weight averaging
 
@@ -197,6 +207,14 @@ class RobustTrainingArguments(TrainingArguments):
         metadata={"help": "Change epsilon at every step, or once per epoch.", "choices": ["step", "epoch"]},
     )
 
+    # --- Weight perturbation ---
+    awp_gamma: float | None = field(
+        default=None, metadata={"help": "Adversarial weight perturbation of this relative length, such as 0.01."}
+    )
+    awp_warmup_steps: float = field(
+        default=0.1, metadata={"help": "Steps without weight perturbation; below 1: their share of all."}
+    )
+
     # --- Weight averaging ---
     weight_averaging: str | None = field(
         default=None,
@@ -245,6 +263,7 @@ class RobustTrainingArguments(TrainingArguments):
         self.epsilon = str(self.epsilon)
         check_attacks(self)
         check_loss(self)
+        check_weights(self)
         # Raise for a bad epsilon or schedule now, not after the model has been loaded.
         ThreatModel(self.norm, self.epsilon)
         EpsilonScheduleCallback(self.make_epsilon_schedule(), self.epsilon_schedule_interval)

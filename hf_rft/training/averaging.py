@@ -39,16 +39,17 @@ class WeightAveraging(TrainerCallback):
 
     def __init__(self, decay: float):
         self.decay = decay
-        self.checkpoint: str | None = None  # to resume from
+        self.resumes_from: str | None = None  # a checkpoint with an average
         self.average: AveragedModel | None = None  # None outside training
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs
     ):
         self.average = AveragedModel(model, multi_avg_fn=self._update, use_buffers=True).requires_grad_(False)
-        if self.checkpoint is not None and Path(self.checkpoint, TRAINED_NAME).is_file():
-            restore_weights(self.average.module, self.checkpoint)
+        if self.resumes_from is not None:
+            restore_weights(self.average.module, self.resumes_from)
             cast(torch.Tensor, self.average.n_averaged).fill_(state.global_step)
+            self.resumes_from = None
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs
@@ -112,7 +113,11 @@ def save_trained_weights(trainer: Any, folder: Path) -> None:
         save_model(trainer.model, str(folder / TRAINED_NAME))
 
 
-def restore_trained_weights(model: nn.Module, folder: str) -> None:
-    """After the model of a checkpoint was loaded: load the weights that training goes on with, if it is an average."""
-    if (path := Path(folder, TRAINED_NAME)).is_file():
-        load_model(model, path)
+def restore_trained_weights(trainer: Any, checkpoint: str) -> None:
+    """After the model of a checkpoint was loaded: if it is an average, load the weights that training goes on with."""
+    path, averaging = Path(checkpoint, TRAINED_NAME), averaging_of(trainer)
+    if not path.is_file():
+        return
+    load_model(trainer.model, path)
+    if averaging is not None:
+        averaging.resumes_from = checkpoint

@@ -194,6 +194,8 @@ def described_arguments(trainer: Any) -> dict[str, Any]:
         del values["max_steps"]
     if values["weight_averaging"] is None:
         values["ema_decay"] = None
+    if values["awp_gamma"] is None:
+        values["awp_warmup_steps"] = None
     stated = [name for name in own if values[name] is not None]
     return {name: values[name] for name in [*stated, *(name for name in _OPTIMISATION if values.get(name))]}
 

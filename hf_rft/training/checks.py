@@ -157,11 +157,13 @@ def check_parallelism(trainer: Any) -> None:
             "but an attack may take more passes on one process than on another. Set `zero_stage: 2`, or use FSDP2 "
             "(`hf-rft train --accelerate_config fsdp`)."
         )
-    if args.weight_averaging is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise ValueError(
-            f"`weight_averaging={args.weight_averaging!r}` needs whole weights on each process, which FSDP and "
-            "DeepSpeed divide; leave it out, or use DDP (`hf-rft train --accelerate_config multi_gpu`)."
-        )
+    is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    for name in ("weight_averaging", "awp_gamma"):
+        if is_sharded and (value := getattr(args, name)) is not None:
+            raise ValueError(
+                f"`{name}={value!r}` needs whole weights on each process, which FSDP and DeepSpeed divide; leave it "
+                "out, or use DDP (`hf-rft train --accelerate_config multi_gpu`)."
+            )
     if trainer.is_fsdp_enabled:
         _check_fsdp(trainer, state.fsdp_plugin)
     if (

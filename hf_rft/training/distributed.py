@@ -3,7 +3,7 @@ that all processes raise together.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -110,6 +110,10 @@ class OptimizerStep:
     micro_batch: int = 0
     epsilon: float | None = None
     attack_steps: int = 0
+    # For weight perturbation, which passes through all micro-batches before the step does.
+    batches: list[Any] = field(default_factory=list)
+    is_ascent: bool = False
+    crafted: dict[int, torch.Tensor] = field(default_factory=dict)  # adversarial examples of each micro-batch
 
     @classmethod
     def of(cls, real: list[int], accelerator: Accelerator) -> "OptimizerStep":

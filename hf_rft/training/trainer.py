@@ -6,7 +6,7 @@ the alarms (alarm_callback.py), resuming.py, card.py and sharing.py.
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial, wraps
@@ -32,7 +32,7 @@ from . import sharing
 from .adversary import AdversarialAccuracy, Adversary
 from .alarm_callback import AlarmCallback
 from .arguments import RobustTrainingArguments
-from .averaging import WeightAveraging, averaged, averaging_of, restore_trained_weights
+from .averaging import WeightAveraging, averaged, restore_trained_weights
 from .callbacks import AttackCheckCallback, BestCheckpointCallback, DatasetEpochCallback, DataWaitCallback
 from .card import write_card
 from .checkpoints import restore_weights
@@ -52,6 +52,7 @@ from .distributed import (
 from .evaluation import check_can_evaluate, make_report, on_clean_logits, with_robust_metrics
 from .interruption import InterruptionCallback, preemption_requests, with_workers_in_own_group
 from .resuming import accuracy_since_log, checkpoint_to_resume, saved_whole, stream_position
+from .weight_perturbation import WeightPerturbation, weights_restored
 
 
 class RobustTrainer(Trainer):
@@ -118,7 +119,7 @@ class RobustTrainer(Trainer):
         self.compute_metrics = with_robust_metrics(self, self.compute_metrics)
         self.preprocess_logits_for_metrics = on_clean_logits(self.preprocess_logits_for_metrics)
 
-        self._step: OptimizerStep | None = None
+        self.optimizer_step: OptimizerStep | None = None
         self._until_backward_ends: contextlib.ExitStack | None = None
         self._train_accuracy = AdversarialAccuracy()
         self._seconds_for_data = 0.0
@@ -137,6 +138,7 @@ class RobustTrainer(Trainer):
             DataWaitCallback(lambda: self._seconds_for_data),
             AttackCheckCallback(self),
             AlarmCallback(self),
+            *([WeightPerturbation(self)] if args.awp_gamma else []),  # after the probe of the alarms
             self.interruption,  # last, since others may request a stop
         ):
             self.add_callback(callback)
@@ -167,10 +169,8 @@ class RobustTrainer(Trainer):
         """
         checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
         self._train_accuracy = accuracy_since_log(self, checkpoint)
-        if (averaging := averaging_of(self)) is not None:
-            averaging.checkpoint = checkpoint
         self.interruption.reset()
-        with preemption_requests(self.interruption):
+        with preemption_requests(self.interruption), weights_restored(self):
             output = super().train(checkpoint, *args, **kwargs)
         if self.interruption.requested is not None:  # after the last step
             raise self.interruption.requested
@@ -183,18 +183,27 @@ class RobustTrainer(Trainer):
         self._seconds_for_data += time.perf_counter() - start
         batches, counts = completed(batches, counts, num_batches)
         step = OptimizerStep.of(counts, self.accelerator)
-        self._step = step if batches else self._step  # at the end of a pass, the log still needs the last step
+        step.batches = batches if self.args.awp_gamma else []
+        self.optimizer_step = (
+            step if batches else self.optimizer_step
+        )  # at the end of a pass, the log still needs the last step
         return batches, num_items_in_batch
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        with self.in_micro_batch():
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    @contextlib.contextmanager
+    def in_micro_batch(self) -> Iterator[None]:
+        """Around the loss of one micro-batch and its gradient; then the next one is due."""
         # `compute_loss` freezes BatchNorm until backward ends: activation checkpointing repeats the forward pass.
         try:
             with contextlib.ExitStack() as self._until_backward_ends:
-                return super().training_step(model, inputs, num_items_in_batch)
+                yield
         finally:
             self._until_backward_ends = None
-            if self._step is not None:
-                self._step.micro_batch += 1
+            if self.optimizer_step is not None:
+                self.optimizer_step.micro_batch += 1
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         check_batch(inputs, self.model.config.num_labels)
@@ -202,7 +211,7 @@ class RobustTrainer(Trainer):
             return super().compute_loss(model, inputs, return_outputs)
         inputs = dict(inputs)
         labels, pixel_values = inputs.pop("labels"), inputs.pop("pixel_values")
-        step, is_in_loop = self._step, self._until_backward_ends is not None
+        step, is_in_loop = self.optimizer_step, self._until_backward_ends is not None
         if step is None or not is_in_loop or step.micro_batch >= len(step.real):  # called outside training
             step = OptimizerStep(len(labels) * self.args.world_size, [len(labels)])
         with contextlib.ExitStack() as until_loss_is_computed:
@@ -217,7 +226,8 @@ class RobustTrainer(Trainer):
         if is_in_loop:
             when = f"in micro-batch {step.micro_batch + 1} of optimizer step {self.state.global_step + 1}"
             check_finite("loss", loss, when, self.args.world_size)
-        self._train_accuracy.add(adversarial[:real], labels[:real])
+        if not step.is_ascent:
+            self._train_accuracy.add(adversarial[:real], labels[:real])
         # DDP averages gradients over all processes; one without real examples contributes zero.
         loss = loss.sum() * self.args.world_size / step.examples
         return (loss, outputs) if return_outputs else loss
@@ -229,12 +239,17 @@ class RobustTrainer(Trainer):
         step.epsilon = float(threat_model.epsilon)
         if threat_model.is_trivial:
             return None
+        if (crafted := step.crafted.pop(step.micro_batch, None)) is not None:
+            return crafted
         before = step.micro_batch * over_processes(self.args, self._train_batch_size)
         position = {"optimizer_step": self.state.global_step, "first": before + self.args.process_index * len(pixels)}
         adversarial = self.adversary(pixels, labels, share, **position, **inputs)
         values = self.classifier.normalization.from_pixels(adversarial)
         # Bytes (from a processor that does nothing) cannot represent a perturbation: the result stays float.
-        return values.to(pixel_values.dtype) if pixel_values.is_floating_point() else values
+        values = values.to(pixel_values.dtype) if pixel_values.is_floating_point() else values
+        if step.is_ascent:
+            step.crafted[step.micro_batch] = values
+        return values
 
     @property
     def share_of_epsilon(self) -> float:
@@ -264,10 +279,10 @@ class RobustTrainer(Trainer):
         return (any_epsilon or is_comparable) and super()._determine_best_metric(metrics, trial)
 
     def log(self, logs, start_time=None):
-        if "loss" in logs and self._step is not None and self._step.epsilon is not None:
-            logs = {**logs, "epsilon": self._step.epsilon}
+        if "loss" in logs and self.optimizer_step is not None and self.optimizer_step.epsilon is not None:
+            logs = {**logs, "epsilon": self.optimizer_step.epsilon}
             if self.args.attack_steps_schedule != "constant":
-                logs["attack_steps"] = self._step.attack_steps
+                logs["attack_steps"] = self.optimizer_step.attack_steps
             logs |= self._train_accuracy.pop(self.accelerator)
         super().log(logs, start_time)
 
@@ -324,7 +339,7 @@ class RobustTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if not restore_weights(model or self.model, resume_from_checkpoint, sharded=is_sharded(self)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        restore_trained_weights(model or self.model, resume_from_checkpoint)
+        restore_trained_weights(self, resume_from_checkpoint)
 
     def _load_best_model(self):
         if not restore_weights(self.model, self.state.best_model_checkpoint, sharded=is_sharded(self)):

@@ -137,7 +137,14 @@ def with_processes(
     config = {"even_batches": True, "dispatch_batches": None, **(accelerator_config or {})}
     return SimpleNamespace(
         args=SimpleNamespace(
-            **{"n_gpu": 1, "world_size": 2, "torch_compile": False, "weight_averaging": None, **args},
+            **{
+                "n_gpu": 1,
+                "world_size": 2,
+                "torch_compile": False,
+                "weight_averaging": None,
+                "awp_gamma": None,
+                **args,
+            },
             accelerator_config=SimpleNamespace(**config),
         ),
         accelerator=SimpleNamespace(state=state, parallelism_config=SimpleNamespace(tp_size=tp_size)),
@@ -167,6 +174,7 @@ def test_supported_parallelism_passes(options, caplog):
         ({"fsdp": {"cpu_offload": True}}, "`fsdp_offload_params: true` .* set it to false"),
         ({"fsdp": {}, "torch_compile": True}, "`torch_compile=True` is untested .* set it to False"),
         ({"fsdp": {}, "weight_averaging": "ema"}, "`weight_averaging='ema'` needs whole weights .* or use DDP"),
+        ({"zero_stage": 2, "awp_gamma": 0.01}, "`awp_gamma=0.01` needs whole weights on each process"),
         ({"zero_stage": 1, "weight_averaging": "ema"}, "`weight_averaging='ema'` needs whole weights"),
         ({"fsdp": {}, "family": "convnext"}, "cannot shard a ConvNextForImageClassification.* use DDP"),
     ],
