@@ -1,4 +1,7 @@
-"""Callbacks for the epochs of the dataset, waiting for data, steps without an attack, and the best checkpoint."""
+"""The callbacks of `RobustTrainer`.
+
+Here: for the epochs of the dataset, waiting for data, steps without an attack, and the best checkpoint.
+"""
 
 import math
 import time
@@ -9,10 +12,27 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.utils import logging
 
 from ..schedules import is_stream
+from .alarm_callback import AlarmCallback
+from .averaging import WeightAveraging
 from .checkpoints import why_incomplete
+from .weight_perturbation import WeightPerturbation
 
 
 logger = logging.get_logger(__name__)
+
+
+def callbacks_of(trainer: Any) -> list[TrainerCallback]:
+    """The callbacks that the arguments of a trainer ask for, in their order."""
+    args = trainer.args
+    return [
+        *([WeightAveraging(args.ema_decay)] if args.weight_averaging else []),
+        DatasetEpochCallback(),
+        BestCheckpointCallback(),
+        DataWaitCallback(lambda: trainer.seconds_for_data),
+        AttackCheckCallback(trainer),
+        AlarmCallback(trainer),
+        *([WeightPerturbation(trainer)] if args.awp_gamma else []),  # after the probe of the alarms
+    ]
 
 
 class DatasetEpochCallback(TrainerCallback):

@@ -30,10 +30,9 @@ from ..schedules import EpsilonSchedule, EpsilonScheduleCallback
 from ..threat_model import ThreatModel
 from . import sharing
 from .adversary import AdversarialAccuracy, Adversary
-from .alarm_callback import AlarmCallback
 from .arguments import RobustTrainingArguments
-from .averaging import WeightAveraging, averaged, restore_trained_weights
-from .callbacks import AttackCheckCallback, BestCheckpointCallback, DatasetEpochCallback, DataWaitCallback
+from .averaging import averaged, restore_trained_weights
+from .callbacks import callbacks_of
 from .card import write_card
 from .checkpoints import restore_weights
 from .checks import check_loss, check_setup
@@ -52,7 +51,7 @@ from .distributed import (
 from .evaluation import check_can_evaluate, make_report, on_clean_logits, with_robust_metrics
 from .interruption import InterruptionCallback, preemption_requests, with_workers_in_own_group
 from .resuming import accuracy_since_log, checkpoint_to_resume, saved_whole, stream_position
-from .weight_perturbation import WeightPerturbation, weights_restored
+from .weight_perturbation import weights_restored
 
 
 class RobustTrainer(Trainer):
@@ -122,7 +121,7 @@ class RobustTrainer(Trainer):
         self.optimizer_step: OptimizerStep | None = None
         self._until_backward_ends: contextlib.ExitStack | None = None
         self._train_accuracy = AdversarialAccuracy()
-        self._seconds_for_data = 0.0
+        self.seconds_for_data = 0.0
         self._eval_batches: list[AttackedBatch] = []
         self.has_own_schedule = epsilon_schedule is not None or self.epsilon_callback is not None
         if self.epsilon_callback is None:
@@ -131,16 +130,7 @@ class RobustTrainer(Trainer):
         elif epsilon_schedule is not None:
             raise ValueError("Give either `epsilon_schedule` or an `EpsilonScheduleCallback`, not both.")
         self.interruption = InterruptionCallback()
-        for callback in (
-            *([WeightAveraging(args.ema_decay)] if args.weight_averaging else []),
-            DatasetEpochCallback(),
-            BestCheckpointCallback(),
-            DataWaitCallback(lambda: self._seconds_for_data),
-            AttackCheckCallback(self),
-            AlarmCallback(self),
-            *([WeightPerturbation(self)] if args.awp_gamma else []),  # after the probe of the alarms
-            self.interruption,  # last, since others may request a stop
-        ):
+        for callback in (*callbacks_of(self), self.interruption):  # last, since others may request a stop
             self.add_callback(callback)
 
     def _set_up_attack(self) -> None:
@@ -180,7 +170,7 @@ class RobustTrainer(Trainer):
         start, counts = time.perf_counter(), []
         counted = with_real_examples(epoch_iterator, self.accelerator, counts)
         batches, num_items_in_batch = super().get_batch_samples(counted, num_batches, device)
-        self._seconds_for_data += time.perf_counter() - start
+        self.seconds_for_data += time.perf_counter() - start
         batches, counts = completed(batches, counts, num_batches)
         step = OptimizerStep.of(counts, self.accelerator)
         step.batches = batches if self.args.awp_gamma else []
