@@ -50,6 +50,7 @@ TRAINING_CASES = [
     ("iterable dataset", "at", "vit", 27, 16, 1, {"max_steps": 3}),
     ("adaptive epsilon", "at", "vit", 27, 16, 1, ADAPTIVE),
     ("perturbed weights", "trades", "vit", 27, 8, 3, {"awp_gamma": 0.01, "awp_warmup_steps": 0}),
+    ("head first", "at", "vit", 27, 16, 1, {"head_warmup_steps": 1}),
     ("averaged weights", "at", "timm", 27, 16, 1, {"weight_averaging": "ema", "freeze_batch_norm": True}),
 ]
 # Cases that are trained with FSDP2 as well: the layers whose weights are gathered together.

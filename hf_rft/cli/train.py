@@ -40,7 +40,7 @@ from ..data.loading import DataTrainingArguments, display_name, load_splits, spl
 from ..evaluation.evaluate import evaluate_robustness
 from ..evaluation.evaluator import robust_metrics
 from ..evaluation.tiers import TIERS
-from ..hub.pretrained import ModelArguments, head_parameters, in_order_of_model, load_model, load_model_and_processor
+from ..hub.pretrained import ModelArguments, in_order_of_model, load_model, load_model_and_processor
 from ..hub.pushing import PushError
 from ..models.classifier import check_labels
 from ..training.arguments import TIED, RobustTrainingArguments
@@ -56,7 +56,6 @@ from ..training.interruption import (
 from ..training.resuming import find_checkpoint
 from ..training.trainer import RobustTrainer
 from ..utils.files import check_writable
-from ..utils.values import NOT_NEGATIVE, check_ranges
 from .exits import INTERRUPTED, PREEMPTED, STOPPED
 from .parsing import parse_with_config, published_command
 from .recipes import find_file
@@ -111,9 +110,6 @@ def default_num_workers() -> int:
 class RecipeTrainingArguments(RobustTrainingArguments):
     """Robust-training arguments, plus what only this script does."""
 
-    head_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the new classification head. Default: learning_rate."}
-    )
     dataloader_pin_memory: bool = field(
         default=torch.accelerator.is_available(), metadata={"help": "Pin the memory of batches, for a GPU."}
     )
@@ -140,7 +136,6 @@ class RecipeTrainingArguments(RobustTrainingArguments):
     )
 
     def __post_init__(self):
-        check_ranges(self, {"head_learning_rate": NOT_NEGATIVE}, is_flag=True)
         super().__post_init__()
         if self.resume == "auto" and self.resume_from_checkpoint is not None:
             raise ValueError("Give either --resume auto or --resume_from_checkpoint, not both.")
@@ -178,17 +173,6 @@ def parse_arguments(
         sections=SECTIONS,
         is_launched=True,
     )
-
-
-def set_head_learning_rate(optimizer: torch.optim.Optimizer, model, learning_rate: float) -> None:
-    """Move the head's parameters to groups of their own, with another learning rate."""
-    head = head_parameters(model)
-    for group in list(optimizer.param_groups):
-        parameters = group["params"]
-        group["params"] = [parameter for parameter in parameters if parameter not in head]
-        moved = [parameter for parameter in parameters if parameter in head]
-        if moved:
-            optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
 
 
 def prepare(
@@ -264,8 +248,6 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         )
     except ValueError as error:  # also of `Trainer` itself, about arguments that only it knows to be wrong
         raise ValueError(f"The training arguments cannot be used: {error}") from error
-    if training_args.head_learning_rate is not None:
-        set_head_learning_rate(trainer.create_optimizer(), model, training_args.head_learning_rate)
     checkpoint = find_checkpoint(trainer) if training_args.resume == "auto" else training_args.resume_from_checkpoint
     try:
         with cancellation_requests(trainer.interruption):

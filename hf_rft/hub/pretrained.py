@@ -9,6 +9,7 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data import bundled
+from ..models.parts import head_parameters
 from ..utils.files import check_writable
 from ..utils.values import Range, check_ranges, naming
 from .safe_loading import load_classifier, load_config
@@ -127,13 +128,6 @@ def in_order_of_model(model_args: ModelArguments, splits: DatasetDict, column: s
         for split, dataset in splits.items()
     }
     return DatasetDict(relabelled)
-
-
-def head_parameters(model) -> set[torch.nn.Parameter]:
-    """The parameters of the classification head."""
-    if hasattr(model, "timm_model"):
-        return set(model.timm_model.get_classifier().parameters())
-    return set(model.parameters()) - set(model.base_model.parameters())
 
 
 def load_model_and_processor(

@@ -24,6 +24,9 @@ RANGES = {
     "attack_steps": COUNT._replace(hint="; for training without an attack set `robust_loss='standard'`"),
     "attack_step_size": POSITIVE._replace(hint="; it is relative to epsilon"),
     "robust_loss_weight": NOT_NEGATIVE,
+    "head_learning_rate": NOT_NEGATIVE,
+    "layer_decay": SHARE._replace(is_open=True),
+    "head_warmup_steps": NOT_NEGATIVE,
     "awp_gamma": POSITIVE._replace(hint="; leave it out for training without weight perturbation"),
     "awp_warmup_steps": NOT_NEGATIVE,
     "ema_decay": SHARE,
@@ -83,6 +86,17 @@ class RobustTrainingArguments(TrainingArguments):
             Arguments of the schedule. None: its defaults, for `"hinge"` `{"start": 0.25, "end": 0.75}`.
         epsilon_schedule_interval (`str`, *optional*, defaults to `"step"`):
             `"step"`, or `"epoch"` for the paper's staircase.
+
+        > Parameters that control what learns how fast
+
+        head_learning_rate (`float`, *optional*):
+            Learning rate of the classification head. None: `learning_rate`.
+        layer_decay (`float`, *optional*):
+            Learning rate of each layer relative to that of the next deeper one, such as 0.75. None: all layers have
+            the same.
+        head_warmup_steps (`float`, *optional*, defaults to 0):
+            Optimizer steps in which only the head learns, from adversarial examples like all others; below 1: their
+            share of all.
 
         > Parameters that control weight perturbation
 
@@ -205,6 +219,17 @@ class RobustTrainingArguments(TrainingArguments):
     epsilon_schedule_interval: str = field(
         default="step",
         metadata={"help": "Change epsilon at every step, or once per epoch.", "choices": ["step", "epoch"]},
+    )
+
+    # --- What learns how fast ---
+    head_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the classification head. Default: learning_rate."}
+    )
+    layer_decay: float | None = field(
+        default=None, metadata={"help": "Learning rate of each layer relative to that of the next deeper one."}
+    )
+    head_warmup_steps: float = field(
+        default=0, metadata={"help": "First steps, in which only the head learns; below 1: their share of all."}
     )
 
     # --- Weight perturbation ---

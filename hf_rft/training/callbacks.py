@@ -15,6 +15,7 @@ from ..schedules import is_stream
 from .alarm_callback import AlarmCallback
 from .averaging import WeightAveraging
 from .checkpoints import why_incomplete
+from .head_warmup import HeadWarmup
 from .weight_perturbation import WeightPerturbation
 
 
@@ -31,6 +32,7 @@ def callbacks_of(trainer: Any) -> list[TrainerCallback]:
         DataWaitCallback(lambda: trainer.seconds_for_data),
         AttackCheckCallback(trainer),
         AlarmCallback(trainer),
+        *([HeadWarmup()] if args.head_warmup_steps else []),
         *([WeightPerturbation(trainer)] if args.awp_gamma else []),  # after the probe of the alarms
     ]
 

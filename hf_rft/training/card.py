@@ -194,6 +194,7 @@ def described_arguments(trainer: Any) -> dict[str, Any]:
         del values["max_steps"]
     if values["weight_averaging"] is None:
         values["ema_decay"] = None
+    values["head_warmup_steps"] = values["head_warmup_steps"] or None
     if values["awp_gamma"] is None:
         values["awp_warmup_steps"] = None
     stated = [name for name in own if values[name] is not None]

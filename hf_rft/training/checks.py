@@ -8,7 +8,6 @@ import datasets
 import numpy as np
 import torch
 from torch.distributed.fsdp import CPUOffloadPolicy
-from transformers import Trainer
 from transformers.utils import logging
 
 from ..attacks.base import takes
@@ -16,12 +15,13 @@ from ..data.augmentation import SeededAugmentation
 from ..data.labels import LABEL_COLUMNS, check_class_order
 from ..losses import LOSSES, RobustLoss
 from ..models.classifier import check_labels
+from ..models.parts import depths, head_parameters
 
 
 logger = logging.get_logger(__name__)
 
 
-def check_setup(trainer: Trainer) -> None:
+def check_setup(trainer: Any) -> None:
     """Refuse a model, processor or parallelism with which robust training would be wrong.
 
     Raises:
@@ -51,6 +51,14 @@ def check_setup(trainer: Trainer) -> None:
                     check_class_order(f"`{name}`", class_names, config)
     if trainer.compute_loss_func is not None:
         raise ValueError("`compute_loss_func` would replace the robust loss; pass `robust_loss` instead.")
+    for name in ("head_learning_rate", "head_warmup_steps"):
+        if (value := getattr(trainer.args, name)) and not head_parameters(trainer.model):
+            raise ValueError(
+                f"`{name}={value}` needs a model that tells its classification head from the rest, which "
+                f"{type(trainer.model).__name__} does not; leave it out."
+            )
+    if trainer.args.layer_decay is not None:
+        depths(trainer.model)
     check_parallelism(trainer)
     for name in ("train_dataset", "eval_dataset"):
         check_dataset(name, getattr(trainer, name), num_labels)
@@ -158,8 +166,8 @@ def check_parallelism(trainer: Any) -> None:
             "(`hf-rft train --accelerate_config fsdp`)."
         )
     is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    for name in ("weight_averaging", "awp_gamma"):
-        if is_sharded and (value := getattr(args, name)) is not None:
+    for name in ("weight_averaging", "awp_gamma", "head_warmup_steps"):
+        if is_sharded and (value := getattr(args, name)):
             raise ValueError(
                 f"`{name}={value!r}` needs whole weights on each process, which FSDP and DeepSpeed divide; leave it "
                 "out, or use DDP (`hf-rft train --accelerate_config multi_gpu`)."

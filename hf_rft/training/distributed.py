@@ -58,7 +58,7 @@ def set_ddp_options(ddp: DistributedDataParallelKwargs, args: Any, model: PreTra
     if args.ddp_broadcast_buffers is None and args.freeze_batch_norm:
         ddp.broadcast_buffers = False
     if args.ddp_find_unused_parameters is None:
-        ddp.find_unused_parameters = may_have_unused_parameters(model)
+        ddp.find_unused_parameters = bool(args.head_warmup_steps) or may_have_unused_parameters(model)
 
 
 def may_have_unused_parameters(model: PreTrainedModel) -> bool:

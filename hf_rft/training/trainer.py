@@ -50,6 +50,7 @@ from .distributed import (
 )
 from .evaluation import check_can_evaluate, make_report, on_clean_logits, with_robust_metrics
 from .interruption import InterruptionCallback, preemption_requests, with_workers_in_own_group
+from .parameter_groups import set_learning_rates
 from .resuming import accuracy_since_log, checkpoint_to_resume, saved_whole, stream_position
 from .weight_perturbation import weights_restored
 
@@ -146,6 +147,13 @@ class RobustTrainer(Trainer):
             self.model = model
             self._set_up_attack()
         return model
+
+    def create_optimizer(self, *args, **kwargs):
+        is_new, optimizer = self.optimizer is None, super().create_optimizer(*args, **kwargs)
+        rates = {name: getattr(self.args, name) for name in ("head_learning_rate", "layer_decay")}
+        if is_new and any(rate is not None for rate in rates.values()):
+            set_learning_rates(optimizer, self.model, **rates)
+        return optimizer
 
     # --- Training ---
 

@@ -157,7 +157,7 @@ COMMAND_LINES = [
     ("run_rft", "--color_jitter inf", "--color_jitter inf must be a number from 0 to 10"),
     ("run_rft", "--image_size 0", "--image_size 0 must be a whole number from 1 to 4096"),
     ("run_rft", "--image_size 1000000", "--image_size 1000000 must be"),
-    ("run_rft", "--head_learning_rate nan", "--head_learning_rate nan must be a number from 0"),
+    ("run_rft", "--head_learning_rate nan", "`head_learning_rate=nan` must be a number from 0"),
     ("run_rft", "--epsilon 8", "did you mean '8/255'"),
     ("run_rft", "--epsilon nan", "`epsilon='nan'` is not a number"),
     ("run_rft", ["--epsilon_schedule_kwargs", "{{'end': 1}}"], "`epsilon_schedule_kwargs=.* is not a JSON object"),

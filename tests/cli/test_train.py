@@ -21,7 +21,6 @@ from transformers import AutoModelForImageClassification, pipeline
 from hf_rft import RobustnessReport, RobustTrainer, ThreatModel, load_robust_model
 from hf_rft.cli import recipes
 from hf_rft.cli import train as run_rft
-from hf_rft.hub.pretrained import ModelArguments, load_model
 from hf_rft.training.distributed import NonFiniteError
 from hf_rft.training.interruption import AlarmRaised
 
@@ -169,19 +168,6 @@ def test_own_folder_of_images_with_resume(image_folder, tmp_path):
 def test_without_test_data_the_card_says_that_the_numbers_are_from_the_validation_images(small_run, tmp_path):
     run_rft.main(small_run)
     assert "the numbers are from the validation images" in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_head_learning_rate_reaches_the_head_only():
-    _, model = load_model(ModelArguments(), ["a", "b", "c"])
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.25, weight_decay=0.1)
-    run_rft.set_head_learning_rate(optimizer, model, 0.5)
-    groups = optimizer.param_groups
-    rates = {parameter: group["lr"] for group in groups for parameter in group["params"]}
-    head = set(model.timm_model.get_classifier().parameters())
-    assert {rates[parameter] for parameter in head} == {0.5}
-    assert {rates[parameter] for parameter in set(model.parameters()) - head} == {0.25}
-    assert len(rates) == len(list(model.parameters()))
-    assert all(group["weight_decay"] == 0.1 for group in groups)
 
 
 def test_a_schedule_flag_replaces_the_whole_schedule_of_the_recipe():
