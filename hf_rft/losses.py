@@ -1,7 +1,8 @@
 """Robust training losses: pure functions of logits, one value per example; the caller takes the mean.
 
-Shapes are `(batch, classes)` for logits and `(batch,)` for labels and results. Everything is computed in float32 or
-wider, with a log-softmax on both sides of a Kullback-Leibler divergence, so that zero probabilities cause no NaN.
+Shapes are `(batch, classes)` for logits and `(batch,)` for labels and results. Labels may also be soft (not for MART):
+probabilities of shape `(batch, classes)`. Everything is computed in float32 or wider, with a log-softmax on both sides
+of a Kullback-Leibler divergence, so that zero probabilities cause no NaN.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,12 @@ TRADES_WEIGHT = 6.0
 MART_WEIGHT = 6.0
 
 
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float) -> torch.Tensor:
+    logits = at_least_float32(logits)
+    labels = labels.to(logits.dtype) if labels.is_floating_point() else labels
+    return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+
+
 def standard_loss(
     clean_logits: torch.Tensor,
     adversarial_logits: torch.Tensor | None,
@@ -28,7 +35,7 @@ def standard_loss(
     label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Plain fine-tuning: the cross-entropy of the clean examples. `adversarial_logits` and `weight` are not used."""
-    return F.cross_entropy(at_least_float32(clean_logits), labels, reduction="none", label_smoothing=label_smoothing)
+    return _cross_entropy(clean_logits, labels, label_smoothing)
 
 
 def at_loss(
@@ -42,9 +49,7 @@ def at_loss(
     """Adversarial training: the cross-entropy of the adversarial examples (Madry et al. 2018,
     https://huggingface.co/papers/1706.06083, eq. 2.1). `clean_logits` and `weight` are not used.
     """
-    return F.cross_entropy(
-        at_least_float32(adversarial_logits), labels, reduction="none", label_smoothing=label_smoothing
-    )
+    return _cross_entropy(adversarial_logits, labels, label_smoothing)
 
 
 def trades_loss(
@@ -88,8 +93,10 @@ def mart_loss(
             The paper's `lambda`. Defaults to the published 6.
 
     Raises:
-        ValueError: if `label_smoothing` is not 0, since the boosted cross-entropy does not define it.
+        ValueError: if `label_smoothing` is not 0 or labels are soft: the boosted cross-entropy defines neither.
     """
+    if labels.is_floating_point():
+        raise ValueError("`robust_loss='mart'` does not define soft labels; give one class per image.")
     if label_smoothing:
         raise ValueError(
             f"`robust_loss='mart'` does not define `label_smoothing_factor={label_smoothing}`; set it to 0."

@@ -26,7 +26,7 @@ class Attack(Protocol):
         pixels (`torch.Tensor` of shape `(batch, channels, height, width)`):
             Clean images, pixels in [0, 1].
         labels (`torch.Tensor` of shape `(batch,)`):
-            True classes.
+            True classes; in training also soft labels, probabilities of shape `(batch, classes)`.
         threat_model ([`ThreatModel`]):
             Norm and epsilon; epsilon may be a single number or one per example.
         steps (`int`):
@@ -149,6 +149,11 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def classes_of(labels: torch.Tensor) -> torch.Tensor:
+    """The class of each example, shape `(batch,)`; of soft labels `(batch, classes)` the most probable one."""
+    return labels if labels.dim() == 1 else labels.argmax(dim=1)
+
+
 def log_softmax(logits: torch.Tensor) -> torch.Tensor:
     return F.log_softmax(at_least_float32(logits), dim=1)
 
@@ -160,6 +165,11 @@ def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 
 def _true_and_other_logits(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The true class's logit, and all logits with that one at minus infinity."""
+    if labels.dim() > 1:
+        raise ValueError(
+            "Soft labels are defined for the cross-entropy and the divergence of TRADES only; set `attack='pgd'` or "
+            "another attack that does not compare two classes, or give one class per image."
+        )
     logits = at_least_float32(logits)
     labels = labels.unsqueeze(1)
     # Not `F.one_hot`: it reads the largest label, so the CPU would wait for the device in every step.
@@ -172,7 +182,12 @@ def log_odds(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     Cross-entropy is `log(1 + exp(log_odds))`, so the two rise together and their gradients point the same way. But the
     gradient of cross-entropy vanishes in float32 once the true class is certain (a lead of 100 in the logits), which
     makes a confident model look robust.
+
+    Of soft labels `(batch, classes)`, the cross-entropy itself: its gradient vanishes only where the model's
+    probabilities equal the labels.
     """
+    if labels.dim() > 1:
+        return -(labels * log_softmax(logits)).sum(dim=1)
     true_logit, others = _true_and_other_logits(logits, labels)
     return others.logsumexp(dim=1) - true_logit
 
@@ -278,7 +293,7 @@ def evaluate(
         # A step along NaN would leave the ball. Without a direction, the image stays put.
         input_gradient = input_gradient.nan_to_num()
     prediction = logits.detach().argmax(dim=1)
-    return Evaluation(values.detach(), input_gradient, prediction, prediction != labels)
+    return Evaluation(values.detach(), input_gradient, prediction, prediction != classes_of(labels))
 
 
 def check_inputs(pixels: torch.Tensor, labels: torch.Tensor, steps: int) -> torch.Tensor:

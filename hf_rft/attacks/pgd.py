@@ -49,7 +49,7 @@ def pgd(
         return pixels
     step = threat_model.radius(pixels) * (PATH_LENGTH[threat_model.norm] / steps if step_size is None else step_size)
     adversarial = threat_model.random_start(pixels, generator) if random_start else pixels
-    stopped = torch.zeros_like(labels, dtype=torch.bool)
+    stopped = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
     standing = None
     for _ in range(steps):
         current = evaluate(forward, adversarial, labels, objective, standing=standing)

@@ -133,8 +133,11 @@ def logits_of(outputs: Any) -> torch.Tensor:
     return logits
 
 
-def check_batch(inputs: Mapping[str, Any], num_labels: int) -> None:
-    """Refuse a batch without images or labels, with extra tensors, or with labels outside the model's classes."""
+def check_batch(inputs: Mapping[str, Any], num_labels: int, *, may_be_soft: bool = False) -> None:
+    """Refuse a batch without images or labels, with extra tensors, or with labels outside the model's classes.
+
+    `may_be_soft` accepts probabilities of shape `(batch, num_labels)` as labels.
+    """
     missing = [key for key in ("pixel_values", "labels") if key not in inputs]
     if missing:
         raise ValueError(
@@ -147,6 +150,19 @@ def check_batch(inputs: Mapping[str, Any], num_labels: int) -> None:
             f"A batch holds further tensors {others}; only `pixel_values` can be attacked. Leave them out."
         )
     labels = inputs["labels"]
+    if may_be_soft and labels.is_floating_point() and labels.dim() == 2:
+        sums = labels.sum(dim=1)
+        if (
+            labels.shape[1] != num_labels
+            or (labels < 0).any()
+            or not torch.allclose(sums, torch.ones_like(sums), atol=1e-3)
+        ):
+            raise ValueError(
+                f"Soft `labels` must hold {num_labels} probabilities per image, which sum to 1; got shape "
+                f"{tuple(labels.shape)}, values from {labels.min():.4g} and sums from {sums.min():.4g} to "
+                f"{sums.max():.4g}."
+            )
+        return
     if labels.dim() != 1 or labels.is_floating_point():
         raise ValueError(
             f"`labels` must hold one class index per image, got {labels.dtype} of shape {tuple(labels.shape)}; "

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from ..attacks import TRAINING_ATTACKS
-from ..attacks.base import Attack, KLDivergence, checked
+from ..attacks.base import Attack, KLDivergence, checked, classes_of
 from ..models.classifier import PixelClassifier
 from ..models.folding import FoldablePair, folded, folded_weights
 from ..schedules import scaled_steps
@@ -163,7 +163,7 @@ class AdversarialAccuracy:
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Add a micro-batch, without waiting for the device."""
-        self._right = self._right + (logits.detach().argmax(dim=1) == labels).sum()
+        self._right = self._right + (logits.detach().argmax(dim=1) == classes_of(labels)).sum()
         self._seen += len(labels)
 
     def counts(self, accelerator: Accelerator) -> tuple[int, int]:

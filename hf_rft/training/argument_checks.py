@@ -47,6 +47,12 @@ def check_loss(args: Any) -> None:
             f"`robust_loss='mart'` does not define `label_smoothing_factor={args.label_smoothing_factor}`; set it "
             "to 0."
         )
+    for name in ("mixup_alpha", "cutmix_alpha"):
+        if (alpha := getattr(args, name)) and (args.robust_loss == "mart" or args.attack == "apgd_dlr"):
+            raise ValueError(
+                f"`{name}={alpha}` makes soft labels, which `robust_loss='mart'` and `attack='apgd_dlr'` do not "
+                "define; set it to 0, or choose another loss and attack."
+            )
     has_own_objective = LOSSES[args.robust_loss].attack_objective == "kl"
     if has_own_objective and args.attack == "apgd_dlr":
         raise ValueError(

@@ -24,6 +24,8 @@ RANGES = {
     "attack_steps": COUNT._replace(hint="; for training without an attack set `robust_loss='standard'`"),
     "attack_step_size": POSITIVE._replace(hint="; it is relative to epsilon"),
     "robust_loss_weight": NOT_NEGATIVE,
+    "mixup_alpha": NOT_NEGATIVE,
+    "cutmix_alpha": NOT_NEGATIVE,
     "head_learning_rate": NOT_NEGATIVE,
     "layer_decay": SHARE._replace(is_open=True),
     "head_warmup_steps": NOT_NEGATIVE,
@@ -86,6 +88,14 @@ class RobustTrainingArguments(TrainingArguments):
             Arguments of the schedule. None: its defaults, for `"hinge"` `{"start": 0.25, "end": 0.75}`.
         epsilon_schedule_interval (`str`, *optional*, defaults to `"step"`):
             `"step"`, or `"epoch"` for the paper's staircase.
+
+        > Parameters that control mixing
+
+        mixup_alpha (`float`, *optional*, defaults to 0):
+            Blend each training image with another, and their labels: the share is drawn from Beta(alpha, alpha), once
+            a batch. 0: off. Evaluation never mixes.
+        cutmix_alpha (`float`, *optional*, defaults to 0):
+            Likewise, but paste a rectangle of the other image. With both, each batch is mixed by one of them.
 
         > Parameters that control what learns how fast
 
@@ -220,6 +230,10 @@ class RobustTrainingArguments(TrainingArguments):
         default="step",
         metadata={"help": "Change epsilon at every step, or once per epoch.", "choices": ["step", "epoch"]},
     )
+
+    # --- Mixing ---
+    mixup_alpha: float = field(default=0, metadata={"help": "Mixup of training images, such as 0.2. 0: off."})
+    cutmix_alpha: float = field(default=0, metadata={"help": "CutMix of training images, such as 1. 0: off."})
 
     # --- What learns how fast ---
     head_learning_rate: float | None = field(

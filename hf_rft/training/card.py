@@ -194,7 +194,8 @@ def described_arguments(trainer: Any) -> dict[str, Any]:
         del values["max_steps"]
     if values["weight_averaging"] is None:
         values["ema_decay"] = None
-    values["head_warmup_steps"] = values["head_warmup_steps"] or None
+    for name in ("head_warmup_steps", "mixup_alpha", "cutmix_alpha"):
+        values[name] = values[name] or None  # 0: off
     if values["awp_gamma"] is None:
         values["awp_warmup_steps"] = None
     stated = [name for name in own if values[name] is not None]

@@ -1,8 +1,8 @@
 """A robust head start: only the classification head learns at first, from adversarial examples.
 
-A new head sends random gradients into the pretrained weights. Training it first, robustly, is what makes
-parameter-efficient robust fine-tuning work (RoLI, Hua et al. 2024, "Initialization Matters for Adversarial Transfer
-Learning", https://huggingface.co/papers/2312.05716).
+A new head sends random gradients into the pretrained weights. RoLI (Hua et al. 2024,
+https://huggingface.co/papers/2312.05716) starts from a head that was trained on adversarial examples, in that paper on
+top of a robust model.
 """
 
 from typing import Any

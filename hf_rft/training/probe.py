@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..attacks import fgsm, pgd
-from ..attacks.base import Forward, evaluate, has_zero_gradient, log_odds, margin
+from ..attacks.base import Forward, classes_of, evaluate, has_zero_gradient, log_odds, margin
 from ..data.augmentation import SeededAugmentation
 from ..threat_model import ThreatModel
 from ..utils.noise import PROBE, Generators, example_generators, mix_seed
@@ -95,7 +95,7 @@ class Probe:
         for batch in self._batches:
             inputs = trainer._prepare_inputs(dict(batch))
             pixels = trainer.classifier.normalization.to_pixels(inputs.pop("pixel_values"))
-            labels = inputs.pop("labels")
+            labels = classes_of(inputs.pop("labels"))
             positions = range(first, first + len(labels))
             first += len(labels)
             with trainer.adversary.under_attack():

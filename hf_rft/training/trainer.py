@@ -50,6 +50,7 @@ from .distributed import (
 )
 from .evaluation import check_can_evaluate, make_report, on_clean_logits, with_robust_metrics
 from .interruption import InterruptionCallback, preemption_requests, with_workers_in_own_group
+from .mixing import mixed
 from .parameter_groups import set_learning_rates
 from .resuming import accuracy_since_log, checkpoint_to_resume, saved_whole, stream_position
 from .weight_perturbation import weights_restored
@@ -204,7 +205,7 @@ class RobustTrainer(Trainer):
                 self.optimizer_step.micro_batch += 1
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        check_batch(inputs, self.model.config.num_labels)
+        check_batch(inputs, self.model.config.num_labels, may_be_soft=self.model.training)
         if not self.model.training:  # `Trainer` weights this process's mean loss by its number of examples
             return super().compute_loss(model, inputs, return_outputs)
         inputs = dict(inputs)
@@ -212,11 +213,20 @@ class RobustTrainer(Trainer):
         step, is_in_loop = self.optimizer_step, self._until_backward_ends is not None
         if step is None or not is_in_loop or step.micro_batch >= len(step.real):  # called outside training
             step = OptimizerStep(len(labels) * self.args.world_size, [len(labels)])
+        first = step.micro_batch * over_processes(self.args, self._train_batch_size)
+        first += self.args.process_index * len(labels)  # its position in the global batch
+        if self.args.mixup_alpha or self.args.cutmix_alpha:
+            options = {"mixup_alpha": self.args.mixup_alpha, "cutmix_alpha": self.args.cutmix_alpha}
+            options |= {
+                "num_classes": self.model.config.num_labels,
+                "key": (self.args.seed, self.state.global_step, first),
+            }
+            pixel_values, labels = mixed(pixel_values, labels, **options)
         with contextlib.ExitStack() as until_loss_is_computed:
             if self.args.freeze_batch_norm:
                 until = self._until_backward_ends or until_loss_is_computed
                 until.enter_context(batch_norm_frozen(self.model))
-            adversarial_values = self._adversarial_values(pixel_values, labels, step, inputs)
+            adversarial_values = self._adversarial_values(pixel_values, labels, step, first, inputs)
             outputs, clean, adversarial = self.robust_loss.logits(model, pixel_values, adversarial_values, **inputs)
             options = {"weight": self.args.robust_loss_weight, "label_smoothing": self.args.label_smoothing_factor}
             real = step.real[step.micro_batch]
@@ -230,7 +240,7 @@ class RobustTrainer(Trainer):
         loss = loss.sum() * self.args.world_size / step.examples
         return (loss, outputs) if return_outputs else loss
 
-    def _adversarial_values(self, pixel_values, labels, step: OptimizerStep, inputs: dict[str, Any]):
+    def _adversarial_values(self, pixel_values, labels, step: OptimizerStep, first: int, inputs: dict[str, Any]):
         """Adversarial examples, normalised as the processor does; None at epsilon 0."""
         pixels, share = self.classifier.normalization.to_pixels(pixel_values), self.share_of_epsilon
         threat_model, step.attack_steps = self.adversary.strength(share)
@@ -239,8 +249,7 @@ class RobustTrainer(Trainer):
             return None
         if (crafted := step.crafted.pop(step.micro_batch, None)) is not None:
             return crafted
-        before = step.micro_batch * over_processes(self.args, self._train_batch_size)
-        position = {"optimizer_step": self.state.global_step, "first": before + self.args.process_index * len(pixels)}
+        position = {"optimizer_step": self.state.global_step, "first": first}
         adversarial = self.adversary(pixels, labels, share, **position, **inputs)
         values = self.classifier.normalization.from_pixels(adversarial)
         # Bytes (from a processor that does nothing) cannot represent a perturbation: the result stays float.

@@ -72,6 +72,11 @@ def test_numbers_are_accepted_where_yaml_gives_them(make_args):
             r"`attack='pdg'` is unknown; choose one of \['fgsm', 'pgd', 'apgd', .*'nfgsm'\]",
         ),
         ({"eval_attack": "none"}, "`eval_attack='none'` is unknown; choose one of"),
+        (
+            {"mixup_alpha": 0.2, "robust_loss": "mart"},
+            "`mixup_alpha=0.2` makes soft labels, which `robust_loss='mart'`",
+        ),
+        ({"cutmix_alpha": 1.0, "attack": "apgd_dlr"}, "`cutmix_alpha=1.0` makes soft labels, which"),
         ({"attack": "nfgsm"}, "`attack='nfgsm'` takes exactly one step, got `attack_steps=7`; set `attack_steps=1`"),
         (
             {"attack": "nfgsm", "attack_steps": 1, "norm": "l2"},
@@ -155,7 +160,7 @@ def test_every_field_has_help():
 
     inherited = {field.name for field in dataclasses.fields(TrainingArguments)}
     own = [field for field in dataclasses.fields(RobustTrainingArguments) if field.name not in inherited]
-    assert len(own) == 29
+    assert len(own) == 31
     for field in own:
         assert field.metadata["help"], field.name
         assert f"{field.name} (`" in RobustTrainingArguments.__doc__, field.name
