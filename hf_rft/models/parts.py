@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from timm.models import group_parameters
 from torch import nn
 
 
@@ -22,6 +21,8 @@ def depths(model: Any) -> dict[nn.Parameter, int]:
         ValueError: if the model has no such stack.
     """
     if hasattr(model, "timm_model"):
+        from timm.models import group_parameters  # slow to import, and needed by its own models only
+
         by_name: Any = group_parameters(model.timm_model, model.timm_model.group_matcher(coarse=False), reverse=True)
         return {parameter: by_name[name] for name, parameter in model.timm_model.named_parameters()}
     stacks = [module for module in model.modules() if _is_stack(module)]

@@ -9,7 +9,7 @@ from ..models.parts import depths, head_parameters
 
 
 def set_learning_rates(
-    optimizer: Optimizer, model: nn.Module, *, head_learning_rate: float | None, layer_decay: float | None
+    optimizer: Optimizer, model: nn.Module, head_learning_rate: float | None, layer_decay: float | None
 ) -> None:
     """Divide the groups of an optimizer so that each part has its learning rate.
 

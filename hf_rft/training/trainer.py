@@ -151,9 +151,8 @@ class RobustTrainer(Trainer):
 
     def create_optimizer(self, *args, **kwargs):
         is_new, optimizer = self.optimizer is None, super().create_optimizer(*args, **kwargs)
-        rates = {name: getattr(self.args, name) for name in ("head_learning_rate", "layer_decay")}
-        if is_new and any(rate is not None for rate in rates.values()):
-            set_learning_rates(optimizer, self.model, **rates)
+        if is_new:
+            set_learning_rates(optimizer, self.model, self.args.head_learning_rate, self.args.layer_decay)
         return optimizer
 
     # --- Training ---
@@ -215,13 +214,8 @@ class RobustTrainer(Trainer):
             step = OptimizerStep(len(labels) * self.args.world_size, [len(labels)])
         first = step.micro_batch * over_processes(self.args, self._train_batch_size)
         first += self.args.process_index * len(labels)  # its position in the global batch
-        if self.args.mixup_alpha or self.args.cutmix_alpha:
-            options = {"mixup_alpha": self.args.mixup_alpha, "cutmix_alpha": self.args.cutmix_alpha}
-            options |= {
-                "num_classes": self.model.config.num_labels,
-                "key": (self.args.seed, self.state.global_step, first),
-            }
-            pixel_values, labels = mixed(pixel_values, labels, **options)
+        key = (self.args.seed, self.state.global_step, first)
+        pixel_values, labels = mixed(pixel_values, labels, self.args, self.model.config.num_labels, key)
         with contextlib.ExitStack() as until_loss_is_computed:
             if self.args.freeze_batch_norm:
                 until = self._until_backward_ends or until_loss_is_computed

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ LABELS = torch.tensor([0, 1, 2, 3])
 
 def mix(images=None, labels=LABELS, mixup=0.0, cutmix=0.0, key=(0, 0, 0)):
     images = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)) if images is None else images
-    return images, *mixed(images, labels, mixup_alpha=mixup, cutmix_alpha=cutmix, num_classes=4, key=key)
+    return images, *mixed(images, labels, SimpleNamespace(mixup_alpha=mixup, cutmix_alpha=cutmix), 4, key)
 
 
 # --- Mixing ---
