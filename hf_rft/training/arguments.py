@@ -149,6 +149,11 @@ class RobustTrainingArguments(TrainingArguments):
             written, and `train` raises [`hf_rft.AlarmRaised`]. If False, an alarm is only a warning and an entry of
             the log history. Each is raised once per run, so resuming continues despite it.
 
+        > Parameters that control tracking
+
+        save_adversarial_examples (`bool`, *optional*, defaults to `False`):
+            Send a picture of some adversarial training examples to TensorBoard and Trackio with each training log.
+
         > Parameters that control pushing to the Hub
 
         hub_timeout (`float`, *optional*):
@@ -283,6 +288,11 @@ class RobustTrainingArguments(TrainingArguments):
     abort_on_alarm: bool = field(
         default=False,
         metadata={"help": "Save and stop when an alarm says that the run is failing; if not, warn only."},
+    )
+
+    # --- Tracking ---
+    save_adversarial_examples: bool = field(
+        default=False, metadata={"help": "Show adversarial training examples in TensorBoard and Trackio."}
     )
 
     # --- Hub ---

@@ -15,6 +15,7 @@ from ..schedules import is_stream
 from .alarm_callback import AlarmCallback
 from .averaging import WeightAveraging
 from .checkpoints import why_incomplete
+from .gallery import AdversarialGallery
 from .head_warmup import HeadWarmup
 from .weight_perturbation import WeightPerturbation
 
@@ -32,9 +33,21 @@ def callbacks_of(trainer: Any) -> list[TrainerCallback]:
         DataWaitCallback(lambda: trainer.seconds_for_data),
         AttackCheckCallback(trainer),
         AlarmCallback(trainer),
+        *([AdversarialGallery(trainer)] if args.save_adversarial_examples else []),
         *([HeadWarmup()] if args.head_warmup_steps else []),
         *([WeightPerturbation(trainer)] if args.awp_gamma else []),  # after the probe of the alarms
     ]
+
+
+def notify(trainer: Any, event: str, **kwargs) -> None:
+    """Call a method that callbacks of `Trainer` do not have, of those that have it.
+
+    `on_adversarial_batch(args, state, control, *, pixels, adversarial, labels, **kwargs)` sees each micro-batch of
+    adversarial examples, in pixels in [0, 1], before the model learns from it.
+    """
+    for callback in trainer.callback_handler.callbacks:
+        if (method := getattr(callback, event, None)) is not None:
+            method(trainer.args, trainer.state, trainer.control, **kwargs)
 
 
 class DatasetEpochCallback(TrainerCallback):

@@ -48,7 +48,13 @@ _OPTIMISATION = [
 ]
 
 # Of our own arguments; what was measured is in the report.
-_NOT_ABOUT_THE_WEIGHTS = {"best_model_at_any_epsilon", "abort_on_alarm", "hub_timeout", "resume"}
+_NOT_ABOUT_THE_WEIGHTS = {
+    "best_model_at_any_epsilon",
+    "abort_on_alarm",
+    "hub_timeout",
+    "resume",
+    "save_adversarial_examples",
+}
 
 
 def write_card(

@@ -57,6 +57,11 @@ def check_setup(trainer: Any) -> None:
                 f"`{name}={value}` needs a model that tells its classification head from the rest, which "
                 f"{type(trainer.model).__name__} does not; leave it out."
             )
+    if trainer.args.weight_averaging is not None and getattr(trainer.model, "peft_config", None):
+        raise ValueError(
+            f"`weight_averaging={trainer.args.weight_averaging!r}` cannot resume the adapters of a PEFT model; leave "
+            "it out, or merge the adapter (`merge_and_unload`)."
+        )
     if trainer.args.layer_decay is not None:
         depths(trainer.model)
     check_parallelism(trainer)

@@ -32,7 +32,7 @@ from . import sharing
 from .adversary import AdversarialAccuracy, Adversary
 from .arguments import RobustTrainingArguments
 from .averaging import averaged, restore_trained_weights
-from .callbacks import callbacks_of
+from .callbacks import callbacks_of, notify
 from .card import write_card
 from .checkpoints import restore_weights
 from .checks import check_loss, check_setup
@@ -245,6 +245,7 @@ class RobustTrainer(Trainer):
             return crafted
         position = {"optimizer_step": self.state.global_step, "first": first}
         adversarial = self.adversary(pixels, labels, share, **position, **inputs)
+        notify(self, "on_adversarial_batch", pixels=pixels, adversarial=adversarial, labels=labels)
         values = self.classifier.normalization.from_pixels(adversarial)
         # Bytes (from a processor that does nothing) cannot represent a perturbation: the result stays float.
         values = values.to(pixel_values.dtype) if pixel_values.is_floating_point() else values

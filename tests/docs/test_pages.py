@@ -92,6 +92,7 @@ def test_python_runs(folder, request, page):
     if page == "how_to/tracking.md":
         assert list(folder.glob("my_robust_model/**/events.out.tfevents*"))
         assert list((folder / "trackio").glob("robust-fine-tuning*"))
+        assert list((folder / "trackio").rglob("*.png")), "pictures of adversarial examples"
 
 
 def commands() -> list[list[str]]:
