@@ -11,8 +11,8 @@ MAJORITY = "majority_class_share"  # metric: share of the evaluated examples tha
 def onset_threshold(chance: float) -> float:
     """The accuracy above which a model has begun to learn the task.
 
-    The paper's threshold is 5 %. Where always naming the largest class comes near that or above, because classes are
-    few or of unequal size, it is 5 points more than that (but at most twice it, and half-way to 100 %).
+    The paper's threshold is 5 %. Where always naming the largest class is right more often than 2.5 %, because classes
+    are few or of unequal size, it is 5 points above that (at most twice it, and half-way to 100 %).
 
     Args:
         chance (`float`):
