@@ -16,6 +16,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from .checkpoints import restore_weights
 
@@ -47,7 +48,8 @@ class WeightAveraging(TrainerCallback):
     ):
         self.average = AveragedModel(model, multi_avg_fn=self._update, use_buffers=True).requires_grad_(False)
         if self.resumes_from is not None:
-            restore_weights(self.average.module, self.resumes_from)
+            if not restore_weights(self.average.module, self.resumes_from):  # a module of the user's own
+                load_model(self.average.module, Path(self.resumes_from, SAFE_WEIGHTS_NAME))
             cast(torch.Tensor, self.average.n_averaged).fill_(state.global_step)
             self.resumes_from = None
 

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from conftest import make_model, weights
@@ -5,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForImageClassification, TrainerCallback
 
+from hf_rft import ModuleForImageClassification
 from hf_rft.training.averaging import TRAINED_NAME, averaging_of, warmed_up
 
 
@@ -94,13 +97,21 @@ def test_what_is_evaluated_and_saved_is_the_average(make_trainer, tmp_path):
     assert all(torch.equal(value, saved[name]) for name, value in weights(trainer.model).items())
 
 
-@pytest.mark.parametrize("family", ["vit", "timm"])
+def plain_module(seed=0):
+    torch.manual_seed(seed)
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
+    module.append(torch.nn.Linear(4 * 14 * 14, 4))
+    return ModuleForImageClassification(module, class_names=list("abcd"))
+
+
+@pytest.mark.parametrize("family", ["vit", "timm", plain_module])
 @pytest.mark.parametrize("number", [1, 3])
 def test_resuming_is_exact(make_trainer, tmp_path, family, number):
+    make = family if callable(family) else partial(make_model, family)
+    family, other = make(), make(seed=1)
     options = {"save_strategy": "steps", "save_steps": 1, "freeze_batch_norm": False, "learning_rate": 1e-2, **EMA}
     whole, steps = trained(make_trainer, family, **options)
     kept = TrainedWeights()
-    other = make_model(family, seed=1)
     options |= {"output_dir": str(tmp_path / "other"), "max_steps": 4}
     resumed = make_trainer(other, trainer_options={"callbacks": [kept]}, **options)
     resumed.train(str(tmp_path / "output" / f"checkpoint-{number}"))
