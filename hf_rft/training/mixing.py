@@ -34,6 +34,8 @@ def mixed(
     transforms = [method(alpha=alpha, num_classes=num_classes) for method, alpha in methods if alpha > 0]
     if not transforms:
         return pixel_values, labels
+    if not pixel_values.is_floating_point():  # from a processor that leaves bytes
+        pixel_values = pixel_values.float()
     with torch.random.fork_rng(devices=[]):  # the shares are drawn on the CPU
         torch.manual_seed(mix_seed(MIXING, *key))
         return v2.RandomChoice(transforms)(pixel_values, labels)

@@ -57,8 +57,9 @@ def test_deepspeed_divides_what_may_be_divided():
 def trainer(*, fsdp_plugin=None, deepspeed_plugin=None):
     """What the check looks at of a trainer."""
     config = SimpleNamespace(even_batches=True, dispatch_batches=None)
+    methods = {"weight_averaging": None, "awp_gamma": None, "head_warmup_steps": 0}
     return SimpleNamespace(
-        args=SimpleNamespace(n_gpu=1, world_size=8, torch_compile=False, accelerator_config=config),
+        args=SimpleNamespace(n_gpu=1, world_size=8, torch_compile=False, accelerator_config=config, **methods),
         accelerator=SimpleNamespace(
             state=SimpleNamespace(fsdp_plugin=fsdp_plugin, deepspeed_plugin=deepspeed_plugin), parallelism_config=None
         ),

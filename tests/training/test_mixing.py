@@ -41,6 +41,11 @@ def test_cutmix_pastes_a_box_whose_share_is_that_of_the_labels():
     torch.testing.assert_close(labels[0, 0], kept[0].float().mean())
 
 
+def test_bytes_are_not_rounded():
+    images, found, _ = mix(torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), mixup=0.5)
+    assert found.is_floating_point() and (found != found.round()).any() and found.max() <= 255
+
+
 def test_random_numbers_are_those_of_the_key():
     state = torch.random.get_rng_state()
     assert torch.equal(mix(mixup=0.5)[1], mix(mixup=0.5)[1])

@@ -335,7 +335,7 @@ def test_waiting_for_batches_is_counted_and_nothing_else(make_trainer, monkeypat
     trainer = make_trainer(count=16, max_steps=2, **options)
     trainer.remove_callback(AlarmCallback)  # whose probe reads images of its own
     trainer.train()
-    assert trainer._seconds_for_data == 16
+    assert trainer.seconds_for_data == 16
     assert clock["now"] == 216
 
 
@@ -995,7 +995,7 @@ def test_perturbation_of_bytes_is_not_rounded(make_trainer):
     trainer = make_trainer(trainer_options={"processing_class": processor})
     pixel_values = torch.randint(0, 256, (8, 3, SIZE, SIZE), dtype=torch.uint8)
     step = OptimizerStep(8, [8])
-    adversarial = trainer._adversarial_values(pixel_values, torch.zeros(8, dtype=torch.long), step, {})
+    adversarial = trainer._adversarial_values(pixel_values, torch.zeros(8, dtype=torch.long), step, 0, {})
     distance = (adversarial - pixel_values).abs().amax()
     assert 0 < distance <= 8 + 1e-3
 
