@@ -62,6 +62,11 @@ def check_setup(trainer: Any) -> None:
             f"`weight_averaging={trainer.args.weight_averaging!r}` cannot resume the adapters of a PEFT model; leave "
             "it out, or merge the adapter (`merge_and_unload`)."
         )
+    for name in ("head_learning_rate", "layer_decay"):
+        if trainer.optimizer is not None and (value := getattr(trainer.args, name)) is not None:
+            raise ValueError(
+                f"`{name}={value}` has no effect on an optimizer of your own (`optimizers`); leave it out."
+            )
     if trainer.args.layer_decay is not None:
         depths(trainer.model)
     check_parallelism(trainer)

@@ -182,9 +182,8 @@ class RobustTrainer(Trainer):
         batches, counts = completed(batches, counts, num_batches)
         step = OptimizerStep.of(counts, self.accelerator)
         step.batches = batches if self.args.awp_gamma else []
-        self.optimizer_step = (
-            step if batches else self.optimizer_step
-        )  # at the end of a pass, the log still needs the last step
+        if batches:  # at the end of a pass, the log still needs the last step
+            self.optimizer_step = step
         return batches, num_items_in_batch
 
     def training_step(self, model, inputs, num_items_in_batch=None):

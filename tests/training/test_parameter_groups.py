@@ -48,6 +48,14 @@ def test_the_schedule_scales_all_rates_and_resuming_is_exact(make_trainer, tmp_p
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("option", [{"head_learning_rate": 0.1}, {"layer_decay": 0.5}])
+def test_an_optimizer_of_the_users_is_not_touched(make_trainer, option):
+    model = make_model("vit")
+    optimizers = (torch.optim.SGD(model.parameters(), lr=0.1), None)
+    with pytest.raises(ValueError, match=f"`{next(iter(option))}=.*` has no effect on an optimizer of your own"):
+        make_trainer(model, trainer_options={"optimizers": optimizers}, **option)
+
+
 @pytest.mark.parametrize("option", [{"head_learning_rate": 0.1}, {"head_warmup_steps": 2}])
 def test_a_model_without_a_head_is_refused(make_trainer, option):
     module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 4))
