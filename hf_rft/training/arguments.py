@@ -111,8 +111,9 @@ class RobustTrainingArguments(TrainingArguments):
         > Parameters that control weight perturbation
 
         awp_gamma (`float`, *optional*):
-            Adversarial weight perturbation: length of the perturbation of each tensor, relative to the tensor; 0.01
-            for `"at"`, 0.005 for `"trades"` in the paper. One forward and backward pass more for each example.
+            Adversarial weight perturbation: length of the perturbation of each tensor, relative to the tensor. The
+            paper has 0.01 for `"at"` and 0.005 for `"trades"`, with BatchNorm in training mode; a pretrained network
+            with frozen BatchNorm needs far less, such as 0.0005. One forward and backward pass more per example.
         awp_warmup_steps (`float`, *optional*, defaults to 0.1):
             Optimizer steps without perturbation; below 1: their share of all.
 
@@ -253,7 +254,7 @@ class RobustTrainingArguments(TrainingArguments):
 
     # --- Weight perturbation ---
     awp_gamma: float | None = field(
-        default=None, metadata={"help": "Adversarial weight perturbation of this relative length, such as 0.01."}
+        default=None, metadata={"help": "Adversarial weight perturbation of this relative length, such as 0.0005."}
     )
     awp_warmup_steps: float = field(
         default=0.1, metadata={"help": "Steps without weight perturbation; below 1: their share of all."}
