@@ -10,6 +10,7 @@ another order each time; a ratio divides two times of the same round. Time is th
 """
 
 import argparse
+import contextlib
 import copy
 import random
 import statistics
@@ -23,6 +24,7 @@ from transformers import TrainerCallback, ViTImageProcessor
 
 from hf_rft import RobustTrainer, RobustTrainingArguments
 from hf_rft.training.alarm_callback import AlarmCallback
+from hf_rft.utils.markdown import markdown_table
 
 
 DEFAULT = {"attack": "pgd", "attack_steps": 3}
@@ -45,18 +47,16 @@ class Clock(TrainerCallback):
     """Measures the steps of a training from the end of the one before, the last of them with its memory."""
 
     def __init__(self, steps: int):
-        self.steps, self.readings, self.peak = steps, [], 0
+        self.steps, self.readings, self._clock = steps, [], contextlib.ExitStack()
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step > WARMUP:
-            self._instrument.__exit__(None, None, None)
+        self._clock.close()
         if state.global_step < WARMUP or state.global_step == WARMUP + self.steps:
             return
         self.readings.append({})
         is_last = state.global_step == WARMUP + self.steps - 1
         instrument = instruments.peak_memory if is_last else instruments.seconds
-        self._instrument = instrument(torch.device("cpu"), self.readings[-1])
-        self._instrument.__enter__()
+        self._clock.enter_context(instrument(torch.device("cpu"), self.readings[-1]))
 
 
 def one_training(args: argparse.Namespace, model: torch.nn.Module, options: dict[str, Any]) -> dict[str, float]:
@@ -100,7 +100,6 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     for number in range(args.rounds):
         order = random.Random(number).sample(names, len(names))
         rounds.append({name: one_training(args, model, METHODS[name]) for name in order})
-    print("| training | time of a step | peak memory of a step |\n| --- | --- | --- |")
     rows = []
     for name in names:
         ratios = sorted(of_round[name]["seconds"] / of_round[names[0]]["seconds"] for of_round in rounds)
@@ -108,10 +107,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         rows.append(
             {"name": name, "time": statistics.median(ratios), "least": ratios[0], "most": ratios[-1], "peak": peak}
         )
-        print(
-            f"| {name} | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) | {peak:.2f} |",
-            flush=True,
-        )
+    header = ["training", "time of a step", "peak memory of a step"]
+    cells = []
+    for row in rows:
+        time = f"{row['time']:.2f} ({row['least']:.2f} to {row['most']:.2f})"
+        cells.append([row["name"], time, f"{row['peak']:.2f}"])
+    print(markdown_table(header, cells))
     return rows
 
 

@@ -41,7 +41,7 @@ def check_attacks(args: Any) -> None:
         )
 
 
-def check_loss(args: Any) -> None:
+def check_loss_arguments(args: Any) -> None:
     if args.robust_loss == "mart" and args.label_smoothing_factor:
         raise ValueError(
             f"`robust_loss='mart'` does not define `label_smoothing_factor={args.label_smoothing_factor}`; set it "

@@ -14,7 +14,7 @@ from ..losses import LOSSES
 from ..schedules import SCHEDULES, EpsilonSchedule, EpsilonScheduleCallback, get_epsilon_schedule
 from ..threat_model import NORMS, ThreatModel, parse_epsilon, parse_epsilons
 from ..utils.values import COUNT, NOT_NEGATIVE, POSITIVE, SECONDS, SHARE, check_ranges
-from .argument_checks import check_attacks, check_eval_epsilons, check_loss, check_supported, check_weights
+from .argument_checks import check_attacks, check_eval_epsilons, check_loss_arguments, check_supported, check_weights
 
 
 # Learning rate schedules that follow `metric_for_best_model`, which they expect to decrease.
@@ -312,7 +312,7 @@ class RobustTrainingArguments(TrainingArguments):
         super().__post_init__()
         self.epsilon = str(self.epsilon)
         check_attacks(self)
-        check_loss(self)
+        check_loss_arguments(self)
         check_weights(self)
         # Raise for a bad epsilon or schedule now, not after the model has been loaded.
         ThreatModel(self.norm, self.epsilon)

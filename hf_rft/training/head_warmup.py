@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..models.parts import head_parameters
+from ..utils.values import number_of_steps
 
 
 class HeadWarmup(TrainerCallback):
@@ -23,8 +24,7 @@ class HeadWarmup(TrainerCallback):
         self._thaw()  # an earlier training may have been interrupted
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs):
-        steps = args.head_warmup_steps * (state.max_steps if args.head_warmup_steps < 1 else 1)
-        if state.global_step >= steps:
+        if state.global_step >= number_of_steps(args.head_warmup_steps, state.max_steps):
             self._thaw()
         elif not self._frozen:
             head = head_parameters(model)

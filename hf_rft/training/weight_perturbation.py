@@ -12,6 +12,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from ..utils.values import number_of_steps
+
 
 def ascent(weight: torch.Tensor, gradient: torch.Tensor, gamma: float) -> torch.Tensor:
     """The perturbation of one weight tensor: along the gradient, `gamma` times as long as the weights (eq. 8, 9).
@@ -38,8 +40,7 @@ class WeightPerturbation(TrainerCallback):
 
     @torch.no_grad()
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs):
-        warmup = args.awp_warmup_steps * (state.max_steps if args.awp_warmup_steps < 1 else 1)
-        if state.global_step < warmup:
+        if state.global_step < number_of_steps(args.awp_warmup_steps, state.max_steps):
             return
         for weight, gradient in loss_gradients(self._trainer).items():
             self._kept.append((weight, weight.clone()))

@@ -37,6 +37,11 @@ SEED = Range(0, 2**32 - 1, is_whole=True)  # the range of numpy's legacy seeding
 SECONDS = Range(0, 365 * 24 * 60 * 60, is_open=True)  # operating systems refuse longer timeouts
 
 
+def number_of_steps(steps: float, max_steps: int) -> float:
+    """A number of optimizer steps that may be given, below 1, as a share of all, as `warmup_steps` of transformers."""
+    return steps * max_steps if steps < 1 else steps
+
+
 def check_ranges(arguments: Any, ranges: Mapping[str, Range], *, is_flag: bool = False) -> None:
     """Refuse dataclass fields outside their ranges; None is allowed where it is the default.
 
