@@ -1,10 +1,14 @@
-"""Checks of [`RobustTrainingArguments`] that concern several arguments at once.
+"""Checks of [`RobustTrainingArguments`], beyond the ranges of single numbers.
 
-They refuse what has no effect, what is not defined, and what would silently train or measure something else.
+They refuse names that are not in a table, what has no effect, what is not defined, and what would silently train or
+measure something else.
 """
 
+import dataclasses
 import os
 from typing import Any
+
+from transformers import TrainingArguments
 
 from ..attacks import SINGLE_STEP
 from ..losses import LOSSES
@@ -12,6 +16,15 @@ from ..threat_model import parse_epsilon
 
 
 ROBUST_METRICS = ("robust_accuracy", "expected_robustness")
+
+
+def check_choices(args: Any) -> None:
+    for one in dataclasses.fields(args):
+        choices = one.metadata.get("choices", ())
+        if choices and one.name not in TrainingArguments.__dataclass_fields__:
+            valid = [None, *choices] if one.default is None else [*choices]
+            if getattr(args, one.name) not in valid:
+                raise ValueError(f"`{one.name}={getattr(args, one.name)!r}` is unknown; choose one of {valid}.")
 
 
 def check_attacks(args: Any) -> None:

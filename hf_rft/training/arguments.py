@@ -1,6 +1,5 @@
 """`RobustTrainingArguments`: the arguments of robust fine-tuning, and their checks."""
 
-import dataclasses
 import json
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -14,7 +13,14 @@ from ..losses import LOSSES
 from ..schedules import SCHEDULES, EpsilonSchedule, EpsilonScheduleCallback, get_epsilon_schedule
 from ..threat_model import NORMS, ThreatModel, parse_epsilon, parse_epsilons
 from ..utils.values import COUNT, NOT_NEGATIVE, POSITIVE, SECONDS, SHARE, check_ranges
-from .argument_checks import check_attacks, check_eval_epsilons, check_loss_arguments, check_supported, check_weights
+from .argument_checks import (
+    check_attacks,
+    check_choices,
+    check_eval_epsilons,
+    check_loss_arguments,
+    check_supported,
+    check_weights,
+)
 
 
 # Learning rate schedules that follow `metric_for_best_model`, which they expect to decrease.
@@ -304,7 +310,7 @@ class RobustTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         check_ranges(self, RANGES)
-        self._check_choices()
+        check_choices(self)
         self.epsilon_schedule_kwargs = _read_json("epsilon_schedule_kwargs", self.epsilon_schedule_kwargs)
         follows_metric = SchedulerType(self.lr_scheduler_type) in METRIC_SCHEDULERS
         if self.metric_for_best_model is None and self.load_best_model_at_end and not follows_metric:
@@ -331,14 +337,6 @@ class RobustTrainingArguments(TrainingArguments):
         if self.eval_epsilons is None:
             return [parse_epsilon(self.epsilon) * share / 4 for share in range(5)]
         return parse_epsilons(self.norm, self.eval_epsilons, argument="eval_epsilons")
-
-    def _check_choices(self) -> None:
-        for one in dataclasses.fields(self):
-            choices = one.metadata.get("choices", ())
-            if choices and one.name not in TrainingArguments.__dataclass_fields__:
-                valid = [None, *choices] if one.default is None else [*choices]
-                if getattr(self, one.name) not in valid:
-                    raise ValueError(f"`{one.name}={getattr(self, one.name)!r}` is unknown; choose one of {valid}.")
 
 
 def _read_json(name: str, value: Any) -> Any:
