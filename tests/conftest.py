@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from hf_rft import RobustTrainer, RobustTrainingArguments
+from hf_rft.models.adapters import add_lora
 
 
 # The models are tiny: more threads only wait for each other, for minutes where other work shares the cores.
@@ -73,6 +74,13 @@ CONFIGS = {
 def make_model(family: str, seed: int = 0):
     torch.manual_seed(seed)
     return AutoModelForImageClassification.from_config(CONFIGS[family]())
+
+
+def make_adapted(family: str, seed: int = 0):
+    """With LoRA adapters of rank 2; the base model is the same for all seeds."""
+    model = make_model(family)
+    torch.manual_seed(seed)
+    return add_lora(model, r=2)
 
 
 def weights(model):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from conftest import SIZE, Images, make_model, without_dropout
+from conftest import SIZE, Images, make_adapted, make_model, without_dropout
 from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
@@ -52,6 +52,7 @@ TRAINING_CASES = [
     ("perturbed weights", "trades", "vit", 27, 8, 3, {"awp_gamma": 0.01, "awp_warmup_steps": 0}),
     ("head first", "at", "vit", 27, 16, 1, {"head_warmup_steps": 1}),
     ("averaged weights", "at", "timm", 27, 16, 1, {"weight_averaging": "ema", "freeze_batch_norm": True}),
+    ("adapters", "trades", "adapted vit", 27, 8, 3, {}),
 ]
 # Cases that are trained with FSDP2 as well: the layers whose weights are gathered together.
 FSDP_CASES = {"trades vit": "ViTLayer", "at timm": "BasicBlock"}
@@ -124,7 +125,7 @@ def robust_trainer(
 ) -> RobustTrainer:
     attack = {"epsilon": "8/255", "attack": "pgd", "attack_steps": 2, "epsilon_schedule_type": "constant"}
     return trainer_class(
-        without_dropout(make_model(family)).to(DTYPE),
+        without_dropout(make_adapted(family[8:]) if family.startswith("adapted ") else make_model(family)).to(DTYPE),
         RobustTrainingArguments(**{**attack, "eval_attack_steps": 3, **options}),
         train_dataset=dataset,
         processing_class=PROCESSOR,

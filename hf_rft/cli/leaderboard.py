@@ -18,8 +18,8 @@ from typing import Any
 from ..evaluation.differences import paired_difference
 from ..evaluation.plots import plot_robustness_curve
 from ..evaluation.report import RobustnessReport
+from ..hub.download import download
 from ..hub.evidence import REPORT_NAME, hash_weight_files, read_report
-from ..hub.loading import download
 from ..threat_model import NORM_NAMES, NORMS, format_epsilon, parse_epsilon
 from ..utils.files import check_writable, replacing, write_text
 from ..utils.markdown import cell, markdown_table

@@ -40,6 +40,8 @@ def hash_model(model: torch.nn.Module) -> str:
     It does not cover the model's code, so [`ResultCache`] also compares predictions.
     """
     weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    # peft keeps the head that it replaced, often a random one.
+    weights = {name: tensor for name, tensor in weights.items() if ".original_module." not in name}
     return hash_json({"structure": repr(model), "weights": hash_tensors(weights)})
 
 

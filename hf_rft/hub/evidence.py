@@ -20,7 +20,7 @@ from ..evaluation.report import RobustnessReport
 from ..models.pixel_space import PixelNormalization
 from ..utils.files import check_links, replacing, write_text
 from .model_card import check_card, make_card
-from .safe_loading import check_weight_index, load_classifier, load_config
+from .safe_loading import base_of, check_weight_index, download_base, is_adapter, load_classifier, load_config
 
 
 REPORT_NAME, CURVE_NAME, CARD_NAME = "robustness.json", "robustness_curve.png", "README.md"
@@ -58,6 +58,8 @@ def write_evidence(
         )
     _check_processor(report, AutoImageProcessor.from_pretrained(folder), str(folder))
     described = {**report.settings["model"], "name": name or Path(folder).resolve().name, "files": hashes}
+    if is_adapter(folder):
+        described["base"] = _describe_base(folder)
     report = dataclasses.replace(report, settings={**report.settings, "model": described})
     report.save(Path(folder, REPORT_NAME))
     with replacing(Path(folder, CURVE_NAME)) as scratch:
@@ -142,6 +144,44 @@ def read_evidence(
         )
     check_card(ModelCard.load(card_path), report, name=name)
     return report
+
+
+def check_base(folder: str | os.PathLike, report: RobustnessReport, *, name: str | None = None, **hub_options) -> None:
+    """Check that the base model of an adapter is the one that its report is about.
+
+    Args:
+        folder, name:
+            Of the adapter, as in [`read_evidence`].
+        hub_options:
+            `token` and `cache_dir`, with which to fetch the base model.
+
+    Raises:
+        ValueError: naming the base model and what does not match.
+    """
+    expected = report.settings["model"].get("base", {}).get("files")
+    if expected is None:
+        raise ValueError(
+            f"{REPORT_NAME} of the adapter {name or folder} does not say which base model was evaluated with it. "
+            "`hf_rft.hub.attach_report` checks that, and writes it."
+        )
+    found = _describe_base(folder, **hub_options)
+    if found["files"] != expected:
+        raise ValueError(
+            f"The base model {found['name']} of the adapter {name or folder} has weights with the SHA-256 "
+            f"{_first_characters(found['files'])}, but {REPORT_NAME} is about {_first_characters(expected)}: the base "
+            "model has changed since. Evaluate the adapter again, or name in adapter_config.json the `revision` that "
+            "was evaluated."
+        )
+
+
+def _describe_base(folder: str | os.PathLike, **hub_options) -> dict[str, Any]:
+    (name, revision), base_folder = base_of(folder), download_base(folder, **hub_options)
+    name = Path(name).name if os.path.isdir(name) else name  # reports are published
+    return {"name": name, "revision": revision, "files": hash_weight_files(base_folder)}
+
+
+def _first_characters(hashes: dict[str, str]) -> str:
+    return ", ".join(sorted(value[:12] for value in hashes.values()))
 
 
 def read_report(path: str | os.PathLike, *, name: str | None = None) -> RobustnessReport:

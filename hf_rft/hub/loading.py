@@ -4,17 +4,15 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
 from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..evaluation.report import RobustnessReport
 from ..threat_model import ThreatModel, format_epsilon
 from ..utils.values import SHARE
-from .evidence import read_evidence
-from .safe_loading import load_classifier, load_config
+from .download import download
+from .evidence import check_base, read_evidence
+from .safe_loading import is_adapter, load_classifier, load_config
 
 
 class RobustModel(NamedTuple):
@@ -34,6 +32,7 @@ def load_robust_model(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     trust_remote_code: bool = False,
+    merge: bool = False,
 ) -> RobustModel:
     """Load a robust model together with the evidence of its robustness, or refuse it.
 
@@ -51,6 +50,9 @@ def load_robust_model(
             As in `huggingface_hub`.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
             Run code that comes with the model. Models saved by [`RobustTrainer`] have none.
+        merge (`bool`, *optional*, defaults to `False`):
+            Merge an adapter (of peft) into its base model: faster, and an ordinary transformers model. Its logits
+            differ from those that were measured by rounding only.
 
     Returns:
         [`RobustModel`]: `(model, processor, report)`, with the model in evaluation mode.
@@ -72,54 +74,15 @@ def load_robust_model(
     folder = download(repo_or_path, revision=revision, token=token, cache_dir=cache_dir, with_code=trust_remote_code)
     report = read_evidence(folder, name=str(repo_or_path), trust_remote_code=trust_remote_code)
     check_requirements(report, str(repo_or_path), threat_model, min_expected_robustness)
+    hub_options = {"token": token, "cache_dir": cache_dir}
+    if is_adapter(folder):
+        check_base(folder, report, name=str(repo_or_path), **hub_options)
     config = load_config(folder, trust_remote_code=trust_remote_code)
-    model = load_classifier(folder, config, trust_remote_code=trust_remote_code)
+    model = load_classifier(folder, config, trust_remote_code=trust_remote_code, **hub_options)
+    if merge and is_adapter(folder):
+        model = model.merge_and_unload()
     processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
     return RobustModel(model.eval(), processor, report)
-
-
-def download(
-    repo_or_path: str | os.PathLike,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    with_weights: bool = True,
-    with_code: bool = False,
-) -> Path:
-    """The path of a local folder, or that of a snapshot of a repository's top-level files.
-
-    Raises:
-        ValueError: if there is no such folder or repository.
-    """
-    if os.path.isdir(repo_or_path):
-        if revision is not None:
-            raise ValueError(f"`revision={revision!r}` needs a repository, but {repo_or_path} is a local folder.")
-        return Path(repo_or_path)
-    try:
-        validate_repo_id(str(repo_or_path))
-    except ValueError as error:
-        raise ValueError(f"{repo_or_path} is neither a folder nor the name of a repository ({error}).") from error
-    wanted = ["*.json", "*.md", *(["*.safetensors"] if with_weights else []), *(["*.py"] if with_code else [])]
-    try:
-        folder = snapshot_download(
-            str(repo_or_path),
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            allow_patterns=wanted,
-            ignore_patterns=["*/*"],  # checkpoints
-            library_name="hf_rft",
-        )
-    except GatedRepoError:  # a RepositoryNotFoundError, although the repository exists
-        raise
-    except (RepositoryNotFoundError, LocalEntryNotFoundError) as error:  # usually a mistyped path
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"{repo_or_path} is not a folder (looked for in {Path.cwd()}), nor a repository that can be reached: "
-            f"correct the path or the repository's name. ({type(error).__name__}: {reason})"
-        ) from error
-    return Path(folder)
 
 
 def check_requirements(

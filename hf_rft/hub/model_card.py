@@ -152,9 +152,7 @@ class Training:
         base (`str`, *optional*):
             In words, what was fine-tuned, if it is not on the Hub.
         adapter (`str`, *optional*):
-            What the weights are, if they are not those of a whole model, such as `"a LORA adapter"`.
-        num_classes (`int`, *optional*):
-            Of the model.
+            What the weights are, if they are not those of a whole model, such as `"an adapter of the kind LORA"`.
         versions (`Mapping`, *optional*):
             Of the packages.
     """
@@ -168,7 +166,6 @@ class Training:
     schedule_plot: str | None = None
     base: str | None = None
     adapter: str | None = None
-    num_classes: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -1,5 +1,6 @@
 """Loading pretrained classifiers by name: as they are, or with a new head for the classes of a dataset."""
 
+import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +10,10 @@ from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from ..data import bundled
+from ..models.adapters import add_lora, is_adapted
 from ..models.parts import head_parameters
 from ..utils.files import check_writable
-from ..utils.values import Range, check_ranges, naming
+from ..utils.values import COUNT, POSITIVE, SHARE, Range, check_ranges, naming
 from .safe_loading import load_classifier, load_config
 
 
@@ -39,9 +41,29 @@ class ModelArguments:
     channels_last: bool = field(
         default=False, metadata={"help": "Memory format of the weights; convolutional networks often run faster."}
     )
+    lora_r: int | None = field(
+        default=None, metadata={"help": "Train LoRA adapters of this rank, and the head, instead of all weights."}
+    )
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "Adapters are multiplied by lora_alpha / lora_r. Default: twice lora_r."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the adapters' inputs."})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the modules to adapt, or their last parts. Default: linear layers and convolutions "
+            "without groups."
+        },
+    )
 
     def __post_init__(self):
-        check_ranges(self, {"image_size": IMAGE_SIZE}, is_flag=True)
+        ranges = {"image_size": IMAGE_SIZE, "lora_r": COUNT, "lora_alpha": POSITIVE, "lora_dropout": SHARE}
+        check_ranges(self, ranges, is_flag=True)
+        for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
+            if self.lora_r is None and (value := getattr(self, name)):
+                raise ValueError(f"--{name} {value} has no effect without --lora_r; set it, such as --lora_r 16.")
+        if self.lora_r is not None and importlib.util.find_spec("peft") is None:
+            raise ValueError(f'--lora_r {self.lora_r} needs peft: pip install "hf_rft[peft]"')
         if not self.model_name_or_path:
             raise ValueError("--model_name_or_path is empty; give a Hub id, a local folder, or a bundled: name.")
         if self.cache_dir is not None:
@@ -89,6 +111,11 @@ def load_model(model_args: ModelArguments, class_names: list[str]):
             output_loading_info=True,
             **hub_options,
         )
+    if is_adapted(model):
+        raise ValueError(
+            f"--model_name_or_path {model_args.model_name_or_path!r} is an adapter; merge it into its base model "
+            "(`load_robust_model(..., merge=True)`), save the result, and give its folder."
+        )
     head_tensors = head_parameters(model)
     head = {name for name, parameter in model.named_parameters() if parameter in head_tensors}
     lost = sorted({str(key[0]) for key in report["mismatched_keys"]} - head)
@@ -105,6 +132,16 @@ def load_model(model_args: ModelArguments, class_names: list[str]):
         )
     if model_args.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    if model_args.lora_r is not None:
+        with naming("--lora_target_modules", model_args.lora_target_modules, "name modules of this model"):
+            model = add_lora(
+                model,
+                r=model_args.lora_r,
+                alpha=model_args.lora_alpha,
+                dropout=model_args.lora_dropout,
+                target_modules=model_args.lora_target_modules,
+                base_model=model_args.model_name_or_path,
+            )
     return processor, model
 
 

@@ -12,6 +12,7 @@ from huggingface_hub import CommitInfo, constants
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from ..utils.files import check_links
+from .safe_loading import base_of, is_adapter
 
 
 # Never published: files with local paths or host names, files that are private by convention, checkpoints (which
@@ -82,13 +83,19 @@ def push_folder(
             Show the upload's progress.
 
     Raises:
-        ValueError: if there is nothing to upload, a link leads out of the folder, or `repo_id` is not a valid name.
+        ValueError: if there is nothing to upload, a link leads out of the folder, it holds an adapter of a model that
+            is not published, or `repo_id` is not a valid name.
         PushError: if the push fails.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"`folder={str(folder)!r}` is not a folder.")
     check_links(folder)
+    if is_adapter(folder) and os.path.isdir(base := base_of(folder)[0]):
+        raise ValueError(
+            f"{folder} holds an adapter of the base model {base!r}, a folder of this machine; push the merged model "
+            "instead (`load_robust_model(..., merge=True)`)."
+        )
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     names = list(filter_repo_objects(names, ignore_patterns=list(ignore_patterns)))
     if not names:

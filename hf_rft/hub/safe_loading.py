@@ -1,16 +1,21 @@
 """Loading models of unknown origin without running their code or fetching anything else.
 
 `trust_remote_code=False` keeps a repository's Python files from being run. But pickled weights run code when they are
-loaded, and a config.json can refer to other repositories and files. Both are refused here.
+loaded, and a config.json can refer to other repositories and files. Both are refused here. An adapter (of peft) names
+the model whose weights it changes; that one is fetched, and loaded by the same rules.
 """
 
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
-from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, find_adapter_config_file
+
+from ..data import bundled
+from .download import download
 
 
 # transformers' own implementations of attention; any other name is a repository with compiled code.
@@ -45,12 +50,19 @@ def load_config(
 
 def load_classifier(
     name_or_path: str | os.PathLike, config: PreTrainedConfig, *, trust_remote_code: bool = False, **options
-):
+) -> Any:
     """The result of `AutoModelForImageClassification.from_pretrained`, from safetensors files only.
+
+    For an adapter it is a `peft.PeftModel` on its base model, whose classes are those of `config`.
 
     Raises:
         ValueError: if there are none.
     """
+    hub_options = {name: options[name] for name in ("revision", "token", "cache_dir") if name in options}
+    if not os.path.isdir(name_or_path) and find_adapter_config_file(str(name_or_path), **hub_options):
+        name_or_path = download(name_or_path, **hub_options)
+    if is_adapter(name_or_path):
+        return _load_adapted(name_or_path, config, **options)
     # transformers would have a Space convert other weights, and send it the user's token.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
     options = {"config": config, "use_safetensors": True, "trust_remote_code": trust_remote_code, **options}
@@ -66,17 +78,74 @@ def load_classifier(
         ) from error
 
 
+def is_adapter(folder: str | os.PathLike) -> bool:
+    """Whether the weights in a folder are changes to those of another model."""
+    return Path(folder, ADAPTER_CONFIG_NAME).is_file()
+
+
+def base_of(folder: str | os.PathLike) -> tuple[str, str | None]:
+    """The name of an adapter's base model, and its revision.
+
+    Raises:
+        ValueError: if the adapter does not name one, or needs other code.
+    """
+    path = Path(folder, ADAPTER_CONFIG_NAME)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        name, revision, megatron = (
+            config.get(key) for key in ("base_model_name_or_path", "revision", "megatron_config")
+        )
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); save the adapter again.") from error
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{path} has no `base_model_name_or_path`; write there which model the adapter changes.")
+    if megatron is not None:
+        raise ValueError(f"{path} has a `megatron_config`, which imports a module by its name; remove the entry.")
+    return name, revision
+
+
+def download_base(folder: str | os.PathLike, **hub_options) -> Path:
+    """The folder of an adapter's base model; `hub_options` are `token` and `cache_dir`."""
+    name, revision = base_of(folder)
+    try:
+        return download(bundled.resolve(name), revision=revision, **hub_options)
+    except ValueError as error:
+        raise ValueError(f"The base model of the adapter {folder} is missing: {error}") from error
+
+
+def _load_adapted(
+    folder: str | os.PathLike, config: PreTrainedConfig, *, output_loading_info: bool = False, **options
+):
+    try:
+        from peft import PeftModel  # an optional dependency
+    except ImportError as error:
+        raise ImportError(f'{folder} is an adapter, which needs peft: `pip install "hf_rft[peft]"`.') from error
+    if not Path(folder, ADAPTER_SAFE_WEIGHTS_NAME).is_file():
+        raise ValueError(f"{folder} has no {ADAPTER_SAFE_WEIGHTS_NAME}; weights in pickles are not loaded.")
+    base_folder = download_base(folder, **{name: options[name] for name in ("token", "cache_dir") if name in options})
+    if is_adapter(base_folder):
+        raise ValueError(f"The base model {base_folder} of the adapter {folder} is an adapter itself; merge it first.")
+    check_weight_index(base_folder)
+    options = {**options, "revision": None, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    base, found = load_classifier(base_folder, config, **options)
+    names = {str(key) for key in found["missing_keys"]} | {str(key[0]) for key in found["mismatched_keys"]}
+    random = {parameter: name for name, parameter in base.named_parameters() if name in names}
+    model = PeftModel.from_pretrained(base, str(folder))
+    used = (parameter for name, parameter in model.named_parameters() if ".original_module." not in name)
+    if lost := sorted(random[parameter] for parameter in used if parameter in random):
+        raise ValueError(
+            f"Neither the adapter {folder} nor its base model has weights {lost[:5]}, which would be random; save the "
+            "adapter with its head (`modules_to_save`)."
+        )
+    return (model, {"missing_keys": set(), "mismatched_keys": set()}) if output_loading_info else model
+
+
 def check_weight_index(folder: str | os.PathLike) -> None:
     """Refuse a folder whose weights are elsewhere.
 
     Raises:
         ValueError: naming the file and its entry.
     """
-    if Path(folder, ADAPTER_CONFIG_NAME).exists():
-        raise ValueError(
-            f"{folder} has an {ADAPTER_CONFIG_NAME}, so its weights only modify another model's; merge them "
-            "(`merge_and_unload` in peft) and save the result."
-        )
     index = Path(folder, SAFE_WEIGHTS_INDEX_NAME)
     if not index.exists():
         return

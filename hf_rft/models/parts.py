@@ -7,6 +7,8 @@ from torch import nn
 
 def head_parameters(model: Any) -> set[nn.Parameter]:
     """The parameters of the classification head; empty for a model that does not tell them apart."""
+    if hasattr(model, "get_base_model"):  # of peft
+        model = model.get_base_model()
     if hasattr(model, "timm_model"):
         return set(model.timm_model.get_classifier().parameters())
     return set(model.parameters()) - set(getattr(model, "base_model", model).parameters())

@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from ..models.adapters import is_adapted
 from .checkpoints import restore_weights
 
 
@@ -48,8 +49,11 @@ class WeightAveraging(TrainerCallback):
     ):
         self.average = AveragedModel(model, multi_avg_fn=self._update, use_buffers=True).requires_grad_(False)
         if self.resumes_from is not None:
-            if not restore_weights(self.average.module, self.resumes_from):  # a module of the user's own
-                load_model(self.average.module, Path(self.resumes_from, SAFE_WEIGHTS_NAME))
+            average: Any = self.average.module
+            if is_adapted(average):
+                average.load_adapter(self.resumes_from, average.active_adapter)
+            elif not restore_weights(average, self.resumes_from):  # a module of the user's own
+                load_model(average, Path(self.resumes_from, SAFE_WEIGHTS_NAME))
             cast(torch.Tensor, self.average.n_averaged).fill_(state.global_step)
             self.resumes_from = None
 

@@ -19,6 +19,7 @@ from ..evaluation.provenance import describe_dataset, versions
 from ..hub.evidence import CARD_NAME, CURVE_NAME, write_evidence
 from ..hub.model_card import Progress, Training, make_card
 from ..losses import LOSSES
+from ..models.adapters import describe_adapter, is_adapted
 from ..utils.files import replacing, write_text
 from .alarms import recorded_alarms
 from .onset import describe_onset, eval_prefix
@@ -107,7 +108,7 @@ def write_card(
             "license": license or _license_of(started_from),
             "tags": [*_listed(tags), "generated_from_trainer"],
             "datasets": _listed(dataset_tags) or None,
-            "library_name": "peft" if _adapter(trainer.model) else None,
+            "library_name": "peft" if is_adapted(trainer.model) else None,
         },
     )
     write_text(path, card.content)
@@ -124,8 +125,7 @@ def _describe_training(trainer: Any, folder: Path, base: str | None) -> Training
         command=trainer.command,
         schedule_plot=_write_schedule_plot(trainer, folder, progress),
         base=base,
-        adapter=_adapter(trainer.model),
-        num_classes=num_classes,
+        adapter=describe_adapter(trainer.model),
         versions=versions(),
     )
 
@@ -171,12 +171,6 @@ def _license_of(started_from: str) -> str | None:
     if _is_on_hub(started_from):
         path = Path(str(try_to_load_from_cache(started_from, CARD_NAME)))  # "None" or an object if it is not there
     return ModelCard.load(path, ignore_metadata_errors=True).data.get("license") if path.is_file() else None
-
-
-def _adapter(model: Any) -> str | None:
-    """What is trained instead of the whole model, by PEFT."""
-    kinds = {config.peft_type for config in getattr(model, "peft_config", {}).values()}
-    return f"a {' and '.join(sorted(str(getattr(kind, 'value', kind)) for kind in kinds))} adapter" if kinds else None
 
 
 def described_arguments(trainer: Any) -> dict[str, Any]:

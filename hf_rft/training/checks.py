@@ -1,6 +1,7 @@
 """Checks before training: the model, the datasets, the loss, the attack and the kind of parallelism."""
 
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..attacks.base import takes
 from ..data.augmentation import SeededAugmentation
 from ..data.labels import LABEL_COLUMNS, check_class_order
 from ..losses import LOSSES, RobustLoss
+from ..models.adapters import is_adapted
 from ..models.classifier import check_labels
 from ..models.parts import depths, head_parameters
 
@@ -57,11 +59,7 @@ def check_setup(trainer: Any) -> None:
                 f"`{name}={value}` needs a model that tells its classification head from the rest, which "
                 f"{type(trainer.model).__name__} does not; leave it out."
             )
-    if trainer.args.weight_averaging is not None and getattr(trainer.model, "peft_config", None):
-        raise ValueError(
-            f"`weight_averaging={trainer.args.weight_averaging!r}` cannot resume the adapters of a PEFT model; leave "
-            "it out, or merge the adapter (`merge_and_unload`)."
-        )
+    _check_adapter(trainer.model, trainer.args)
     for name in ("head_learning_rate", "layer_decay"):
         if trainer.optimizer is not None and (value := getattr(trainer.args, name)) is not None:
             raise ValueError(
@@ -72,6 +70,28 @@ def check_setup(trainer: Any) -> None:
     check_parallelism(trainer)
     for name in ("train_dataset", "eval_dataset"):
         check_dataset(name, getattr(trainer, name), num_labels)
+
+
+def _check_adapter(model: Any, args: Any) -> None:
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "`model` has adapters of `add_adapter`, which are saved without the head; call "
+            "`peft.get_peft_model(model, config)` instead, with the head in `modules_to_save`."
+        )
+    if not is_adapted(model):
+        return
+    base = model.peft_config[model.active_adapter].base_model_name_or_path
+    if args.push_to_hub and os.path.isdir(base or ""):
+        raise ValueError(
+            f"`push_to_hub=True` would publish an adapter of the base model {base!r}, a folder of this machine; start "
+            "from a model on the Hub, or push the merged model (`load_robust_model(..., merge=True)`) afterwards."
+        )
+    has_statistics = any(getattr(module, "running_mean", None) is not None for module in model.modules())
+    if has_statistics and not args.freeze_batch_norm:
+        raise ValueError(
+            "`freeze_batch_norm=False` changes BatchNorm's running statistics, which are not saved with an adapter; "
+            "leave it True."
+        )
 
 
 def check_loss(robust_loss: RobustLoss, args: Any, attack: Callable | None) -> None:
@@ -198,7 +218,9 @@ def check_parallelism(trainer: Any) -> None:
 
 def _check_fsdp(trainer: Any, plugin: Any) -> None:
     problem = None
-    if plugin.fsdp_version != 2:
+    if is_adapted(trainer.model):
+        problem = "adapters (peft) are untested with sharded weights; use DDP"
+    elif plugin.fsdp_version != 2:
         problem = f"`fsdp_version: {plugin.fsdp_version}` flattens the weights; set it to 2"
     elif "FULL_STATE_DICT" not in str(plugin.state_dict_type):
         problem = (

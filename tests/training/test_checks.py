@@ -4,10 +4,11 @@ import datasets
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
-from conftest import make_model
+from conftest import make_adapted, make_model
 
 from hf_rft.data.augmentation import SeededAugmentation
 from hf_rft.data.labels import class_numbers
+from hf_rft.models.adapters import add_lora
 from hf_rft.models.classifier import check_batch, check_labels
 from hf_rft.training.checks import check_dataset, check_parallelism
 
@@ -128,7 +129,15 @@ def environment(monkeypatch):
 
 
 def with_processes(
-    *, fsdp=None, zero_stage=None, tp_size=1, family="vit", dataset=None, accelerator_config=None, **args
+    *,
+    fsdp=None,
+    zero_stage=None,
+    tp_size=1,
+    family="vit",
+    is_adapted=False,
+    dataset=None,
+    accelerator_config=None,
+    **args,
 ):
     """What the check looks at of a trainer."""
     if fsdp is not None:
@@ -151,7 +160,7 @@ def with_processes(
         accelerator=SimpleNamespace(state=state, parallelism_config=SimpleNamespace(tp_size=tp_size)),
         is_fsdp_enabled=fsdp is not None,
         is_deepspeed_enabled=zero_stage is not None,
-        model=make_model(family),
+        model=make_adapted(family) if is_adapted else make_model(family),
         train_dataset=dataset,
     )
 
@@ -178,6 +187,7 @@ def test_supported_parallelism_passes(options, caplog):
         ({"fsdp": {}, "head_warmup_steps": 0.1}, "`head_warmup_steps=0.1` needs whole weights"),
         ({"zero_stage": 2, "awp_gamma": 0.01}, "`awp_gamma=0.01` needs whole weights on each process"),
         ({"zero_stage": 1, "weight_averaging": "ema"}, "`weight_averaging='ema'` needs whole weights"),
+        ({"fsdp": {}, "is_adapted": True}, r"FSDP: adapters \(peft\) are untested with sharded weights; use DDP"),
         ({"fsdp": {}, "family": "convnext"}, "cannot shard a ConvNextForImageClassification.* use DDP"),
     ],
 )
@@ -196,3 +206,23 @@ def test_parts_of_unknown_length_are_warned_about(caplog):
     assert not caplog.records
     check_parallelism(with_processes(dataset=Stream(), accelerator_config={"dispatch_batches": False}))
     assert "leave `dispatch_batches` out" in caplog.text
+
+
+def test_adapters_that_would_not_be_saved_whole_are_refused(make_trainer):
+    model = make_model("vit")
+    model._hf_peft_config_loaded = True  # as after `add_adapter`, for which the newest peft is too old
+    with pytest.raises(
+        ValueError, match="adapters of `add_adapter`, which are saved without the head; call `peft.get_"
+    ):
+        make_trainer(model)
+    with pytest.raises(
+        ValueError, match="`freeze_batch_norm=False` changes .* not saved with an adapter; leave it True"
+    ):
+        make_trainer(make_adapted("timm"), freeze_batch_norm=False)
+    make_trainer(make_adapted("vit"), freeze_batch_norm=False)  # has no BatchNorm
+
+
+def test_an_adapter_of_a_local_model_is_not_pushed(make_trainer, hub, tmp_path):
+    model = add_lora(make_model("vit"), r=2, base_model=str(tmp_path))
+    with pytest.raises(ValueError, match="would publish an adapter of the base model .*, a folder of this machine"):
+        make_trainer(model, push_to_hub=True)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Images, make_model, weights
+from conftest import Images, make_adapted, make_model, weights
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
 from hf_rft.training import resuming
@@ -55,6 +57,31 @@ def assert_same(resumed, whole):
 
 def names(folder) -> list[str]:
     return sorted(path.name for path in Path(folder).iterdir())
+
+
+@pytest.mark.parametrize("family", ["vit", "timm"])
+@pytest.mark.parametrize("options", [{}, {"weight_averaging": "ema"}, {"head_warmup_steps": 3}])
+def test_adapters_resume_exactly(make_trainer, tmp_path, family, options):
+    options = {**SAVING, "learning_rate": 1e-2, **options}
+    whole = make_trainer(make_adapted(family), **options)
+    start = weights(whole.model)
+    whole.train()
+    resumed = make_trainer(make_adapted(family, seed=1), output_dir=str(tmp_path / "resumed"), **options)
+    resumed.train(str(tmp_path / "output" / "checkpoint-2"))
+    assert_same(resumed, whole)
+    changed = {name for name, value in weights(whole.model).items() if not torch.equal(value, start[name])}
+    assert changed and all("lora_" in name or "modules_to_save" in name for name in changed)
+
+
+def test_the_best_adapter_is_loaded(make_trainer):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 1e-2}
+    options |= {"metric_for_best_model": "loss", "greater_is_better": True}  # the loss falls: the first is best
+    trainer = make_trainer(make_adapted("vit"), **SAVING, **options)
+    trainer.train()
+    assert trainer.state.best_global_step == 2
+    saved = load_file(Path(trainer.state.best_model_checkpoint, "adapter_model.safetensors"))
+    found = get_peft_model_state_dict(trainer.model)
+    assert saved.keys() == found.keys() and all(torch.equal(value, found[name]) for name, value in saved.items())
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,12 +14,15 @@ from conftest import Images, weights
 from datasets import DatasetInfo
 from hub_server import WRITE_TOKEN
 from huggingface_hub import ModelCard, snapshot_download
+from peft import PeftModel
+from published import save_model
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback
 
 from hf_rft import RobustTrainer, evaluate_robustness, load_robust_model
 from hf_rft.hub.evidence import read_evidence
 from hf_rft.hub.model_card import eval_results
 from hf_rft.hub.pushing import PushError
+from hf_rft.models.adapters import add_lora
 from hf_rft.utils import files
 
 
@@ -174,37 +176,49 @@ def test_evaluating_the_saved_model_again_leaves_what_the_card_says_about_its_tr
         assert text.strip() and text in after
 
 
-PEFT_CARD = """---
-base_model: {base}
-library_name: peft
-tags:
-- base_model:adapter:{base}
-- lora
----
-
-# Model Card for Model ID
-
-<!-- Provide a quick summary of what the model is/does. -->
-
-## Model Details
-
-- **Developed by:** [More Information Needed]
-"""
-
-
-def test_an_adapter_is_called_so_and_its_template_is_replaced(make_trainer, tmp_path):
-    trainer = make_trainer(max_steps=1)
+@pytest.fixture
+def adapted(make_trainer, tmp_path):
+    """A trained adapter of a model in a folder, saved and evaluated."""
+    base = tmp_path / "base"
+    save_model(base)
+    model = add_lora(AutoModelForImageClassification.from_pretrained(base), r=2)
+    trainer = make_trainer(model, max_steps=2, learning_rate=1e-2)
     trainer.train()
-    trainer.model.peft_config = {"default": SimpleNamespace(peft_type="LORA")}  # as PEFT marks its models
-    (tmp_path / "base").mkdir()
-    path = output(trainer) / "README.md"
-    path.write_text(PEFT_CARD.format(base=tmp_path / "base"))
-    trainer.create_model_card()
-    card = ModelCard.load(path)
+    trainer.save_model()
+    return trainer
+
+
+def test_the_card_of_an_adapter(adapted, tmp_path):
+    """Without a report: what peft and transformers need. With one: as any model, checked against adapter and base."""
+    folder = output(adapted)
+    assert "Information Needed" in (folder / "README.md").read_text()  # peft's template
+    adapted.create_model_card()
+    card = ModelCard.load(folder / "README.md")
     assert (card.data.library_name, card.data.tags[0]) == ("peft", "lora")
     assert str(tmp_path) not in card.content and "Information Needed" not in card.text
-    assert "with hf_rft (a LORA adapter)" in card.text and "PeftModel.from_pretrained(" in card.text
-    assert "pipeline(" not in card.text
+    assert "with hf_rft (an adapter of the kind LORA, rank 2, alpha 4, with " in card.text
+    assert "PeftModel.from_pretrained(" in card.text and "pipeline(" not in card.text
+
+    adapted.evaluate()
+    adapted.create_model_card(finetuned_from="someone/base")
+    card = ModelCard.load(folder / "README.md")
+    assert "They change those of someone/base" in card.text and card.data.base_model == "someone/base"
+    assert "load_robust_model(" in card.text and "PeftModel.from_pretrained(" not in card.text
+
+
+def test_a_saved_adapter_is_loaded_with_its_evidence(adapted):
+    metrics = adapted.evaluate()
+    adapted.create_model_card()
+    folder = output(adapted)
+    model, _, report = load_robust_model(folder)
+    assert report.expected_robustness == pytest.approx(metrics["eval_expected_robustness"])
+    merged = load_robust_model(folder, merge=True).model
+    assert isinstance(model, PeftModel) and isinstance(merged, type(adapted.model.get_base_model()))
+    images = torch.randn(3, 3, 16, 16)
+    expected = adapted.model.eval()(images).logits
+    assert torch.equal(model(images).logits, expected)
+    torch.testing.assert_close(merged(images).logits, expected)
+    assert not any("lora" in name for name in merged.state_dict())
 
 
 def test_writing_the_card_twice_changes_nothing(trained):
