@@ -16,7 +16,7 @@ import torch
 from hub_server import WRITE_TOKEN
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, pipeline
+from transformers import AutoModelForImageClassification, TimmWrapperForImageClassification, pipeline
 
 from hf_rft import RobustnessReport, RobustTrainer, ThreatModel, load_robust_model
 from hf_rft.cli import recipes
@@ -67,6 +67,18 @@ def test_processes_that_prepare_batches_change_nothing(default_run, tmp_path):
     assert run_rft.main(flags) == metrics
     weights, expected = (load_file(one / "model.safetensors") for one in (tmp_path, folder))
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+def test_adapters(tmp_path):
+    """The bundled model is named as `hf-rft` calls it, not by its folder."""
+    flags = ["--lora_r", "2", "--lora_target_modules", "conv_head", "conv_pw", "--head_learning_rate", "0.01"]
+    metrics = run_rft.main(["--output_dir", str(tmp_path), *TINY, *flags])
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "bundled:tf_efficientnet_lite0" and config["r"] == 2
+    assert set(config["target_modules"]) == {"conv_head", "conv_pw"}
+    model, _, report = load_robust_model(tmp_path, merge=True)
+    assert report.expected_robustness == pytest.approx(metrics["eval_expected_robustness"])
+    assert isinstance(model, TimmWrapperForImageClassification)
 
 
 def test_the_code_of_the_card_measures_the_same_again(default_run, monkeypatch, capsys):

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import Images, make_model, weights, without_dropout
+from conftest import Images, make_adapted, make_model, weights, without_dropout
 from transformers import TrainerCallback
 
 from hf_rft.losses import LOSSES, at_loss
@@ -155,3 +155,12 @@ def test_activation_checkpointing_changes_nothing(make_trainer):
     plain = trained(make_trainer, **AWP)
     saving = trained(make_trainer, gradient_checkpointing=True, **AWP)
     assert_same(weights(plain.model), weights(saving.model), exactly=False)
+
+
+def test_of_an_adapted_model_only_what_learns_is_perturbed(make_trainer):
+    trainer = make_trainer(without_dropout(make_adapted("vit")).double(), max_steps=2, **SGD, **AWP)
+    learns = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    start = weights(trainer.model)
+    trainer.train()
+    found = weights(trainer.model)
+    assert {name for name, value in start.items() if not torch.equal(value, found[name])} == learns
