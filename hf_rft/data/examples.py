@@ -1,10 +1,15 @@
 """Batches of `pixel_values` and labels from datasets of all common kinds."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, SupportsInt
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, SupportsInt, cast
 
+import datasets
 import torch
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image
 
 from .images import explain, num_frames, read_example, to_mode
@@ -17,14 +22,15 @@ IMAGE_COLUMNS = ("image", "img")
 
 
 class Examples:
-    """Examples of a dataset with `__len__` and `__getitem__`, ready for the model.
+    """Examples of a dataset with `__len__` and `__getitem__`, or of a stream, ready for the model.
 
     An example is a dictionary with a label, and with either `pixel_values` from the processor or an image that is yet
     to be processed.
 
     Args:
         dataset:
-            For example a `datasets.Dataset`, with or without a transform, or a `torch.utils.data.Dataset`.
+            For example a `datasets.Dataset`, with or without a transform, or a `torch.utils.data.Dataset`. A
+            `datasets.IterableDataset` is read once, to its end, into a temporary folder.
         processor:
             The model's image processor.
         num_channels (`int`):
@@ -45,10 +51,14 @@ class Examples:
         image_column: str | None = None,
         label_column: str | None = None,
     ):
+        if isinstance(dataset, datasets.IterableDataset):
+            folder = tempfile.mkdtemp(prefix="hf_rft-")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            dataset = _stored(dataset, folder)
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise ValueError(
                 f"`dataset` is {type(dataset).__name__}, which cannot be indexed, but results are kept by position. "
-                "Give a `datasets.Dataset` (not streaming) or any dataset with `__len__` and `__getitem__`."
+                "Give a dataset or stream of the package `datasets`, or any dataset with `__len__` and `__getitem__`."
             )
         if len(dataset) == 0:
             raise ValueError("`dataset` is empty; robustness needs at least one example.")
@@ -135,6 +145,21 @@ class Examples:
                 raise ValueError(f"{where} holds NaN or infinite values; repair it, or leave it out.")
             tensors.append(tensor)
         return torch.stack(tensors)
+
+
+def _stored(stream: datasets.IterableDataset, folder: str) -> datasets.Dataset:
+    """The examples of a stream on disk, since attacks and trust checks read them again."""
+
+    def examples() -> Iterator[dict[str, Any]]:
+        for example in stream:
+            # A copy has forgotten that it was a JPEG file, as which `datasets` would compress it once more.
+            yield {name: each.copy() if isinstance(each, Image.Image) else each for name, each in example.items()}
+
+    options = {"features": stream.features, "cache_dir": folder, "fingerprint": "stream"}
+    try:
+        return cast(datasets.Dataset, datasets.Dataset.from_generator(examples, **options))
+    except (DatasetGenerationError, ValueError) as error:  # the former says nothing itself
+        raise ValueError(f"`dataset`, a stream, cannot be read: {explain(error.__cause__ or error)}.") from error
 
 
 def num_image_channels(config: Any) -> int:

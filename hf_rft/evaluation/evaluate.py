@@ -64,7 +64,8 @@ def evaluate_robustness(
             on the device to run on.
         dataset:
             A `datasets.Dataset`, or any dataset with `__len__` and `__getitem__`. Each example holds a label, and an
-            image or `pixel_values` from the processor.
+            image or `pixel_values` from the processor. A stream (`datasets.IterableDataset`) is read once, into a
+            temporary folder: take as many examples as you need, `stream.take(1000)`.
         processor:
             The model's image processor; perturbations are measured on the pixels it produces, scaled to [0, 1]. For a
             module that has none, a [`PixelNormalization`] or its `(mean, std)`: then images are normalised but not
@@ -139,7 +140,7 @@ def evaluate_robustness(
         num_channels = num_image_channels(config)
     columns = {"image_column": image_column, "label_column": label_column}
     examples = Examples(dataset, processor, num_channels=num_channels, **columns)
-    features = dataset.features if isinstance(dataset, datasets.Dataset) else {}
+    features = (isinstance(dataset, datasets.Dataset | datasets.IterableDataset) and dataset.features) or {}
     if (class_names := getattr(features.get(examples.label_column), "names", None)) is not None:
         check_class_order("`dataset`", class_names, config)
         class_numbers("`dataset`", class_names, config)

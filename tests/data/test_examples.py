@@ -1,3 +1,5 @@
+import gc
+import tempfile
 from types import SimpleNamespace
 
 import datasets
@@ -69,6 +71,54 @@ def test_images_become_what_the_model_takes():
 def test_images_of_different_sizes_make_one_batch(processor):
     dataset = [{"image": PICTURE.resize(size), "label": 0} for size in ((5, 6), (40, 20), (9, 9))]
     assert Examples(dataset, processor).batch(range(3))[0].shape == (3, 3, SIZE, SIZE)
+
+
+def streamed(**columns):
+    return datasets.Dataset.from_dict(columns).to_iterable_dataset()
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+def test_a_stream_is_read_once_and_to_the_bit(processor, tmp_path, file_format):
+    pictures = []
+    for number in range(3):
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (9, 7, 3)).astype(np.uint8)).save(
+            tmp_path / f"{number}", file_format
+        )
+        pictures.append(Image.open(tmp_path / f"{number}"))
+    read = []
+
+    def generate():
+        for number, picture in enumerate(pictures):
+            read.append(number)
+            yield {"image": picture, "label": number}
+
+    stream = datasets.IterableDataset.from_generator(generate)
+    examples = Examples(stream, ViTImageProcessor(size={"height": 9, "width": 7}))
+    expected = Examples(
+        [{"image": picture, "label": number} for number, picture in enumerate(pictures)], examples.processor
+    )
+    for _ in range(2):
+        pixel_values, labels = examples.batch([2, 0])
+        assert torch.equal(pixel_values, expected.batch([2, 0])[0]) and labels.tolist() == [2, 0]
+    assert len(examples) == 3 and read == [0, 1, 2]
+
+
+def test_what_a_stream_left_on_disk_goes_with_the_examples(processor, monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    examples = Examples(streamed(image=[PICTURE] * 2, label=[0, 1]), processor)
+    assert len(list(tmp_path.iterdir())) == 1
+    del examples
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stream_that_cannot_be_read(processor):
+    def generate():
+        yield {"image": PICTURE, "label": 0}
+        raise OSError("the connection broke")
+
+    with pytest.raises(ValueError, match="`dataset`, a stream, cannot be read: .*the connection broke"):
+        Examples(datasets.IterableDataset.from_generator(generate), processor)
 
 
 def test_transform_is_applied(processor):

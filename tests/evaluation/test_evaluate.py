@@ -121,6 +121,16 @@ def picture_dataset(model=None, processor=None, count=8, size=(20, 18), mode="RG
     return datasets.Dataset.from_dict({"image": images, "label": labels.tolist()}, features=features)
 
 
+def test_a_stream_is_evaluated_like_the_dataset(processor):
+    model = make_model("vit").eval()
+    dataset = picture_dataset(model, processor)
+    options = {"norm": "linf", "epsilons": ["0", "1/255"], "tier": [("pgd", 2)], "progress_bar": False}
+    expected = evaluate_robustness(model, dataset.take(5), processor, **options)
+    report = evaluate_robustness(model, dataset.to_iterable_dataset(2).take(5), processor, **options)
+    assert report.accuracies == expected.accuracies and report.accuracies[0] == 0.8
+    assert report.settings["dataset"]["sha256"] == expected.settings["dataset"]["sha256"]
+
+
 # --- The numbers ---
 
 
@@ -844,7 +854,7 @@ def pictures_with(**columns):
         ({"model": LinearClassifier(classes=2)}, "holds labels from 0 to 3, but the model has 2 classes"),
         ({"dataset": []}, "`dataset` is empty"),
         ({"dataset": iter([])}, "`dataset` is list_iterator, which cannot be indexed"),
-        ({"dataset": picture_dataset().to_iterable_dataset()}, r"`dataset` is IterableDataset.*\(not streaming\)"),
+        ({"dataset": picture_dataset().to_iterable_dataset().take(0)}, "a stream, cannot be read: .*no data"),
         ({"dataset": [(torch.zeros(SHAPE), 1)]}, "`dataset` returns tuple objects; an example must be a dictionary"),
         ({"dataset": [{"pixels": 0, "label": 1}]}, r"hold \['label', 'pixels'\], none of \['image', 'img'\]; name"),
         ({"dataset": [{"image": 0, "target": 1}]}, "none of .'labels', 'label'.; name the column with `label_column`"),

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Images, make_adapted, make_model, weights
+from datasets import load_dataset
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
+from hf_rft.data import bundled
 from hf_rft.training import resuming
 from hf_rft.training.checkpoints import MARKER_NAME, complete_checkpoints, why_incomplete
 from hf_rft.training.distributed import NonFiniteError
@@ -305,6 +307,37 @@ def test_a_stream_resumed_in_any_pass_ends_like_one_that_was_not_interrupted(
 
     whole = run("whole")
     for step in steps:
+        assert_same(run(f"from-{step}", tmp_path / "whole" / f"checkpoint-{step}"), whole)
+
+
+def test_bundled_data_streamed_are_trained_evaluated_and_resumed(make_trainer, processor, tmp_path):
+    """Shuffled anew in each pass, and transformed, by `datasets` itself; evaluated on the first few."""
+
+    def prepared(example):
+        image = example["image"].convert("RGB")
+        values = processor(image, return_tensors="np")["pixel_values"][0]
+        return {"pixel_values": values, "labels": example["label"] % 4}
+
+    def run(folder, checkpoint=None):
+        splits = load_dataset(bundled.resolve("bundled:fashion_mnist_5k"), streaming=True)
+        splits = {name: stream.map(prepared, remove_columns=["image", "label"]) for name, stream in splits.items()}
+        train = splits["train"].shuffle(seed=1, buffer_size=20).take(36)
+        data = {"train_dataset": train, "eval_dataset": splits["test"].take(13)}
+        options = {
+            "max_steps": 9,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+        }
+        trainer = make_trainer(output_dir=str(tmp_path / folder), trainer_options=data, **options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    whole = run("whole")
+    assert whole.state.epoch > 1  # 5 steps a pass
+    assert len(whole.robustness_report) == 13
+    for step in (2, 7):
         assert_same(run(f"from-{step}", tmp_path / "whole" / f"checkpoint-{step}"), whole)
 
 
