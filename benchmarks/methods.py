@@ -23,6 +23,7 @@ from train_step import RandomImages, make_model
 from transformers import TrainerCallback, ViTImageProcessor
 
 from hf_rft import RobustTrainer, RobustTrainingArguments
+from hf_rft.models.adapters import add_lora
 from hf_rft.training.alarm_callback import AlarmCallback
 from hf_rft.utils.markdown import markdown_table
 
@@ -39,6 +40,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "`mixup_alpha: 0.2`": {"mixup_alpha": 0.2},
     "head only (`head_warmup_steps`)": {"head_warmup_steps": 10**6},
     "`layer_decay: 0.75`": {"layer_decay": 0.75},
+    "`lora_r: 16`": {"lora_r": 16},
 }
 WARMUP = 2  # steps of each training that are not measured
 
@@ -60,10 +62,12 @@ class Clock(TrainerCallback):
 
 
 def one_training(args: argparse.Namespace, model: torch.nn.Module, options: dict[str, Any]) -> dict[str, float]:
-    clock = Clock(args.steps + 1)
+    clock, model, options = Clock(args.steps + 1), copy.deepcopy(model), dict(options)
+    if rank := options.pop("lora_r", None):
+        model = add_lora(model, r=rank)
     with tempfile.TemporaryDirectory() as folder:
         trainer = RobustTrainer(
-            copy.deepcopy(model),
+            model,
             RobustTrainingArguments(
                 folder,
                 **{**DEFAULT, **options},
