@@ -19,7 +19,8 @@ from ..evaluation.differences import paired_difference
 from ..evaluation.plots import plot_robustness_curve
 from ..evaluation.report import RobustnessReport
 from ..hub.download import download
-from ..hub.evidence import REPORT_NAME, hash_weight_files, read_report
+from ..hub.evidence import REPORT_NAME, check_base, hash_weight_files, read_report
+from ..hub.safe_loading import is_adapter
 from ..threat_model import NORM_NAMES, NORMS, format_epsilon, parse_epsilon
 from ..utils.files import check_writable, replacing, write_text
 from ..utils.markdown import cell, markdown_table
@@ -190,6 +191,8 @@ def read_candidate(entry: str, path: Path) -> Candidate:
     model, has_weights = report.settings["model"], any(path.parent.glob("*.safetensors"))
     if has_weights and model.get("files") != (found := hash_weight_files(path.parent)):
         raise ValueError(f"refused: it is about the weights {model.get('files')}, beside it are {found}")
+    if has_weights and is_adapter(path.parent):
+        check_base(path.parent, report, name=entry)
     return Candidate(entry, str(model.get("name") or entry), report, has_weights)
 
 

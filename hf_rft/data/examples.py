@@ -151,7 +151,7 @@ def _stored(stream: datasets.IterableDataset, folder: str) -> datasets.Dataset:
     """The examples of a stream on disk, since attacks and trust checks read them again."""
 
     def examples() -> Iterator[dict[str, Any]]:
-        for example in stream:
+        for example in stream.with_format(None):
             # A copy has forgotten that it was a JPEG file, as which `datasets` would compress it once more.
             yield {name: each.copy() if isinstance(each, Image.Image) else each for name, each in example.items()}
 

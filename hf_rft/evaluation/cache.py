@@ -35,14 +35,24 @@ def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def hash_model(model: torch.nn.Module) -> str:
-    """Hash of the weights, buffers and structure of a model.
+    """Hash of the weights, buffers and structure of a model, and of the settings of its adapters (peft).
 
     It does not cover the model's code, so [`ResultCache`] also compares predictions.
     """
     weights = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     # peft keeps the head that it replaced, often a random one.
     weights = {name: tensor for name, tensor in weights.items() if ".original_module." not in name}
-    return hash_json({"structure": repr(model), "weights": hash_tensors(weights)})
+    described = {"structure": repr(model), "weights": hash_tensors(weights)}
+    if adapters := getattr(model, "peft_config", None):
+        described["adapters"] = {name: _settings(config.to_dict()) for name, config in adapters.items()}
+    return hash_json(described)
+
+
+def _settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """What an adapter computes; not where it comes from."""
+    origin = {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"}
+    values = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    return {name: str(value) for name, value in values.items() if name not in origin}
 
 
 def hash_json(values: Any) -> str:

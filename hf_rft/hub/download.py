@@ -50,3 +50,12 @@ def download(
             f"correct the path or the repository's name. ({type(error).__name__}: {reason})"
         ) from error
     return Path(folder)
+
+
+def is_on_hub(name: str) -> bool:
+    """Whether it can be the name of a repository; a folder is not, even one that is gone in the meantime."""
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    return not os.path.isdir(name)

@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from transformers import AutoImageProcessor
 from transformers.utils import CONFIG_NAME
+from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from ..evaluation.cache import hash_model
 from ..evaluation.provenance import describe_normalization
@@ -27,7 +28,7 @@ REPORT_NAME, CURVE_NAME, CARD_NAME = "robustness.json", "robustness_curve.png", 
 
 
 def hash_weight_files(folder: str | os.PathLike) -> dict[str, str]:
-    """SHA-256 of each safetensors file in the folder, by name.
+    """SHA-256 of each safetensors file in the folder, by name; of an adapter also that of its configuration.
 
     Raises:
         ValueError: if there is none, or if other weights would be loaded.
@@ -36,6 +37,8 @@ def hash_weight_files(folder: str | os.PathLike) -> dict[str, str]:
     paths = sorted(Path(folder).glob("*.safetensors"))
     if not paths:
         raise ValueError(f"{folder} has no weights in the safetensors format; save the model with `save_pretrained`.")
+    if is_adapter(folder):
+        paths.append(Path(folder, ADAPTER_CONFIG_NAME))
     hashes = {}
     for path in paths:
         with path.open("rb") as stream:
@@ -102,7 +105,8 @@ def attach_report(
     stated = existing.data.to_dict() if existing else {}
     offered = {"license": license, "base_model": base_model}
     metadata = {key: value for key, value in offered.items() if not stated.get(key)}
-    card = make_card(existing, name=name.split("/")[-1], report=report, curve=CURVE_NAME, metadata=metadata)
+    options = {"metadata": metadata, "is_adapter": is_adapter(folder)}
+    card = make_card(existing, name=name.split("/")[-1], report=report, curve=CURVE_NAME, **options)
     write_text(path, card.content)
     return report
 

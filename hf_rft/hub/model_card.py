@@ -18,6 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..evaluation.report import RobustnessReport
 from ..threat_model import NORM_NAMES, format_approximately, format_epsilon, parse_epsilon
 from ..utils.markdown import code, one_line, plain
+from .download import is_on_hub
 from .reproduction import code_to_reproduce, quoted
 
 
@@ -178,6 +179,7 @@ def make_card(
     training: Training | None = None,
     model_id: str | None = None,
     base_model: str | None = None,
+    is_adapter: bool = False,
     dataset: str | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> ModelCard:
@@ -202,6 +204,8 @@ def make_card(
             `name`.
         base_model (`str`, *optional*):
             The repository of the model that was fine-tuned.
+        is_adapter (`bool`, *optional*, defaults to `False`):
+            Whether the weights are an adapter's, which peft loads, not `pipeline`.
         dataset (`str`, *optional*):
             What it was fine-tuned on.
         metadata (`Mapping`, *optional*):
@@ -209,7 +213,7 @@ def make_card(
     """
     model_id = model_id or (report.settings.get("model", {}).get("name") if report else None) or name
     facts = {"name": name, "report": report, "curve": curve, "training": training, "model_id": model_id}
-    text = _rendered(**facts, base_model=base_model, dataset=dataset)
+    text = _rendered(**facts, base_model=base_model, is_adapter=is_adapter, dataset=dataset)
     card = ModelCard("---\n{}\n---\n" if existing is None else existing.content, ignore_metadata_errors=True)
     data = cast(ModelCardData, card.data)
     if existing is None or _UNFILLED.search(card.text):
@@ -217,6 +221,7 @@ def make_card(
         data.eval_results = None
     else:
         card.text = _with_parts_of(card.text, text, keep=() if training else ("summary", "training"))
+    _forget_paths(data)
     given = {key: value for key, value in (metadata or {}).items() if value is not None}
     tags = [*(data.tags or []), *given.pop("tags", []), *TAGS]
     data.tags = list(dict.fromkeys(tags))
@@ -236,6 +241,14 @@ def make_card(
 # In the cards that `Trainer`, PEFT and huggingface_hub write: they ask to be proofread, and for this to be removed.
 _UNFILLED = re.compile(r"model card has been generated automatically according to|^# Model Card for Model ID$", re.M)
 _PART = re.compile(r"<!-- hf_rft: (?P<name>\w+) -->\n.*?<!-- hf_rft: end of (?P=name) -->", re.DOTALL)
+
+
+def _forget_paths(data: ModelCardData) -> None:
+    """peft names the base model by its path on this machine."""
+    base = data.base_model
+    if isinstance(base, str) and not is_on_hub(base):
+        data.base_model = None
+        data.tags = [tag for tag in data.tags or [] if not tag.endswith(f":{base}")]
 
 
 def describe_robustness(report: RobustnessReport, curve: str | None = None) -> str:

@@ -1,6 +1,7 @@
 """Loading pretrained classifiers by name: as they are, or with a new head for the classes of a dataset."""
 
 import importlib.util
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,17 +9,20 @@ import torch
 from datasets import ClassLabel, DatasetDict, Value
 from transformers import AutoImageProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from ..data import bundled
-from ..models.adapters import add_lora, is_adapted
+from ..models.adapters import add_lora
 from ..models.parts import head_parameters
 from ..utils.files import check_writable
-from ..utils.values import COUNT, POSITIVE, SHARE, Range, check_ranges, naming
-from .safe_loading import load_classifier, load_config
+from ..utils.values import COUNT, POSITIVE, Range, check_ranges, naming
+from .safe_loading import is_adapter, load_classifier, load_config
 
 
 # Larger images fill the memory before training starts.
 IMAGE_SIZE = Range(1, 4096, is_whole=True)
+LORA_DROPOUT = Range(0, 0.99)
 
 
 @dataclass
@@ -57,7 +61,7 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        ranges = {"image_size": IMAGE_SIZE, "lora_r": COUNT, "lora_alpha": POSITIVE, "lora_dropout": SHARE}
+        ranges = {"image_size": IMAGE_SIZE, "lora_r": COUNT, "lora_alpha": POSITIVE, "lora_dropout": LORA_DROPOUT}
         check_ranges(self, ranges, is_flag=True)
         for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
             if self.lora_r is None and (value := getattr(self, name)):
@@ -79,6 +83,11 @@ def load_model(model_args: ModelArguments, class_names: list[str]):
     """The pretrained model with a head for these classes, and its image processor."""
     name_or_path = bundled.resolve(model_args.model_name_or_path)
     hub_options = model_args.hub_options()
+    if is_adapter(name_or_path, **{name: hub_options[name] for name in ("revision", "cache_dir", "token")}):
+        raise ValueError(
+            f"--model_name_or_path {model_args.model_name_or_path!r} is an adapter; merge it into its base model "
+            "(`load_robust_model(..., merge=True)`), save the result, and give its folder."
+        )
     with naming("--model_name_or_path", model_args.model_name_or_path, "give a Hub id or a folder of a classifier"):
         config = load_config(
             name_or_path,
@@ -111,11 +120,6 @@ def load_model(model_args: ModelArguments, class_names: list[str]):
             output_loading_info=True,
             **hub_options,
         )
-    if is_adapted(model):
-        raise ValueError(
-            f"--model_name_or_path {model_args.model_name_or_path!r} is an adapter; merge it into its base model "
-            "(`load_robust_model(..., merge=True)`), save the result, and give its folder."
-        )
     head_tensors = head_parameters(model)
     head = {name for name, parameter in model.named_parameters() if parameter in head_tensors}
     lost = sorted({str(key[0]) for key in report["mismatched_keys"]} - head)
@@ -141,8 +145,16 @@ def load_model(model_args: ModelArguments, class_names: list[str]):
                 dropout=model_args.lora_dropout,
                 target_modules=model_args.lora_target_modules,
                 base_model=model_args.model_name_or_path,
+                revision=_commit(name_or_path, hub_options),
             )
     return processor, model
+
+
+def _commit(name_or_path: str, hub_options: dict[str, Any]) -> str | None:
+    """The commit of a model from the Hub; None for a folder."""
+    if os.path.isdir(name_or_path):
+        return None
+    return extract_commit_hash(cached_file(name_or_path, CONFIG_NAME, **hub_options), None)
 
 
 def in_order_of_model(model_args: ModelArguments, splits: DatasetDict, column: str) -> DatasetDict:

@@ -12,7 +12,7 @@ from huggingface_hub import CommitInfo, constants
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
 from ..utils.files import check_links
-from .safe_loading import base_of, is_adapter
+from .safe_loading import base_of, can_be_fetched, is_adapter
 
 
 # Never published: files with local paths or host names, files that are private by convention, checkpoints (which
@@ -91,9 +91,9 @@ def push_folder(
     if not folder.is_dir():
         raise ValueError(f"`folder={str(folder)!r}` is not a folder.")
     check_links(folder)
-    if is_adapter(folder) and os.path.isdir(base := base_of(folder)[0]):
+    if is_adapter(folder) and not can_be_fetched(base := base_of(folder)[0]):
         raise ValueError(
-            f"{folder} holds an adapter of the base model {base!r}, a folder of this machine; push the merged model "
+            f"{folder} holds an adapter of the base model {base!r}, which is not on the Hub; push the merged model "
             "instead (`load_robust_model(..., merge=True)`)."
         )
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]

@@ -7,19 +7,24 @@ the model whose weights it changes; that one is fetched, and loaded by the same 
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, find_adapter_config_file
 
 from ..data import bundled
-from .download import download
+from ..utils.values import naming
+from .download import download, is_on_hub
 
 
 # transformers' own implementations of attention; any other name is a repository with compiled code.
 _ATTENTION = {"eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4"}
+# Kinds of adapters that consist of their weights alone; others fetch further models or compile code.
+_ADAPTERS = {"IA3", "LORA"}
 # Arguments of `timm.create_model` that make it read files or send requests.
 _TIMM_SOURCES = {"checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
 
@@ -58,10 +63,7 @@ def load_classifier(
     Raises:
         ValueError: if there are none.
     """
-    hub_options = {name: options[name] for name in ("revision", "token", "cache_dir") if name in options}
-    if not os.path.isdir(name_or_path) and find_adapter_config_file(str(name_or_path), **hub_options):
-        name_or_path = download(name_or_path, **hub_options)
-    if is_adapter(name_or_path):
+    if is_adapter(name_or_path, **_hub_options(options)):
         return _load_adapted(name_or_path, config, **options)
     # transformers would have a Space convert other weights, and send it the user's token.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
@@ -78,66 +80,98 @@ def load_classifier(
         ) from error
 
 
-def is_adapter(folder: str | os.PathLike) -> bool:
-    """Whether the weights in a folder are changes to those of another model."""
-    return Path(folder, ADAPTER_CONFIG_NAME).is_file()
+def is_adapter(name_or_path: str | os.PathLike, **hub_options) -> bool:
+    """Whether the weights in a folder or repository are changes to those of another model.
+
+    Raises:
+        ValueError: if a folder holds those of a whole model as well.
+    """
+    found = find_adapter_config_file(str(name_or_path), **hub_options) is not None
+    if found and Path(name_or_path, SAFE_WEIGHTS_NAME).is_file():
+        raise ValueError(
+            f"{name_or_path} holds both a whole model ({SAFE_WEIGHTS_NAME}) and an adapter ({ADAPTER_CONFIG_NAME}); "
+            "move one of them to another folder."
+        )
+    return found
 
 
 def base_of(folder: str | os.PathLike) -> tuple[str, str | None]:
     """The name of an adapter's base model, and its revision.
 
     Raises:
-        ValueError: if the adapter does not name one, or needs other code.
+        ValueError: if the adapter does not name one, or is of a kind that is not loaded.
     """
     path = Path(folder, ADAPTER_CONFIG_NAME)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        name, revision, megatron = (
-            config.get(key) for key in ("base_model_name_or_path", "revision", "megatron_config")
-        )
+        name, revision, kind = (config.get(key) for key in ("base_model_name_or_path", "revision", "peft_type"))
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); save the adapter again.") from error
+    if kind not in _ADAPTERS:
+        raise ValueError(
+            f"{path} is about an adapter of the kind {kind!r}; only {sorted(_ADAPTERS)} are loaded. Merge it into its "
+            "base model (`merge_and_unload` in peft), and save the result."
+        )
     if not isinstance(name, str) or not name:
         raise ValueError(f"{path} has no `base_model_name_or_path`; write there which model the adapter changes.")
-    if megatron is not None:
-        raise ValueError(f"{path} has a `megatron_config`, which imports a module by its name; remove the entry.")
     return name, revision
 
 
+def can_be_fetched(base_model: str | None) -> bool:
+    """Whether others can load this base model too: it is bundled, or its name is that of a repository."""
+    return base_model == bundled.MODEL or (base_model is not None and is_on_hub(base_model))
+
+
 def download_base(folder: str | os.PathLike, **hub_options) -> Path:
-    """The folder of an adapter's base model; `hub_options` are `token` and `cache_dir`."""
+    """The folder of an adapter's base model; `hub_options` are `token` and `cache_dir`.
+
+    Raises:
+        ValueError: if it cannot be had.
+    """
     name, revision = base_of(folder)
     try:
         return download(bundled.resolve(name), revision=revision, **hub_options)
-    except ValueError as error:
-        raise ValueError(f"The base model of the adapter {folder} is missing: {error}") from error
+    except (ValueError, OSError) as error:  # OSError: of the Hub
+        raise ValueError(f"The base model {name!r} of the adapter {folder} cannot be loaded: {error}") from error
 
 
 def _load_adapted(
-    folder: str | os.PathLike, config: PreTrainedConfig, *, output_loading_info: bool = False, **options
-):
+    name_or_path: str | os.PathLike, config: PreTrainedConfig, *, output_loading_info: bool = False, **options
+) -> Any:
     try:
-        from peft import PeftModel  # an optional dependency
+        from peft import PeftModel, get_peft_model_state_dict  # an optional dependency
     except ImportError as error:
-        raise ImportError(f'{folder} is an adapter, which needs peft: `pip install "hf_rft[peft]"`.') from error
-    if not Path(folder, ADAPTER_SAFE_WEIGHTS_NAME).is_file():
-        raise ValueError(f"{folder} has no {ADAPTER_SAFE_WEIGHTS_NAME}; weights in pickles are not loaded.")
-    base_folder = download_base(folder, **{name: options[name] for name in ("token", "cache_dir") if name in options})
+        raise ImportError(f'{name_or_path} is an adapter, which needs peft: `pip install "hf_rft[peft]"`.') from error
+    hub_options = _hub_options(options)
+    folder = Path(name_or_path) if os.path.isdir(name_or_path) else download(name_or_path, **hub_options)
+    hub_options.pop("revision", None)  # not that of the base model
+    weights = folder / ADAPTER_SAFE_WEIGHTS_NAME
+    if not weights.is_file():
+        raise ValueError(f"{name_or_path} has no {weights.name}; weights in pickles are not loaded.")
+    base_folder = download_base(folder, **hub_options)
     if is_adapter(base_folder):
-        raise ValueError(f"The base model {base_folder} of the adapter {folder} is an adapter itself; merge it first.")
+        raise ValueError(f"The base model {base_folder} of {name_or_path} is an adapter itself; merge it first.")
     check_weight_index(base_folder)
     options = {**options, "revision": None, "ignore_mismatched_sizes": True, "output_loading_info": True}
     base, found = load_classifier(base_folder, config, **options)
     names = {str(key) for key in found["missing_keys"]} | {str(key[0]) for key in found["mismatched_keys"]}
     random = {parameter: name for name, parameter in base.named_parameters() if name in names}
-    model = PeftModel.from_pretrained(base, str(folder))
+    with naming("The adapter", str(name_or_path), "save it again, with its head (`modules_to_save`)"):
+        model = PeftModel.from_pretrained(base, str(folder))
+    with safe_open(weights, framework="pt") as file:
+        differing = get_peft_model_state_dict(model).keys() ^ set(file.keys())
     used = (parameter for name, parameter in model.named_parameters() if ".original_module." not in name)
-    if lost := sorted(random[parameter] for parameter in used if parameter in random):
+    if lost := sorted([*differing, *(random[parameter] for parameter in used if parameter in random)]):
         raise ValueError(
-            f"Neither the adapter {folder} nor its base model has weights {lost[:5]}, which would be random; save the "
-            "adapter with its head (`modules_to_save`)."
+            f"{weights.name} of {name_or_path} does not fit its configuration and its base model, so that the weights "
+            f"{lost[:5]} would be random or left out; save the adapter again, with its head (`modules_to_save`)."
         )
+    model.config._name_or_path = str(name_or_path)  # not that of the base model
     return (model, {"missing_keys": set(), "mismatched_keys": set()}) if output_loading_info else model
+
+
+def _hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("revision", "token", "cache_dir") if name in options}
 
 
 def check_weight_index(folder: str | os.PathLike) -> None:

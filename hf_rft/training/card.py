@@ -6,8 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
-from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import ModelCard, try_to_load_from_cache
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
@@ -16,10 +15,11 @@ from ..attacks.base import attack_name
 from ..data import bundled
 from ..evaluation.plots import plot_epsilon_schedule
 from ..evaluation.provenance import describe_dataset, versions
+from ..hub.download import is_on_hub
 from ..hub.evidence import CARD_NAME, CURVE_NAME, write_evidence
 from ..hub.model_card import Progress, Training, make_card
 from ..losses import LOSSES
-from ..models.adapters import describe_adapter, is_adapted
+from ..models.adapters import adapter_tags, describe_adapter, is_adapted
 from ..utils.files import replacing, write_text
 from .alarms import recorded_alarms
 from .onset import describe_onset, eval_prefix
@@ -85,15 +85,13 @@ def write_card(
         except ValueError as error:
             logger.warning("The model card states no robustness: %s", error)
     started_from = finetuned_from or getattr(trainer.model.config, "_name_or_path", None) or ""
-    base_model, base = (started_from, None) if _is_on_hub(started_from) else (None, _in_words(started_from))
+    base_model, base = (started_from, None) if is_on_hub(started_from) else (None, _in_words(started_from))
     # Evaluated again, after another run trained and saved it: that run's words stay.
     is_saved_model = Path(started_from).resolve() == folder.resolve() and trainer.state.global_step == 0
     described = describe_dataset(trainer.train_dataset)
     if dataset_tags is None and described["revision"] is not None:
         dataset_tags = described["name"]
     dataset = dataset or dataset_tags or described["name"]
-    if existing is not None:
-        _forget_paths(existing)
     card = make_card(
         existing,
         name=model_name or name,
@@ -102,11 +100,12 @@ def write_card(
         training=None if is_saved_model else _describe_training(trainer, folder, base),
         model_id=trainer.hub_model_id or name,
         base_model=base_model,
+        is_adapter=is_adapted(trainer.model),
         dataset=", ".join(_listed(dataset)) or None,
         metadata={
             "language": language,
             "license": license or _license_of(started_from),
-            "tags": [*_listed(tags), "generated_from_trainer"],
+            "tags": [*_listed(tags), *adapter_tags(trainer.model), "generated_from_trainer"],
             "datasets": _listed(dataset_tags) or None,
             "library_name": "peft" if is_adapted(trainer.model) else None,
         },
@@ -134,24 +133,6 @@ def _listed(names: str | list[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(names or [])
 
 
-def _is_on_hub(name: str) -> bool:
-    """Whether it can be the name of a repository; a folder is not, even one that is gone in the meantime."""
-    try:
-        validate_repo_id(name)
-    except ValueError:
-        return False
-    return not os.path.isdir(name)
-
-
-def _forget_paths(card: ModelCard) -> None:
-    """PEFT names the base model by its path on this machine."""
-    data = cast(ModelCardData, card.data)
-    path = str(data.base_model or "")
-    if os.path.isdir(path):
-        data.base_model = None
-        data.tags = [tag for tag in data.tags or [] if not tag.endswith(f":{path}")]
-
-
 def _in_words(started_from: str) -> str | None:
     """What training started from, if that is not on the Hub; without any path of this machine."""
     if bundled.is_model(started_from):
@@ -168,7 +149,7 @@ def _in_words(started_from: str) -> str | None:
 def _license_of(started_from: str) -> str | None:
     """The license of the base model, if its card is on this machine."""
     path = Path(started_from, CARD_NAME)
-    if _is_on_hub(started_from):
+    if is_on_hub(started_from):
         path = Path(str(try_to_load_from_cache(started_from, CARD_NAME)))  # "None" or an object if it is not there
     return ModelCard.load(path, ignore_metadata_errors=True).data.get("license") if path.is_file() else None
 

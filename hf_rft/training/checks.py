@@ -1,7 +1,6 @@
 """Checks before training: the model, the datasets, the loss, the attack and the kind of parallelism."""
 
 import inspect
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers.utils import logging
 from ..attacks.base import takes
 from ..data.augmentation import SeededAugmentation
 from ..data.labels import LABEL_COLUMNS, check_class_order
+from ..hub.safe_loading import can_be_fetched
 from ..losses import LOSSES, RobustLoss
 from ..models.adapters import is_adapted
 from ..models.classifier import check_labels
@@ -80,11 +80,22 @@ def _check_adapter(model: Any, args: Any) -> None:
         )
     if not is_adapted(model):
         return
-    base = model.peft_config[model.active_adapter].base_model_name_or_path
-    if args.push_to_hub and os.path.isdir(base or ""):
+    if model.active_adapters != ["default"]:
         raise ValueError(
-            f"`push_to_hub=True` would publish an adapter of the base model {base!r}, a folder of this machine; start "
-            "from a model on the Hub, or push the merged model (`load_robust_model(..., merge=True)`) afterwards."
+            f"`model` has the active adapters {model.active_adapters}, which peft saves in folders of their own; "
+            "leave `adapter_name` of `get_peft_model` out."
+        )
+    config = model.peft_config["default"]
+    if args.push_to_hub and not can_be_fetched(config.base_model_name_or_path):
+        raise ValueError(
+            f"`push_to_hub=True` would publish an adapter of the base model {config.base_model_name_or_path!r}, which "
+            "is not on the Hub; start from one that is, or push the merged model afterwards "
+            "(`load_robust_model(..., merge=True)`)."
+        )
+    if not any(parameter.requires_grad for parameter in head_parameters(model)) and not config.modules_to_save:
+        logger.warning(
+            "The classification head of `model` is frozen, and not saved with its adapter. Name it in "
+            "`modules_to_save` of the adapter's configuration, unless the base model was trained on these classes."
         )
     has_statistics = any(getattr(module, "running_mean", None) is not None for module in model.modules())
     if has_statistics and not args.freeze_batch_norm:

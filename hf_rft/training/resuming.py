@@ -17,6 +17,8 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from ..hub.safe_loading import is_adapter
+from ..models.adapters import is_adapted
 from ..schedules import is_stream
 from ..utils.files import write_text
 from .adversary import AdversarialAccuracy
@@ -67,6 +69,12 @@ def checkpoint_to_resume(trainer: Trainer, resume_from_checkpoint: str | PathLik
     if not resume_from_checkpoint:
         return None
     check_resumable(resume_from_checkpoint)
+    if is_adapter(resume_from_checkpoint) != is_adapted(trainer.model):
+        kinds = ("an adapter", "a whole model") if is_adapted(trainer.model) else ("a whole model", "an adapter")
+        raise ValueError(
+            f"`resume_from_checkpoint={str(resume_from_checkpoint)!r}` holds {kinds[1]}, but the trainer trains "
+            f"{kinds[0]}; resume with the same settings (`--lora_r`), or start anew in another `output_dir`."
+        )
     if trainer.is_world_process_zero():
         logger.warning("Training resumes from %s.", resume_from_checkpoint)
     return str(resume_from_checkpoint)

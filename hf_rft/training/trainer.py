@@ -24,7 +24,7 @@ from ..evaluation.report import RobustnessReport
 from ..evaluation.tiers import make_tier
 from ..hub.pushing import PushError
 from ..losses import LOSSES, RobustLoss
-from ..models.adapters import save_config
+from ..models.adapters import saved_with_config
 from ..models.classifier import PixelClassifier, batch_norm_frozen, check_batch
 from ..models.pixel_space import PixelNormalization
 from ..schedules import EpsilonSchedule, EpsilonScheduleCallback
@@ -359,10 +359,8 @@ class RobustTrainer(Trainer):
     _push_from_checkpoint = sharing.push_from_checkpoint
 
     def _save(self, output_dir=None, state_dict=None):
-        with averaged(self):
+        with averaged(self), saved_with_config(self.model, output_dir or self.args.output_dir):
             super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            save_config(self.model, output_dir or self.args.output_dir)
         sharing.save_arguments_without_tokens(self.args, output_dir)
 
     def save_model(self, output_dir=None, _internal_call=False):

@@ -5,11 +5,14 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import Images
+from datasets import Dataset
 from hub_server import READ_TOKEN, WRITE_TOKEN
 from huggingface_hub import CommitInfo, constants
+from PIL import Image
 from published import publish, save_model
 
 from hf_rft import RobustnessReport, ThreatModel, load_robust_model
@@ -140,6 +143,41 @@ def test_pushed_and_loaded_in_new_processes(hub, folder, tmp_path):
     again = run(hub, tmp_path / "two", ROBUST, REPO, tmp_path / "pixels.pt", tmp_path / "robust.pt", commit.oid)
     assert again == json.loads(json.dumps(report.to_dict()))
     assert torch.equal(torch.load(tmp_path / "robust.pt"), logits)
+
+
+ADAPTED = """
+import json, sys, torch
+from datasets import load_from_disk
+from hf_rft import evaluate_robustness, load_robust_model
+from hf_rft.hub import attach_report, push_folder
+from hf_rft.hub.pretrained import ModelArguments, load_model, load_model_and_processor
+from hf_rft.models.adapters import saved_with_config
+processor, model = load_model(ModelArguments("user/base", model_revision="v1", lora_r=2), list("abcd"))
+with saved_with_config(model, sys.argv[1]):
+    model.save_pretrained(sys.argv[1])
+processor.save_pretrained(sys.argv[1])
+images = load_from_disk(sys.argv[2])
+grid = {"norm": "linf", "epsilons": ["0", "8/255"], "tier": [("pgd", 1)], "progress_bar": False}
+attach_report(sys.argv[1], evaluate_robustness(model.eval(), images, processor, **grid))
+push_folder(sys.argv[1], "user/adapter", progress_bar=False)
+loaded = load_robust_model("user/adapter")
+evaluated, _ = load_model_and_processor("--model", "user/adapter")  # as `hf-rft evaluate` does
+pixels = torch.randn(2, 3, 16, 16)
+expected, *found = (one.eval()(pixels).logits for one in (model, loaded.model, evaluated))
+print(json.dumps([loaded.report.settings["model"]["base"], [torch.equal(one, expected) for one in found]]))
+"""
+
+
+def test_an_adapter_names_the_commit_of_its_base_model(hub, tmp_path):
+    """That of a branch, which has other weights than `main`."""
+    commits = {}
+    for seed, revision in ((0, "main"), (1, "v1")):
+        save_model(tmp_path / revision, seed=seed)
+        commits[revision] = push_folder(tmp_path / revision, "user/base", revision=revision, progress_bar=False).oid
+    image = np.zeros((16, 16, 3), dtype=np.uint8)
+    Dataset.from_dict({"image": [Image.fromarray(image)] * 4, "label": [0, 1, 2, 3]}).save_to_disk(tmp_path / "images")
+    base, are_equal = run(hub, tmp_path, ADAPTED, tmp_path / "adapter", tmp_path / "images")
+    assert (base["name"], base["revision"]) == ("user/base", commits["v1"]) and are_equal == [True, True]
 
 
 REFUSED = """

@@ -1,3 +1,4 @@
+import logging
 from types import SimpleNamespace
 
 import datasets
@@ -5,6 +6,7 @@ import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from conftest import make_adapted, make_model
+from peft import LoraConfig, get_peft_model
 
 from hf_rft.data.augmentation import SeededAugmentation
 from hf_rft.data.labels import class_numbers
@@ -222,7 +224,26 @@ def test_adapters_that_would_not_be_saved_whole_are_refused(make_trainer):
     make_trainer(make_adapted("vit"), freeze_batch_norm=False)  # has no BatchNorm
 
 
-def test_an_adapter_of_a_local_model_is_not_pushed(make_trainer, hub, tmp_path):
-    model = add_lora(make_model("vit"), r=2, base_model=str(tmp_path))
-    with pytest.raises(ValueError, match="would publish an adapter of the base model .*, a folder of this machine"):
+@pytest.mark.parametrize("base_model", ["/home/somebody/model", None])
+def test_an_adapter_of_a_model_that_is_not_on_the_hub_is_not_pushed(make_trainer, hub, base_model):
+    model = add_lora(make_model("vit"), r=2)
+    model.peft_config["default"].base_model_name_or_path = base_model
+    with pytest.raises(
+        ValueError, match=f"would publish an adapter of the base model {base_model!r}, which is not on"
+    ):
         make_trainer(model, push_to_hub=True)
+
+
+def test_a_head_that_would_be_lost_is_named(make_trainer, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("hf_rft"), "propagate", True)
+    make_trainer(make_adapted("vit"))
+    assert "head" not in caplog.text
+    make_trainer(get_peft_model(make_model("vit"), LoraConfig(target_modules=["q_proj"])))
+    assert "The classification head of `model` is frozen, and not saved" in caplog.text
+
+
+def test_an_adapter_of_another_name_is_refused(make_trainer):
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["classifier"]}
+    model = get_peft_model(make_model("vit"), LoraConfig(**options), adapter_name="robust")
+    with pytest.raises(ValueError, match=r"active adapters \['robust'\], .*leave `adapter_name`"):
+        make_trainer(model)

@@ -76,6 +76,12 @@ def test_adapters_resume_exactly(make_trainer, tmp_path, family, options):
     assert changed and all("lora_" in name or "modules_to_save" in name for name in changed)
 
 
+def test_a_checkpoint_of_the_other_kind_is_refused(make_trainer, tmp_path):
+    make_trainer(make_adapted("vit"), **{**SAVING, "max_steps": 2}).train()
+    with pytest.raises(ValueError, match="holds an adapter, but the trainer trains a whole model; resume with"):
+        make_trainer().train(str(tmp_path / "output" / "checkpoint-2"))
+
+
 def test_the_best_adapter_is_loaded(make_trainer):
     options = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "learning_rate": 1e-2}
     options |= {"metric_for_best_model": "loss", "greater_is_better": True}  # the loss falls: the first is best

@@ -19,7 +19,7 @@ from published import save_model
 from transformers import AutoModelForImageClassification, Trainer, TrainerCallback
 
 from hf_rft import RobustTrainer, evaluate_robustness, load_robust_model
-from hf_rft.hub.evidence import read_evidence
+from hf_rft.hub.evidence import attach_report, read_evidence
 from hf_rft.hub.model_card import eval_results
 from hf_rft.hub.pushing import PushError
 from hf_rft.models.adapters import add_lora
@@ -191,10 +191,10 @@ def adapted(make_trainer, tmp_path):
 def test_the_card_of_an_adapter(adapted, tmp_path):
     """Without a report: what peft and transformers need. With one: as any model, checked against adapter and base."""
     folder = output(adapted)
-    assert "Information Needed" in (folder / "README.md").read_text()  # peft's template
+    assert not (folder / "README.md").exists()  # peft's, with the path of the base model
     adapted.create_model_card()
     card = ModelCard.load(folder / "README.md")
-    assert (card.data.library_name, card.data.tags[0]) == ("peft", "lora")
+    assert card.data.library_name == "peft" and "lora" in card.data.tags
     assert str(tmp_path) not in card.content and "Information Needed" not in card.text
     assert "with hf_rft (an adapter of the kind LORA, rank 2, alpha 4, with " in card.text
     assert "PeftModel.from_pretrained(" in card.text and "pipeline(" not in card.text
@@ -202,8 +202,22 @@ def test_the_card_of_an_adapter(adapted, tmp_path):
     adapted.evaluate()
     adapted.create_model_card(finetuned_from="someone/base")
     card = ModelCard.load(folder / "README.md")
-    assert "They change those of someone/base" in card.text and card.data.base_model == "someone/base"
+    assert card.data.base_model == "someone/base"
+    before = card.content
+    adapted.save_model()
+    assert (folder / "README.md").read_text() == before
     assert "load_robust_model(" in card.text and "PeftModel.from_pretrained(" not in card.text
+
+
+def test_a_card_that_peft_wrote_loses_its_paths_and_its_template(adapted, tmp_path):
+    folder = output(adapted)
+    adapted.model.save_pretrained(folder)
+    assert str(tmp_path) in (folder / "README.md").read_text()
+    adapted.evaluate()
+    attach_report(folder, adapted.robustness_report)
+    card = ModelCard.load(folder / "README.md")
+    assert str(tmp_path) not in card.content and "Information Needed" not in card.text
+    assert card.data.library_name == "peft" and "pipeline(" not in card.text
 
 
 def test_a_saved_adapter_is_loaded_with_its_evidence(adapted):

@@ -5,7 +5,7 @@ from transformers import TrainerCallback
 
 from hf_rft.losses import LOSSES, at_loss
 from hf_rft.training.distributed import NonFiniteError
-from hf_rft.training.weight_perturbation import ascent
+from hf_rft.training.weight_perturbation import WeightPerturbation, ascent
 
 
 SGD = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
@@ -158,9 +158,21 @@ def test_activation_checkpointing_changes_nothing(make_trainer):
 
 
 def test_of_an_adapted_model_only_what_learns_is_perturbed(make_trainer):
+    class Perturbed(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            seen.append({name for name, value in model.state_dict().items() if not torch.equal(value, at_begin[name])})
+
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            at_begin.update(weights(model))
+
+    seen, at_begin = [], {}
     trainer = make_trainer(without_dropout(make_adapted("vit")).double(), max_steps=2, **SGD, **AWP)
-    learns = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
-    start = weights(trainer.model)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, WeightPerturbation):
+            place = trainer.callback_handler.callbacks.index(callback)
+    trainer.callback_handler.callbacks.insert(place, Perturbed())
     trainer.train()
-    found = weights(trainer.model)
-    assert {name for name, value in start.items() if not torch.equal(value, found[name])} == learns
+    learns = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
+    matrices = {name for name in learns if trainer.model.get_parameter(name).dim() > 1}
+    # lora_B begins at 0: its perturbation is relative to its length, and lora_A has no gradient yet.
+    assert seen == [{name for name in matrices if ".lora_" not in name}, matrices]
