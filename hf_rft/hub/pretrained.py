@@ -137,6 +137,7 @@ def load_model(model_args: ModelArguments, class_names: list[str]):
     if model_args.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if model_args.lora_r is not None:
+        named = model_args.model_name_or_path
         with naming("--lora_target_modules", model_args.lora_target_modules, "name modules of this model"):
             model = add_lora(
                 model,
@@ -144,7 +145,7 @@ def load_model(model_args: ModelArguments, class_names: list[str]):
                 alpha=model_args.lora_alpha,
                 dropout=model_args.lora_dropout,
                 target_modules=model_args.lora_target_modules,
-                base_model=model_args.model_name_or_path,
+                base_model=os.path.abspath(named) if os.path.isdir(named) else named,
                 revision=_commit(name_or_path, hub_options),
             )
     return processor, model

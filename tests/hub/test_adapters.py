@@ -162,6 +162,12 @@ def test_an_adapter_of_a_local_model_is_not_pushed(adapter):
         push_folder(adapter, "user/x")
 
 
+def test_a_base_model_in_a_folder_is_found_from_anywhere(adapter, monkeypatch):
+    monkeypatch.chdir(adapter.parent)
+    _, model = load_model(ModelArguments(model_name_or_path="base", lora_r=2), list("abcd"))
+    assert model.peft_config["default"].base_model_name_or_path == str(adapter.parent / "base")
+
+
 def test_fine_tuning_starts_from_whole_models_only(adapter):
     with pytest.raises(ValueError, match="is an adapter; merge it into its base model"):
         load_model(ModelArguments(model_name_or_path=str(adapter)), list("abcdefg"))
