@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import validate_repo_id
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 
@@ -42,6 +43,19 @@ def resolve(name_or_path: str) -> str:
         return str(Path(__file__).parent / name_or_path.removeprefix(PREFIX))
     names = " and ".join(map(repr, DATASETS))
     raise ValueError(f"{name_or_path!r} is not bundled; there are {MODEL!r} (a model) and {names} (datasets).")
+
+
+def check_name(flag: str, name_or_path: str) -> None:
+    """Refuse, before anything is loaded, what can be neither a folder nor a repository, such as a mistyped path."""
+    if name_or_path.startswith(PREFIX) or os.path.isdir(name_or_path):
+        return
+    try:
+        validate_repo_id(name_or_path)
+    except ValueError as error:
+        raise ValueError(
+            f"{flag} {name_or_path!r} is neither a folder (looked for in {Path.cwd()}) nor the name of a repository; "
+            "correct it."
+        ) from error
 
 
 def is_model(name_or_path: str) -> bool:

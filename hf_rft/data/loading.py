@@ -59,6 +59,8 @@ class DataTrainingArguments:
             if self.validation_dir is not None or self.test_dir is not None:
                 raise ValueError("--validation_dir and --test_dir need --train_dir.")
             self.dataset_name = bundled.DATASET
+        if self.dataset_name is not None:
+            bundled.check_name("--dataset_name", self.dataset_name)
         check_ranges(self, RANGES, is_flag=True)
         for flag in ("train_dir", "validation_dir", "test_dir"):
             check_folder(f"--{flag}", getattr(self, flag))

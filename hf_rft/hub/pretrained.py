@@ -70,6 +70,7 @@ class ModelArguments:
             raise ValueError(f'--lora_r {self.lora_r} needs peft: pip install "hf_rft[peft]"')
         if not self.model_name_or_path:
             raise ValueError("--model_name_or_path is empty; give a Hub id, a local folder, or a bundled: name.")
+        bundled.check_name("--model_name_or_path", self.model_name_or_path)
         if self.cache_dir is not None:
             check_writable("--cache_dir", self.cache_dir)
 

@@ -87,6 +87,11 @@ def test_failures_end_in_status_1(monkeypatch, tmp_path):
         ({"common": {"epsilon": "8"}}, "did you mean '8/255'"),
         ({"common": {"epsilonn": "4/255"}}, "unknown key 'epsilonn'. Did you mean epsilon?"),
         ({"common": {"config": "emoji/efficientnet_lite9"}}, "config: emoji/efficientnet_lite9 is neither a file nor"),
+        (
+            {"common": {"dataset_name": "no/such/folder"}},
+            "--dataset_name 'no/such/folder' is neither a folder (looked",
+        ),
+        ({"common": {"model_name_or_path": "./model"}}, "--model_name_or_path './model' is neither a folder (looked"),
         ({"factor": {}}, "unknown key 'factor'. Did you mean factors?"),
         ({"seeds": [0, 0.5]}, "must be a list of seeds"),
     ],
