@@ -6,6 +6,7 @@ written again; all other text stays as it is.
 
 import functools
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from ..evaluation.report import RobustnessReport
 from ..threat_model import NORM_NAMES, format_approximately, format_epsilon, parse_epsilon
 from ..utils.markdown import code, one_line, plain
-from .download import is_on_hub
 from .reproduction import code_to_reproduce, quoted
 
 
@@ -246,7 +246,7 @@ _PART = re.compile(r"<!-- hf_rft: (?P<name>\w+) -->\n.*?<!-- hf_rft: end of (?P=
 def _forget_paths(data: ModelCardData) -> None:
     """peft names the base model by its path on this machine."""
     base = data.base_model
-    if isinstance(base, str) and not is_on_hub(base):
+    if isinstance(base, str) and (os.path.isabs(base) or os.path.isdir(base)):
         data.base_model = None
         data.tags = [tag for tag in data.tags or [] if not tag.endswith(f":{base}")]
 
