@@ -1,6 +1,5 @@
 import csv
 
-import pytest
 import yaml
 
 from cli.test_study import made  # noqa: F401
@@ -29,14 +28,3 @@ def test_flags_of_a_command_line():
         "lr_scheduler_type": "cosine",
     }
     assert flags_of(words) == {"max_steps": "5", "seed": "4", "bf16": True, "eval_epsilons": ["0", "0.5"]}
-
-
-@pytest.mark.slow
-def test_recipes_are_run(tmp_path, capsys):
-    tiny = ["--max_train_samples", "16", "--max_eval_samples", "4", "--max_test_samples", "4", "--image_size", "32"]
-    tiny += ["--max_steps", "1", "--eval_attack_steps", "1"]
-    compare.main(["fashion_mnist/efficientnet_lite0_linear", "--seeds", "5", "--output_dir", str(tmp_path), *tiny])
-    assert "| all | efficientnet_lite0_linear | 1 |" in capsys.readouterr().out
-    assert {"report.md", "results.csv", "curves.csv", "levels.png", "curves.png"} <= {
-        p.name for p in tmp_path.iterdir()
-    }
