@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import constants
-from huggingface_hub.utils import validate_repo_id
 from transformers.utils import SAFE_WEIGHTS_NAME
+
+from ..utils.values import is_repo_id
 
 
 PREFIX = "bundled:"
@@ -47,15 +48,11 @@ def resolve(name_or_path: str) -> str:
 
 def check_name(flag: str, name_or_path: str) -> None:
     """Refuse, before anything is loaded, what can be neither a folder nor a repository, such as a mistyped path."""
-    if name_or_path.startswith(PREFIX) or os.path.isdir(name_or_path):
-        return
-    try:
-        validate_repo_id(name_or_path)
-    except ValueError as error:
+    if not (name_or_path.startswith(PREFIX) or os.path.isdir(name_or_path) or is_repo_id(name_or_path)):
         raise ValueError(
             f"{flag} {name_or_path!r} is neither a folder (looked for in {Path.cwd()}) nor the name of a repository; "
             "correct it."
-        ) from error
+        )
 
 
 def is_model(name_or_path: str) -> bool:

@@ -7,6 +7,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from ..utils.values import is_repo_id
+
 
 def download(
     repo_or_path: str | os.PathLike,
@@ -54,8 +56,4 @@ def download(
 
 def is_on_hub(name: str) -> bool:
     """Whether it can be the name of a repository; a folder is not, even one that is gone in the meantime."""
-    try:
-        validate_repo_id(name)
-    except ValueError:
-        return False
-    return not os.path.isdir(name)
+    return is_repo_id(name) and not os.path.isdir(name)

@@ -17,7 +17,7 @@ from ..models.adapters import add_lora
 from ..models.parts import head_parameters
 from ..utils.files import check_writable
 from ..utils.values import COUNT, POSITIVE, Range, check_ranges, naming
-from .safe_loading import is_adapter, load_classifier, load_config
+from .safe_loading import is_adapter, load_classifier, load_config, only_hub_options
 
 
 # Larger images fill the memory before training starts.
@@ -84,7 +84,7 @@ def load_model(model_args: ModelArguments, class_names: list[str]):
     """The pretrained model with a head for these classes, and its image processor."""
     name_or_path = bundled.resolve(model_args.model_name_or_path)
     hub_options = model_args.hub_options()
-    if is_adapter(name_or_path, **{name: hub_options[name] for name in ("revision", "cache_dir", "token")}):
+    if is_adapter(name_or_path, **only_hub_options(hub_options)):
         raise ValueError(
             f"--model_name_or_path {model_args.model_name_or_path!r} is an adapter; merge it into its base model "
             "(`load_robust_model(..., merge=True)`), save the result, and give its folder."

@@ -63,7 +63,7 @@ def load_classifier(
     Raises:
         ValueError: if there are none.
     """
-    if is_adapter(name_or_path, **_hub_options(options)):
+    if is_adapter(name_or_path, **only_hub_options(options)):
         return _load_adapted(name_or_path, config, **options)
     # transformers would have a Space convert other weights, and send it the user's token.
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
@@ -142,7 +142,7 @@ def _load_adapted(
         from peft import PeftModel, get_peft_model_state_dict  # an optional dependency
     except ImportError as error:
         raise ImportError(f'{name_or_path} is an adapter, which needs peft: `pip install "hf_rft[peft]"`.') from error
-    hub_options = _hub_options(options)
+    hub_options = only_hub_options(options)
     folder = Path(name_or_path) if os.path.isdir(name_or_path) else download(name_or_path, **hub_options)
     hub_options.pop("revision", None)  # not that of the base model
     weights = folder / ADAPTER_SAFE_WEIGHTS_NAME
@@ -170,7 +170,8 @@ def _load_adapted(
     return (model, {"missing_keys": set(), "mismatched_keys": set()}) if output_loading_info else model
 
 
-def _hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def only_hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments of `from_pretrained` that every download takes."""
     return {name: options[name] for name in ("revision", "token", "cache_dir") if name in options}
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from numbers import Integral, Real
 from typing import Any, NamedTuple, cast
 
+from huggingface_hub.utils import validate_repo_id
+
 
 class Range(NamedTuple):
     """Numbers from `lowest` to `highest`, inclusive; `is_open` excludes `lowest`."""
@@ -35,6 +37,15 @@ SHARE = Range(0, 1)
 COUNT = Range(1, is_whole=True)
 SEED = Range(0, 2**32 - 1, is_whole=True)  # the range of numpy's legacy seeding, which `set_seed` calls
 SECONDS = Range(0, 365 * 24 * 60 * 60, is_open=True)  # operating systems refuse longer timeouts
+
+
+def is_repo_id(name: str) -> bool:
+    """Whether it can be the name of a repository on the Hub."""
+    try:
+        validate_repo_id(name)
+    except ValueError:
+        return False
+    return True
 
 
 def number_of_steps(steps: float, max_steps: int) -> float:
