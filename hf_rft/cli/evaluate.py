@@ -5,8 +5,9 @@
         --dataset_name ILSVRC/imagenet-1k --split validation --epsilons 0 1/255 2/255 4/255
     hf-rft evaluate --model_name_or_path my_model --image_dir my_images/test --norm l2 --epsilons 0 0.5 1 2
 
-Writes into --output_dir: robustness.json (the whole report), robustness_curve.png, adversarial_examples.png, and
-cache/ with the finished batches, from which the same command goes on if it was killed.
+Writes into --output_dir: robustness.json (the whole report), robustness_curve.png, adversarial_examples.png, with
+--profile robustness_profile.png, and cache/ with the finished batches, from which the same command goes on if it was
+killed.
 """
 
 import json
@@ -82,6 +83,10 @@ class EvaluationArguments:
             "help": "Craft in this precision; what is found is verified in the model's own.",
             "choices": ["bfloat16", "float16"],
         },
+    )
+    profile: bool = field(
+        default=False,
+        metadata={"help": "Also measure the other norms, at comparable radii, and common corruptions; takes 3 times."},
     )
     reference: str | None = field(
         default=None,
@@ -225,6 +230,7 @@ def main(arguments: list[str] | None = None) -> RobustnessReport:
         seed=args.seed,
         cache_dir=output_dir / "cache",
         autocast_dtype=getattr(torch, args.autocast_dtype) if args.autocast_dtype else None,
+        profile=args.profile,
         image_column=args.image_column_name,
         label_column=args.label_column_name,
     )
@@ -242,6 +248,8 @@ def main(arguments: list[str] | None = None) -> RobustnessReport:
         page.unlink(missing_ok=True)  # of an earlier run
         if report.examples is not None:
             plot_adversarial_examples(report.examples, report.labels, model.config.id2label, page)
+        if report.profile is not None:
+            report.plot_profile(output_dir / "robustness_profile.png")
         print(f"\n{report.table()}\n\nWritten to {output_dir}")
         if args.reference is not None:
             reference = run_reference(args, model, processor, dataset, report)

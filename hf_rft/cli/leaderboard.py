@@ -29,6 +29,8 @@ from .parsing import Parser
 
 SORT_KEYS = ("expected_robustness", "robust_accuracy", "clean_accuracy")
 SHOWN = (*SORT_KEYS, "confidence_interval", "accuracies", "accuracy_intervals")
+# Of a profile; never part of the ranking.
+BEYOND = {"union_accuracy": "all norms", "corruption_accuracy": "corruptions"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +94,7 @@ def make_rows(ranked: Sequence[Candidate]) -> list[dict[str, Any]]:
         lead = paired_difference(report, ranked[place].report) if place < len(ranked) else (None, None)
         checks = "not made" if report.flags is None else ", ".join(report.flags) or "none"
         row = {"rank": place, "name": candidate.name, "entry": candidate.entry}
-        row |= {number: getattr(report, number) for number in SHOWN}
+        row |= {number: getattr(report, number) for number in (*SHOWN, *BEYOND)}
         row |= {"difference_to_next": lead[0], "difference_interval": lead[1]}
         rows.append({**row, "trust_checks": checks, "weights_checked": candidate.weights_checked})
     return rows
@@ -126,16 +128,22 @@ def markdown(leaderboard: dict[str, Any]) -> str:
 def _markdown_table(one: dict[str, Any], sort_by: str) -> str:
     shared, rows = one["conditions"], one["rows"]
     further = [f"at {epsilon}" for epsilon in shared["epsilons"][1:]]
-    header = ["rank", "model", "clean", *further, "expected robustness", "minus the next row's", "failed trust checks"]
+    beyond = {key: title for key, title in BEYOND.items() if any(row[key] is not None for row in rows)}
+    header = ["rank", "model", "clean", *further, "expected robustness", "minus the next row's", *beyond.values()]
+    header.append("failed trust checks")
     lines = []
     for row in rows:
         expected = _with_interval(row["expected_robustness"], row["confidence_interval"])
         lead = _with_interval(row["difference_to_next"], row["difference_interval"], sign="+")
         accuracies = (f"{100 * accuracy:.1f}" for accuracy in row["accuracies"])
-        lines.append([str(row["rank"]), row["name"], *accuracies, expected, lead, row["trust_checks"]])
+        others = ("" if row[key] is None else f"{100 * row[key]:.1f}" for key in beyond)
+        lines.append([str(row["rank"]), row["name"], *accuracies, expected, lead, *others, row["trust_checks"]])
     table = markdown_table(header, lines)
     notes = f"In %, on {shared['number of examples']} examples, sorted by {sort_by.replace('_', ' ')}; in "
     notes += "brackets 95 % intervals over examples, of differences over the same examples of both models."
+    if beyond:
+        notes += " All norms: share that withstands L-inf, L2 and L1 at comparable radii; corruptions: the mean over "
+        notes += "15 common kinds at 5 severities."
     if unchecked := [cell(row["name"]) for row in rows if not row["weights_checked"]]:
         notes += f"\n\nOnly the report was read, the weights were not checked against it: {', '.join(unchecked)}. "
         notes += "`hf_rft.load_robust_model` does check them."

@@ -143,6 +143,51 @@ def plot_report(report: "RobustnessReport", path: str | Path | None = None, titl
     )
 
 
+def plot_profile(report: "RobustnessReport", path: str | Path | None = None, title: str | None = None) -> "Figure":
+    """Plot a profile: the curve of each norm over the share of its largest epsilon, and a heat map of corruptions.
+
+    Raises:
+        ValueError: if the report has no profile.
+    """
+    if report.profile is None:
+        raise ValueError("The report has no profile; evaluate with `profile=True`.")
+    figure = new_figure(figsize=(10.5, 4.8))
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.15))
+    for style, each in zip(line_styles(), [report, *report.profile.norms.values()], strict=False):
+        largest = each.epsilons[-1]
+        shares = [float(epsilon / largest) for epsilon in each.epsilons]
+        label = f"{NORM_NAMES[each.norm]}, up to {format_epsilon(largest)}"
+        (line,) = left.plot(
+            shares, [100 * accuracy for accuracy in each.accuracies], markersize=5, label=label, **style
+        )
+        _shade(left, line, *zip(*each.accuracy_intervals, strict=True))
+    union = f"all norms: {100 * (report.union_accuracy or 0):.1f} %"
+    left.axhline(100 * (report.union_accuracy or 0), linestyle="--", color="grey", linewidth=1, label=union)
+    left.set(xlabel="epsilon, as a share of the norm's largest", ylabel="accuracy (%)", ylim=(0, 100))
+    left.grid(alpha=0.3)
+    left.legend(fontsize="small", loc="lower left")
+
+    kinds = list(report.profile.corruptions)
+    shares = [[100 * right / len(report) for right in row] for row in report.profile.corruptions.values()]
+    right.imshow(shares, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    for row, column in itertools.product(range(len(kinds)), range(len(shares[0]))):
+        share = shares[row][column]
+        right.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize="x-small", color=_on_viridis(share))
+    right.set_yticks(range(len(kinds)), [kind.replace("_", " ") for kind in kinds], fontsize="small")
+    right.set_xticks(range(len(shares[0])), range(1, len(shares[0]) + 1))
+    right.set(xlabel="severity")
+    name = report.settings.get("model", {}).get("name") or "model"
+    _set_title(left, title or f"{name}: {len(report)} examples")
+    mean = 100 * (report.corruption_accuracy or 0)
+    _set_title(right, f"accuracy (%) under common corruptions, mean {mean:.1f}")
+    return save_figure(figure, path, dpi=150)
+
+
+def _on_viridis(share: float) -> str:
+    """A colour that can be read on that of the share, in percent."""
+    return "white" if share < 60 else "black"
+
+
 def plot_epsilon_schedule(
     steps: Sequence[int],
     epsilons: Sequence[float],

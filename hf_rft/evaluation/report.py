@@ -12,16 +12,16 @@ import numpy as np
 import torch
 
 from ..attacks.base import Passes
-from ..threat_model import format_epsilon, parse_epsilon
+from ..threat_model import format_epsilon
 from ..utils.files import write_text
+from .margins import margin_correlation, margin_threshold
+from .schema import check_version, to_fields, to_values
 from .tables import to_pandas, to_text
 
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
-
-SCHEMA_VERSION = 1
 
 
 class AdversarialExamples(NamedTuple):
@@ -36,6 +36,13 @@ class AdversarialExamples(NamedTuple):
 
     def __repr__(self) -> str:
         return f"AdversarialExamples(positions={self.positions}, images of shape {tuple(self.pixels.shape[1:])})"
+
+
+class Profile(NamedTuple):
+    """What a model withstands besides the threat model it was evaluated for; see profile.py."""
+
+    norms: "dict[str, RobustnessReport]"  # by norm, at comparable radii, on the same examples
+    corruptions: dict[str, list[int]]  # by kind: number of examples classified correctly at severity 1, 2, ...
 
 
 @dataclass(eq=False)
@@ -59,6 +66,10 @@ class RobustnessReport:
             Forward and backward passes spent, summed over examples, including the checks.
         settings (`dict`):
             Everything the numbers depend on, as JSON values: model, data, tier, attacks, seed, versions.
+        margins (`np.ndarray` of shape `(examples,)`, *optional*):
+            Largest clean logit minus the second largest; None in reports of older versions.
+        profile ([`Profile`], *optional*):
+            What the model withstands besides this threat model.
         examples ([`AdversarialExamples`], *optional*):
             Not saved.
     """
@@ -73,6 +84,8 @@ class RobustnessReport:
     flags: dict[str, str] | None
     passes: Passes
     settings: dict[str, Any]
+    margins: np.ndarray | None = None
+    profile: Profile | None = None
     examples: AdversarialExamples | None = field(default=None, repr=False)
 
     @classmethod
@@ -86,6 +99,7 @@ class RobustnessReport:
         epsilons: list[Fraction],
         passes: Passes,
         settings: dict[str, Any],
+        margins: np.ndarray | None = None,
     ) -> "RobustnessReport":
         """A report without trust checks, from the class predicted for each example at each epsilon."""
         is_right = np.cumprod(predictions == labels[:, None], axis=1)
@@ -100,6 +114,7 @@ class RobustnessReport:
             flags=None,
             passes=passes,
             settings=settings,
+            margins=margins,
         )
 
     def __len__(self) -> int:
@@ -215,8 +230,53 @@ class RobustnessReport:
             adversarial_predictions=np.where(is_beyond, self.labels, self.adversarial_predictions),
             distances=np.where(is_beyond, np.inf, self.distances),
             settings={**self.settings, "epsilons": grid[:count]},
+            profile=None,  # its radii belong to the whole grid
             examples=None,
         )
+
+    # --- Beyond the threat model ---
+
+    @property
+    def union_accuracy(self) -> float | None:
+        """Share of the examples that withstand the largest epsilon of every norm of the profile, this one included."""
+        if self.profile is None:
+            return None
+        reports = [self, *self.profile.norms.values()]
+        return float(np.all([report._is_right[:, -1] for report in reports], axis=0).mean())
+
+    @property
+    def corruption_accuracy(self) -> float | None:
+        """Mean accuracy over kinds and severities of common corruptions."""
+        return None if self.profile is None else float(np.mean([*self.profile.corruptions.values()]) / len(self))
+
+    @property
+    def corruption_drop(self) -> float | None:
+        """Share of the clean accuracy that corruptions cost, on average."""
+        if self.corruption_accuracy is None or self.clean_accuracy == 0:
+            return None
+        return 1 - self.corruption_accuracy / self.clean_accuracy
+
+    # --- Which predictions are brittle? ---
+
+    @property
+    def margin_correlation(self) -> float:
+        """How well the clean margin ranks the examples by distance: Kendall's rank correlation, from -1 to 1.
+
+        Over the examples that are classified correctly; those that no attack broke count as equally far away. NaN if
+        the report holds no margins, or all distances or margins are the same.
+        """
+        return margin_correlation(self.margins, self.distances)
+
+    def margin_threshold(self, recall: float = 0.9) -> float:
+        """The clean margin below which lie this share of the correct but brittle predictions, for [`brittle`].
+
+        Brittle means: broken by an attack within the largest epsilon.
+
+        Raises:
+            ValueError: if the report holds no margins or no brittle prediction, or `recall` is not a share.
+        """
+        is_brittle = (self.broken_at > 0) & (self.broken_at < len(self.epsilons))
+        return margin_threshold(self.margins, is_brittle, recall)
 
     # --- Files and tables ---
 
@@ -226,9 +286,10 @@ class RobustnessReport:
         Args:
             per (`str`, *optional*, defaults to `"example"`):
                 `"example"`: one row per example, in the order of the dataset, with `label`, `correct_clean`,
-                `broken_at` (the smallest epsilon that breaks it, inf if none does), `distance` (see the class) and the
-                predicted class `prediction_at_<epsilon>` for each epsilon. `"epsilon"`: one row per epsilon, with
-                `epsilon` as a number and as `written`, `accuracy`, the bounds `low` and `high` of its 95 % interval,
+                `broken_at` (the smallest epsilon that breaks it, inf if none does), `distance` and `margin` (see the
+                class) and the predicted class `prediction_at_<epsilon>` for each epsilon. `"epsilon"`: one row per
+                epsilon, with `epsilon` as a number and as `written`, `accuracy`, the bounds `low` and `high` of its
+                95 % interval,
                 and `num_robust`, the number of examples that withstand it.
 
         Raises:
@@ -238,30 +299,7 @@ class RobustnessReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the images, as JSON values; epsilons as exact text."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "norm": self.norm,
-            "epsilons": [format_epsilon(epsilon) for epsilon in self.epsilons],
-            "accuracies": self.accuracies,
-            "accuracy_intervals": self.accuracy_intervals,
-            "clean_accuracy": self.clean_accuracy,
-            "robust_accuracy": self.robust_accuracy,
-            "expected_robustness": self.expected_robustness,
-            "bracket": self.bracket,
-            "confidence_interval": self.confidence_interval,
-            "expected_robustness_from_distances": self.expected_robustness_from_distances,
-            "num_examples": len(self),
-            "flags": self.flags,
-            "passes": self.passes._asdict(),
-            "settings": self.settings,
-            "per_example": {
-                "labels": self.labels.tolist(),
-                "clean_predictions": self.clean_predictions.tolist(),
-                "adversarial_predictions": self.adversarial_predictions.tolist(),
-                "broken_at": [None if epsilon is None else format_epsilon(epsilon) for epsilon in self.per_example],
-                "distances": [distance if np.isfinite(distance) else None for distance in self.distances.tolist()],
-            },
-        }
+        return to_values(self)
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict()` as JSON, whole or not at all."""
@@ -278,41 +316,35 @@ class RobustnessReport:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-            version = values["schema_version"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a robustness report ({type(error).__name__}: {error}).") from error
-        if version != SCHEMA_VERSION:
-            raise ValueError(
-                f"{path} has schema version {version}, this hf_rft reads version {SCHEMA_VERSION}; update hf_rft."
-            )
-        try:
-            columns = values["per_example"]
-            epsilons = [parse_epsilon(epsilon) for epsilon in values["epsilons"]]
-            index = {format_epsilon(epsilon): place for place, epsilon in enumerate(epsilons)}
-            broken_at = [len(epsilons) if epsilon is None else index[epsilon] for epsilon in columns["broken_at"]]
-            distances = [np.inf if distance is None else distance for distance in columns["distances"]]
-            if len({len(column) for column in columns.values()}) != 1:
-                raise ValueError(f"{path} is not a complete robustness report: its columns have different lengths.")
-            return cls(
-                norm=values["norm"],
-                epsilons=epsilons,
-                labels=np.array(columns["labels"]),
-                clean_predictions=np.array(columns["clean_predictions"]),
-                adversarial_predictions=np.array(columns["adversarial_predictions"]),
-                broken_at=np.array(broken_at),
-                distances=np.array(distances, dtype=float),
-                flags=values["flags"],
-                passes=Passes(**values["passes"]),
-                settings=values["settings"],
-            )
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a complete robustness report: {error} is missing or wrong.") from error
+        return cls._from_values(values, str(path))
+
+    @classmethod
+    def _from_values(cls, values: Any, where: str) -> "RobustnessReport":
+        check_version(values, where)
+        report = cls(**to_fields(values, where))
+        if (profile := values.get("profile")) is not None:
+            try:
+                norms = {norm: cls._from_values(other, where) for norm, other in profile["norms"].items()}
+                report.profile = Profile(norms, profile["corruptions"])
+            except (KeyError, AttributeError, TypeError) as error:
+                raise ValueError(
+                    f"{where} is not a complete robustness report: {error} is missing or wrong in its profile."
+                ) from error
+        return report
 
     def plot(self, path: str | Path | None = None, title: str | None = None) -> "Figure":
         """Plot accuracy over epsilon, with intervals; also to `path`, whose suffix sets the format."""
         from .plots import plot_report
 
         return plot_report(self, path, title)
+
+    def plot_profile(self, path: str | Path | None = None, title: str | None = None) -> "Figure":
+        """Plot the profile: the curve of each norm, and a heat map of corruptions; also to `path`."""
+        from .plots import plot_profile
+
+        return plot_profile(self, path, title)
 
     def gallery(self, path: str | Path | None = None, names: Mapping[int, str] | None = None) -> "Figure":
         """Plot clean images, perturbations and adversarial images, a few of each; also to `path`.

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..threat_model import format_epsilon
+from ..threat_model import NORM_NAMES, format_epsilon
 
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ def to_pandas(report: "RobustnessReport", per: str) -> "pandas.DataFrame":
             "broken_at": np.array([*grid, np.inf])[report.broken_at],
             "distance": report.distances,
         }
+        if report.margins is not None:
+            columns["margin"] = report.margins
         predictions = zip(written, report.predictions.T, strict=True)
         columns |= {f"prediction_at_{epsilon}": predicted for epsilon, predicted in predictions}
         return pandas.DataFrame(columns).rename_axis("example")
@@ -64,5 +66,33 @@ def to_text(report: "RobustnessReport") -> str:
         f"any curve through these points: {100 * lower:.1f} to {100 * upper:.1f}",
         "  (in brackets 95 % intervals over examples)",
     ]
+    if report.profile is not None:
+        lines += ["Beyond that threat model:", *_profile_lines(report)]
     lines += [f"  WARNING {name}: {message}" for name, message in (report.flags or {}).items()]
     return "\n".join(lines)
+
+
+def profile_rows(report: "RobustnessReport") -> list[tuple[str, float, tuple[float, float]]]:
+    """What a profile says, in words, with its accuracy and the 95 % interval over examples."""
+    from ..metrics.expected_robustness.expected_robustness import confidence_interval
+
+    profile, rows = report.profile, []
+    if profile is None:
+        return rows
+    for norm, other in profile.norms.items():
+        largest = format_epsilon(other.epsilons[-1])
+        rows.append((f"{NORM_NAMES[norm]} {largest}", other.robust_accuracy, other.accuracy_intervals[-1]))
+    union, corrupted = report.union_accuracy or 0.0, report.corruption_accuracy or 0.0
+    rows.append(("all norms at once", union, confidence_interval(union, len(report))))
+    # An example is as good as one draw, however often it is corrupted.
+    rows.append(("common corruptions, mean", corrupted, confidence_interval(corrupted, len(report))))
+    return rows
+
+
+def _profile_lines(report: "RobustnessReport") -> list[str]:
+    lines = [
+        f"  {name:<28}{100 * accuracy:5.1f} %   [{100 * low:.1f}, {100 * high:.1f}]"
+        for name, accuracy, (low, high) in profile_rows(report)
+    ]
+    lost = report.corruption_drop
+    return lines if lost is None else [*lines, f"  corruptions cost {100 * lost:.1f} % of the clean accuracy"]

@@ -17,6 +17,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.report import RobustnessReport
+from ..evaluation.tables import profile_rows
 from ..threat_model import NORM_NAMES, format_approximately, format_epsilon, parse_epsilon
 from ..utils.markdown import code, one_line, plain
 from .reproduction import code_to_reproduce, quoted
@@ -28,7 +29,7 @@ TAGS = ["image-classification", "adversarial-robustness", "robust-fine-tuning", 
 
 
 def eval_results(report: RobustnessReport) -> list[EvalResult]:
-    """The entries of `model-index`: the accuracy at each epsilon, and expected robustness.
+    """The entries of `model-index`: the accuracy at each epsilon, and expected robustness, also in a profile's norms.
 
     `metric_args` holds what the number depends on. `attack` and `steps` are lists where the tier has several attacks.
     """
@@ -76,7 +77,8 @@ def eval_results(report: RobustnessReport) -> list[EvalResult]:
             "bounds": list(report.bracket),
         },
     )
-    return [*results, expected]
+    others = report.profile.norms.values() if report.profile else ()
+    return [*results, expected, *(result for other in others for result in eval_results(other))]
 
 
 _ATTACK_KEYS = ("attack", "steps", "restarts")
@@ -291,6 +293,7 @@ def _template():
         "norm": NORM_NAMES.__getitem__,
         "percent": lambda share: f"{100 * share:.1f} %",
         "plain": plain,
+        "profile_rows": profile_rows,
         "quoted": quoted,
         "towards": lambda epsilon, target: format_approximately(epsilon, parse_epsilon(target)),
         "versions": lambda versions: ", ".join(f"{package} {version}" for package, version in versions.items()),

@@ -50,6 +50,7 @@ def code_to_reproduce(report: RobustnessReport, model_id: str) -> str:
         "epsilons": [format_epsilon(epsilon) for epsilon in report.epsilons],
         "tier": attacks if settings["tier"] == "custom" else settings["tier"],
         "seed": settings["seed"],
+        **({"profile": True} if report.profile else {}),
         **{key: data[key] for key in ("image_column", "label_column") if data.get(key)},
     }
     lines = [

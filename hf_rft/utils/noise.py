@@ -13,7 +13,7 @@ import torch
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 # The first number of each key: noise for different purposes must not share seeds.
-TRAINING_ATTACK, EVALUATION_ATTACK, AUGMENTATION, PROBE, MIXING = 1, 2, 3, 4, 5
+TRAINING_ATTACK, EVALUATION_ATTACK, AUGMENTATION, PROBE, MIXING, CORRUPTION = 1, 2, 3, 4, 5, 6
 
 
 def mix_seed(*numbers: int) -> int:

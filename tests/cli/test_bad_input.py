@@ -40,8 +40,7 @@ from hf_rft.cli import evaluate as evaluation_recipe
 from hf_rft.cli import push as push_robust_model
 from hf_rft.cli import train as run_rft
 from hf_rft.cli.exits import run_program
-from hf_rft.evaluation import evaluate as evaluation
-from hf_rft.evaluation import evaluator
+from hf_rft.evaluation import evaluator, subject
 from hf_rft.metrics.expected_robustness.expected_robustness import mean_breaking_share, robustness_summary
 from hf_rft.metrics.robust_accuracy.robust_accuracy import robust_accuracy_summary
 from hf_rft.studies import runs as studied_runs
@@ -690,7 +689,7 @@ def test_disk_that_is_full_in_the_middle(place, tmp_path):
         np.full(4, np.inf),
         norm="linf",
         epsilons=[0, 1],
-        passes=evaluation.Passes(0, 0),
+        passes=subject.Passes(0, 0),
         settings={
             "model": {"sha256": "0", "name": "m"},
             "dataset": {},
@@ -714,7 +713,7 @@ def test_disk_that_is_full_in_the_middle(place, tmp_path):
 def test_one_cache_for_two_evaluations_at_once(tools, tmp_path, monkeypatch):
     """Both give the report that one alone gives, and nothing half-written stays."""
     monkeypatch.undo()
-    monkeypatch.setattr(evaluation, "trust_flags", lambda *args, **options: {})
+    monkeypatch.setattr(subject, "trust_flags", lambda *args, **options: {})
 
     def run(cache_dir):
         model = copy.deepcopy(tools.model)

@@ -15,8 +15,7 @@ from transformers import AutoModelForImageClassification, ResNetConfig, ViTConfi
 
 from hf_rft import PixelNormalization, ThreatModel, evaluate_robustness
 from hf_rft.attacks import apgd
-from hf_rft.evaluation import evaluate as evaluation
-from hf_rft.evaluation import evaluator, flags
+from hf_rft.evaluation import evaluator, flags, subject
 from hf_rft.models.folding import folded_weights
 from hf_rft.threat_model import NORMS
 
@@ -541,7 +540,7 @@ def test_attacks_run_without_batch_norm_and_the_result_is_the_same(family, proce
     is_folded = True
     folded = evaluate(model, dataset, processor, tier=[("apgd", 20)])
     is_folded = False
-    monkeypatch.setattr(evaluation, "folded_weights", lambda pairs: {})
+    monkeypatch.setattr(subject, "folded_weights", lambda pairs: {})
     plain = evaluate(model, dataset, processor, tier=[("apgd", 20)])
     assert numbers(folded) == numbers(plain)
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
@@ -557,7 +556,7 @@ def test_folding_that_errs_changes_no_number(processor, monkeypatch):
     def wrong(pairs):
         return {pair: (nn.Parameter(-weight, False), bias) for pair, (weight, bias) in folded_weights(pairs).items()}
 
-    monkeypatch.setattr(evaluation, "folded_weights", wrong)
+    monkeypatch.setattr(subject, "folded_weights", wrong)
     found = evaluate(model, dataset, processor, tier=tier)
     assert found.clean_accuracy == expected.clean_accuracy > found.robust_accuracy
     adversarial = found.examples.adversarial

@@ -136,12 +136,15 @@ def examples():
 
 def test_saved_report_is_loaded_as_it_was(tmp_path):
     report = make_report(
-        distances=[0, 1 / 3, 0.1 + 0.2, np.inf, np.inf], flags={"flat_loss": "é is no ascii"}, examples=examples()
+        distances=[0, 1 / 3, 0.1 + 0.2, np.inf, np.inf],
+        flags={"flat_loss": "é is no ascii"},
+        margins=np.array([0.1, 1 / 3, 2, 3, 4]),
+        examples=examples(),
     )
     report.save(tmp_path / "new" / "folder" / "report.json")
     loaded = RobustnessReport.load(str(tmp_path / "new" / "folder" / "report.json"))
     assert loaded.to_dict() == report.to_dict()
-    for name in ("labels", "clean_predictions", "adversarial_predictions", "broken_at", "distances"):
+    for name in ("labels", "clean_predictions", "adversarial_predictions", "broken_at", "distances", "margins"):
         ours, theirs = getattr(loaded, name), getattr(report, name)
         assert ours.dtype.kind == theirs.dtype.kind and np.array_equal(ours, theirs), name
     assert (loaded.norm, loaded.epsilons, loaded.per_example) == (report.norm, report.epsilons, report.per_example)
@@ -166,7 +169,7 @@ def test_file_is_json_that_others_can_read(tmp_path):
         raise AssertionError(f"{constant} is no JSON")
 
     values = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    assert values["schema_version"] == 1 and values["num_examples"] == 5
+    assert values["schema_version"] == 2 and values["num_examples"] == 5
     assert values["epsilons"] == ["0", "2/255", "85/255", "0.5"]
     assert values["per_example"]["broken_at"] == ["0", "2/255", "85/255", None, None]
     assert values["per_example"]["distances"][-2:] == [None, None]
@@ -176,6 +179,17 @@ def test_file_is_json_that_others_can_read(tmp_path):
     expected |= {"confidence_interval", "expected_robustness_from_distances", "accuracy_intervals", "settings"}
     assert expected <= set(values)
     assert json.loads(json.dumps(make_report().to_dict())) == values
+
+
+def test_file_of_the_first_version_is_read(tmp_path):
+    """It had neither margins nor a profile."""
+    values = json.loads(json.dumps(make_report(margins=np.ones(5)).to_dict()))
+    values["schema_version"] = 1
+    del values["per_example"]["margins"]
+    (tmp_path / "report.json").write_text(json.dumps(values))
+    loaded = RobustnessReport.load(tmp_path / "report.json")
+    assert loaded.margins is None and loaded.profile is None
+    assert loaded.to_dict() == make_report().to_dict()
 
 
 def test_numbers_come_from_the_examples_not_from_the_file(tmp_path):
@@ -229,13 +243,16 @@ def without(*keys):
         (b"[1, 2]", "is not a robustness report .TypeError"),
         (b"3", "is not a robustness report .TypeError"),
         (b'{"eval_accuracy": 0.5}', "is not a robustness report .KeyError: 'schema_version'"),
-        (b'{"schema_version": 2}', "has schema version 2, this hf_rft reads version 1; update hf_rft"),
+        (b'{"schema_version": 3}', "has schema version 3, this hf_rft reads versions 1 and 2; update hf_rft"),
+        (b'{"schema_version": 0}', "has schema version 0, this hf_rft reads versions 1 and 2; update hf_rft"),
         (without("norm"), "is not a complete robustness report: 'norm' is missing"),
         (without("settings"), "'settings' is missing"),
         (without("per_example"), "'per_example' is missing"),
         (without("per_example", "distances"), "'distances' is missing"),
         (without("passes", "backward"), "'?backward'? is missing"),
         (json.dumps({**saved_values(), "per_example": None}), "is not a complete robustness report"),
+        (json.dumps({**saved_values(), "profile": {"norms": {}}}), "'corruptions' is missing or wrong in its profile"),
+        (json.dumps({**saved_values(), "profile": [1]}), "is missing or wrong in its profile"),
         (json.dumps({**saved_values(), "epsilons": ["0", "1/255"]}), "is not a complete robustness report: '2/255'"),
     ],
 )
@@ -253,10 +270,10 @@ def test_file_that_is_not_there():
 
 
 @pytest.mark.parametrize(
-    "column", ["labels", "clean_predictions", "adversarial_predictions", "broken_at", "distances"]
+    "column", ["labels", "clean_predictions", "adversarial_predictions", "broken_at", "distances", "margins"]
 )
 def test_columns_of_different_lengths_are_refused(tmp_path, column):
-    values = saved_values()
+    values = json.loads(json.dumps(make_report(margins=np.ones(5)).to_dict()))
     values["per_example"][column].pop()
     (tmp_path / "report.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="robustness report"):
