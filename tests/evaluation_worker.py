@@ -11,16 +11,17 @@ from conftest import Images, make_model
 from transformers import ViTImageProcessor
 
 from hf_rft import evaluate_robustness
-from hf_rft.evaluation import flags
+from hf_rft.evaluation import flags, subject
 from hf_rft.training.distributed import leave_process_group
 
 
 EXAMPLES, BATCH_SIZE = 24, 2
 
 
-def evaluate(count: int, batch_size: int, cache_dir: str | Path | None = None):
+def evaluate(count: int, batch_size: int, cache_dir: str | Path | None = None, profile: bool = False):
     """The same tiny model and images in each process and each run."""
     torch.set_num_threads(1)
+    subject.KINDS = {"digital": ("contrast", "pixelate")}
     flags.SQUARE_STEPS = 10  # trust checks have tests of their own
     model = make_model("resnet").double().eval()
     images = Images(count, dtype=torch.float64)
@@ -37,6 +38,7 @@ def evaluate(count: int, batch_size: int, cache_dir: str | Path | None = None):
         batch_size=batch_size,
         seed=3,
         cache_dir=cache_dir,
+        profile=profile,
         progress_bar=False,
     )
 
@@ -50,6 +52,7 @@ def main(folder: str) -> None:
         "empty cache": evaluate(EXAMPLES // 2 + 1, 3, cache_dir),
         "full cache": evaluate(EXAMPLES // 2 + 1, 3, cache_dir),
         "one batch": evaluate(4, 4),
+        "profile": evaluate(4, 1, profile=True),
     }
     state = PartialState()
     result = {name: report.to_dict() for name, report in reports.items()}

@@ -23,6 +23,7 @@ from ..data import bundled
 from ..data.examples import Examples, num_image_channels
 from ..data.labels import class_numbers, has_class_names
 from ..data.loading import check_folder, checked_columns, display_name, encode_labels, load_image_folders, subset
+from ..evaluation import corruptions
 from ..evaluation.evaluate import evaluate_robustness
 from ..evaluation.plots import plot_adversarial_examples
 from ..evaluation.reference import ATTACKS, check_installed, run_autoattack
@@ -200,6 +201,8 @@ def main(arguments: list[str] | None = None) -> RobustnessReport:
     (args,) = parse_with_config((EvaluationArguments,), arguments, description=__doc__, is_launched=True)
     if args.reference is not None:
         check_installed()
+    if args.profile:
+        corruptions.check_installed()
     check_writable("--output_dir", args.output_dir)
     state = PartialState(cpu=not torch.accelerator.is_available())
 

@@ -12,6 +12,7 @@ from transformers import EvalPrediction
 from ..attacks.base import Passes
 from ..evaluation.cache import hash_json
 from ..evaluation.evaluator import AttackedBatch, robust_metrics
+from ..evaluation.margins import logit_margins
 from ..evaluation.provenance import describe_model
 from ..evaluation.report import RobustnessReport
 from .distributed import over_processes
@@ -64,7 +65,7 @@ def make_report(trainer: Any, output: Any, dataset: Any, batches: list[AttackedB
     is_attacked = isinstance(output.predictions, tuple) and len(trainer.current_evaluator.epsilons) > 1
     if not is_attacked or output.num_samples == 0:
         return trainer.robustness_report
-    _, predictions, distances = output.predictions
+    logits, predictions, distances = output.predictions
     batches = gather_object(batches)
     hashes = dict(sorted(item for batch in batches for item in (batch.hashes or {}).items()))
     with trainer.classifier.whole_weights() as model:
@@ -85,4 +86,12 @@ def make_report(trainer: Any, output: Any, dataset: Any, batches: list[AttackedB
             sha256=hash_json(list(hashes.values())),
             image_shape=batches[0].image_shape,
         ),
+        margins=_margins(logits, described_model["num_classes"]),
     )
+
+
+def _margins(logits: Any, num_classes: int | None) -> np.ndarray | None:
+    """Of the clean logits, unless the user's `preprocess_logits_for_metrics` left something else."""
+    if not isinstance(logits, np.ndarray) or logits.ndim != 2 or logits.shape[1] != num_classes:
+        return None
+    return logit_margins(torch.from_numpy(logits)).double().numpy()

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor
 from hf_rft import RobustnessReport
 from hf_rft.cli import evaluate as recipe
 from hf_rft.data import bundled
-from hf_rft.evaluation import evaluator, flags, reference
+from hf_rft.evaluation import corruptions, evaluator, flags, reference, subject
 
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -133,6 +133,25 @@ def test_options_reach_the_evaluation(arguments, tmp_path):
     assert (report.norm, settings["tier"], settings["seed"], settings["batch_size"]) == ("l2", "fast", 5, 2)
     assert settings["autocast_dtype"] == "bfloat16" and settings["epsilons"] == ["0", "8"]
     assert len(report) == 3 and len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_profile(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(subject, "KINDS", {"digital": ("contrast",)})
+    options = [*arguments, "--tier", "fast", "--max_samples", "4", "--profile", "--output_dir", str(tmp_path)]
+    report = recipe.main(options)
+    assert set(report.profile.norms) == {"l2", "l1"} and list(report.profile.corruptions) == ["contrast"]
+    assert (tmp_path / "robustness_profile.png").read_bytes().startswith(PNG)
+    assert RobustnessReport.load(tmp_path / "robustness.json").to_dict() == report.to_dict()
+    assert "Beyond that threat model:" in capsys.readouterr().out
+    for norm in ("l2", "l1"):
+        assert report.profile.norms[norm].settings["dataset"]["image_column"] == "image"
+
+
+def test_profile_without_its_package_fails_before_anything_runs(arguments, monkeypatch, tmp_path):
+    monkeypatch.setattr(corruptions.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(recipe, "load_images", lambda args: pytest.fail("read the data first"))
+    with pytest.raises(ImportError, match=r'pip install "hf_rft\[corruptions\]"'):
+        recipe.main([*arguments, "--profile", "--output_dir", str(tmp_path / "new")])
 
 
 def test_standard_is_the_default_tier(arguments):

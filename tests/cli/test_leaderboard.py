@@ -18,6 +18,7 @@ from hf_rft import evaluate_robustness
 from hf_rft.cli import evaluate, leaderboard
 from hf_rft.cli.leaderboard import Candidate
 from hf_rft.evaluation import flags
+from hf_rft.evaluation.report import Profile
 from hf_rft.hub.evidence import hash_weight_files
 
 
@@ -194,6 +195,20 @@ def test_files_are_written_and_the_table_is_printed(tmp_path, capsys):
     assert low <= rows[0]["difference_to_next"] <= high and rows[2]["difference_to_next"] is None
     assert "the weights were not checked against it: user/strong, user/middle" in text
     assert board["not_read"][0]["entry"] == str(tmp_path / "absent.json") and "## Not read" in text
+
+
+def test_profiles_have_columns_that_do_not_count_for_the_rank(tmp_path):
+    profile = Profile({"l2": make_report([0, 4, 1, 1, 1], norm="l2")}, {"fog": [5, 4, 3, 2, 1]})
+    entries = [saved(tmp_path / "seen", STRONG, "seen"), saved(tmp_path / "both", WEAK, "both", profile=profile)]
+    board = run(tmp_path, *entries)
+    assert names(board) == ["seen", "both"]
+    text = (tmp_path / "board" / "leaderboard.md").read_text()
+    header, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert "| minus the next row's | all norms | corruptions | failed trust checks |" in header
+    assert rows[0].endswith("|  |  | none |") and rows[1].endswith("| 0.0 | 60.0 | none |")
+    assert "All norms: share that withstands" in text
+    run(tmp_path, entries[0])
+    assert "all norms" not in (tmp_path / "board" / "leaderboard.md").read_text()
 
 
 def test_the_same_entry_counts_once_and_the_same_name_is_told_apart(tmp_path, monkeypatch):

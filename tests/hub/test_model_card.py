@@ -5,6 +5,7 @@ from evaluation.test_report import make_report
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
+from hf_rft.evaluation.report import Profile
 from hf_rft.evaluation.tiers import TIERS
 from hf_rft.hub.model_card import (
     TAGS,
@@ -110,6 +111,23 @@ def test_one_entry_an_epsilon_and_one_for_expected_robustness(report):
     assert expected.metric_args["bounds"] == list(report.bracket)
 
 
+def with_profile(report):
+    norms = {"l2": make_report([0, 2, 4, 4, 1], norm="l2", settings=settings(seed=7))}
+    report.profile = Profile(norms, {"fog": [4, 4, 4, 2, 1], "snow": [0, 0, 0, 0, 0]})
+    return report
+
+
+def test_a_profile_has_entries_of_its_own(report):
+    own, everything = eval_results(report), eval_results(with_profile(report))
+    assert everything[: len(own)] == own
+    others = everything[len(own) :]
+    assert {result.metric_args["norm"] for result in others} == {"l2"} and len(others) == 5
+    assert others[-2].metric_value == 0.4 and others[-2].metric_args["seed"] == 7
+    card = make_card(name="m", report=report)
+    check_card(loaded(card), report, name="m")
+    assert make_card(card, name="m", report=report).data.eval_results == card.data.eval_results
+
+
 def test_several_attacks_are_lists():
     report = make_report(settings=settings(**TIERS["full"]["linf"].describe()))
     arguments = eval_results(report)[0].metric_args
@@ -139,6 +157,19 @@ def test_the_section_states_threat_model_results_and_limits(report):
     for stated in ("L∞", "| 2/255 |", "](curve.png)", "fast", "seed 3", "upper bounds"):
         assert stated in text
     assert f"{100 * report.expected_robustness:.1f} %" in text
+
+
+def test_a_profile_is_stated_apart(report):
+    before = describe_robustness(report)
+    assert "Beyond the threat model" not in before and "patches, weather)" in before
+    text = describe_robustness(with_profile(report))
+    section = text.split("### Beyond the threat model")[1].split("### Trust checks")[0]
+    assert "| L2 0.5 | 40.0 % | 5.3 to 85.3 % |" in section
+    assert "| all norms at once | 20.0 % |" in section and "| common corruptions, mean | 30.0 % |" in section
+    assert "The radii are comparable to 0.5 in the L∞ norm" in section
+    assert "which cost 62.5 % of the clean accuracy." in section
+    assert "weather)" not in text and "(rotations, patches)" in text
+    assert "profile=True" in make_card(name="m", report=report).text
 
 
 def test_accuracies_are_stated_once(report):

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, RandomSampler, WeightedRandomSampler
 
 from hf_rft import RobustTrainingArguments
-from hf_rft.evaluation import evaluator, flags
+from hf_rft.evaluation import evaluator, flags, subject
 from hf_rft.evaluation.provenance import describe_model
 from hf_rft.models.classifier import WholeCopy
 from hf_rft.training.distributed import (
@@ -185,6 +185,7 @@ def test_gradients_are_exchanged_as_often_as_in_plain_training(results, kind):
 def one_thread(monkeypatch):
     """What the worker changes, when it is called here, is changed back."""
     monkeypatch.setattr(flags, "SQUARE_STEPS", flags.SQUARE_STEPS)
+    monkeypatch.setattr(subject, "KINDS", subject.KINDS)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -199,10 +200,11 @@ def test_two_processes_return_the_report_of_one(tmp_path, one_thread):
         json.loads((tmp_path / f"evaluation-{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")
     )
     assert [result.pop("world_size") for result in (one, first, second)] == [1, 2, 2]
-    assert list(one) == ["plain", "empty cache", "full cache", "one batch"]
+    assert list(one) == ["plain", "empty cache", "full cache", "one batch", "profile"]
     for name, report in one.items():
         assert first[name] == second[name] == report, name
     assert one["plain"] == one["empty cache"] == one["full cache"]
+    assert set(one["profile"]["profile"]["norms"]) == {"l2", "l1"}
     assert one["plain"]["num_examples"] == 13 and len(set(one["plain"]["accuracies"])) > 2
     caches = [sorted(path.name for path in (tmp_path / f"cache-{count}").iterdir()) for count in (1, 2)]
     assert caches[0] == caches[1] and len(caches[0]) == 5

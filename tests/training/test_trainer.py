@@ -556,6 +556,11 @@ def test_user_compute_metrics_sees_clean_logits(make_trainer):
     metrics = trainer.evaluate()
     assert "eval_largest" in metrics
     assert "eval_robust_accuracy" in metrics
+    assert trainer.robustness_report.margins is None, "not those of all logits"
+    plain = make_trainer()
+    logits = torch.tensor(plain.predict(plain.eval_dataset).predictions[0])
+    largest, second = logits.topk(2, dim=1).values.unbind(dim=1)
+    assert plain.robustness_report.margins == pytest.approx((largest - second).numpy())
 
 
 def test_evaluation_settings_name_everything_and_are_json(make_trainer):
