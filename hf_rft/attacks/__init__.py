@@ -5,6 +5,7 @@ from .apgd_targeted import apgd_targeted
 from .base import Attack
 from .fgsm import fgsm
 from .fmn import fmn
+from .malt import malt
 from .nfgsm import nfgsm
 from .pgd import pgd
 from .square import square
@@ -13,7 +14,7 @@ from .square import square
 # Names for the command line. In Python, any callable with the signature of `Attack` will do.
 _ASCENTS: dict[str, Attack] = {"fgsm": fgsm, "pgd": pgd, "apgd": apgd, "apgd_dlr": apgd_dlr}
 # For evaluation.
-ATTACKS: dict[str, Attack] = {**_ASCENTS, "apgd_targeted": apgd_targeted, "fmn": fmn, "square": square}
+ATTACKS: dict[str, Attack] = {**_ASCENTS, "apgd_targeted": apgd_targeted, "malt": malt, "fmn": fmn, "square": square}
 # For training: those that keep increasing a loss. The others stop once an example is misclassified, which teaches a
 # model little. N-FGSM leaves the ball, so it cannot measure robustness.
 TRAINING_ATTACKS: dict[str, Attack] = {**_ASCENTS, "nfgsm": nfgsm}
@@ -29,6 +30,7 @@ __all__ = [
     "apgd_targeted",
     "fgsm",
     "fmn",
+    "malt",
     "nfgsm",
     "pgd",
     "square",

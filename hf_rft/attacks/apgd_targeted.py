@@ -61,11 +61,28 @@ def apgd_targeted(
     check_generators(generator, len(pixels))
     with torch.no_grad():
         clean_logits = forward(pixels)
-    fooled = clean_logits.argmax(dim=1) != labels
     wrong = clean_logits.scatter(1, labels.unsqueeze(1), -torch.inf)
     classes = wrong.topk(min(targets, wrong.shape[1] - 1), dim=1).indices
+    options = {"threat_model": threat_model, "steps": steps, "random_start": random_start, "step_size": step_size}
+    fooled = clean_logits.argmax(dim=1) != labels
+    return aim_at(classes, fooled, forward, pixels, labels, generator=generator, **options)
 
-    adversarial = pixels.clone()
+
+def aim_at(
+    classes: torch.Tensor,
+    fooled: torch.Tensor,
+    forward: Forward,
+    pixels: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    threat_model: ThreatModel,
+    steps: int,
+    generator: Generators,
+    random_start: bool,
+    step_size: float | None,
+) -> torch.Tensor:
+    """APGD towards each column of `classes`, of shape `(batch, targets)`, for the examples not yet `fooled`."""
+    adversarial, fooled = pixels.clone(), fooled.clone()
     for target in classes.unbind(dim=1):
         standing = (~fooled).nonzero().flatten()
         if len(standing) == 0:

@@ -296,6 +296,36 @@ def evaluate(
     return Evaluation(values.detach(), input_gradient, prediction, prediction != classes_of(labels))
 
 
+def nearest_classes(
+    forward: Forward, pixels: torch.Tensor, labels: torch.Tensor, threat_model: ThreatModel, candidates: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Wrong classes, nearest boundary first, and which clean images are misclassified.
+
+    The distance to a class is, to first order, its lead over the dual norm of the lead's gradient: one backward pass
+    for each candidate.
+
+    Args:
+        candidates (`int`):
+            How many classes, in order of their logits, to compare; capped at the number of classes minus one.
+
+    Returns:
+        `tuple`: classes of shape `(batch, candidates)`, nearest first, and bools of shape `(batch,)`.
+    """
+    with torch.enable_grad():
+        leaf = pixels.detach().requires_grad_()
+        logits = forward(leaf)
+        wrong = logits.detach().scatter(1, labels.unsqueeze(1), -torch.inf)
+        classes = wrong.topk(min(candidates, logits.shape[1] - 1), dim=1).indices
+        distances = []
+        for target in classes.unbind(dim=1):
+            value = lead(logits, labels, targets=target)
+            gradient = torch.autograd.grad(value.sum(), leaf, retain_graph=True)[0].nan_to_num()
+            slope = threat_model.dual_norm(gradient)
+            distances.append(-value.detach() / slope.clamp_min(torch.finfo(slope.dtype).tiny))
+    order = torch.stack(distances, dim=1).argsort(dim=1, stable=True)
+    return classes.gather(1, order), logits.detach().argmax(dim=1) != labels
+
+
 def check_inputs(pixels: torch.Tensor, labels: torch.Tensor, steps: int) -> torch.Tensor:
     """Refuse unusable inputs; return the pixels in float32 or wider, where steps of 1/255 are exact."""
     if steps < 1:

@@ -16,7 +16,7 @@ import torch
 
 from ..threat_model import ThreatModel
 from ..utils.noise import Generators
-from .base import Forward, Passes, check_inputs, evaluate, lead, per_example, states_passes, where
+from .base import Forward, Passes, check_inputs, evaluate, lead, nearest_classes, per_example, states_passes, where
 
 
 # The radius changes by at least this share: inwards from the nearest fooling image, outwards while there is none.
@@ -64,7 +64,8 @@ def fmn(
         raise ValueError(f"`targets={targets}` must be at least 1.")
     if threat_model.is_trivial or len(pixels) == 0:
         return pixels
-    target, fooled = _nearest_class(forward, pixels, labels, threat_model, targets)
+    classes, fooled = nearest_classes(forward, pixels, labels, threat_model, targets)
+    target = classes[:, 0]
 
     limit = threat_model.radius(pixels).flatten()
     adversarial, radius = pixels, torch.zeros_like(limit)
@@ -100,25 +101,6 @@ def fmn(
         moved = adversarial + _step(current.gradient, length, threat_model.norm)
         adversarial = ThreatModel(threat_model.norm, radius).project(moved, pixels)
     return where(distance.isinf(), closest, nearest)
-
-
-def _nearest_class(
-    forward: Forward, pixels: torch.Tensor, labels: torch.Tensor, threat_model: ThreatModel, targets: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The wrong class with the nearest boundary to first order, and whether the clean image is misclassified."""
-    with torch.enable_grad():
-        leaf = pixels.detach().requires_grad_()
-        logits = forward(leaf)
-        wrong = logits.detach().scatter(1, labels.unsqueeze(1), -torch.inf)
-        candidates = wrong.topk(min(targets, logits.shape[1] - 1), dim=1).indices
-        distances = []
-        for target in candidates.unbind(dim=1):
-            value = lead(logits, labels, targets=target)
-            gradient = torch.autograd.grad(value.sum(), leaf, retain_graph=True)[0].nan_to_num()
-            slope = threat_model.dual_norm(gradient)
-            distances.append(-value.detach() / slope.clamp_min(torch.finfo(slope.dtype).tiny))
-    choice = torch.stack(distances, dim=1).argmin(dim=1, keepdim=True)
-    return candidates.gather(1, choice).squeeze(1), logits.detach().argmax(dim=1) != labels
 
 
 def _step(gradient: torch.Tensor, length: torch.Tensor, norm: str) -> torch.Tensor:

@@ -1,12 +1,13 @@
 """How long an evaluation will take: said once, early enough to stop it."""
 
+import inspect
 import time
 from collections.abc import Callable
 
 import torch
 
 from ..attacks import fmn
-from ..attacks.base import Attack, Forward, takes
+from ..attacks.base import Attack, Forward
 from ..models.classifier import CountedForward
 from .evaluator import Evaluator
 from .tiers import Tier
@@ -26,8 +27,9 @@ def passes_to_withstand(tier: Tier, norm: str, num_classes: int) -> int:
         passes = getattr(attack, "passes", None)
         if passes is None:
             return 2 * steps
-        targets = {"targets": min(9, num_classes - 1)} if takes(passes, "targets") else {}
-        return sum(passes(steps, norm, **targets))
+        counts = {name: inspect.signature(passes).parameters.get(name) for name in ("targets", "candidates")}
+        capped = {name: min(count.default, num_classes - 1) for name, count in counts.items() if count}
+        return sum(passes(steps, norm, **capped))
 
     search = of(fmn, tier.guess_steps) if tier.guess_steps else 0
     return sum(run.restarts * of(run.attack, run.steps) for run in tier.attacks) + search

@@ -69,11 +69,11 @@ def evaluate_robustness(
         epsilons (`Sequence` of `str`, number or `Fraction`):
             The grid, increasing and starting at 0, for example `["0", "2/255", "4/255"]`.
         tier (`str` or `Sequence`, *optional*, defaults to `"standard"`):
-            `"fast"` (APGD on cross-entropy, from five starts in L1), `"standard"` (adds targeted APGD) or `"full"`
-            (adds FMN and Square); or a list of `(attack, steps)` or `(attack, steps, restarts)`. An example counts as
-            robust if these attacks fail, which does not prove that it is. The named tiers also search outwards from
-            each clean image, since an attack may fail in a large ball and succeed in a smaller one (search.py); a list
-            runs exactly its attacks.
+            `"fast"` (APGD on cross-entropy, from five starts in L1), `"lean"` (adds targeted APGD towards the three
+            nearest classes), `"standard"` (towards the nine most likely ones) or `"full"` (adds FMN and Square); or a
+            list of `(attack, steps)` or `(attack, steps, restarts)`. An example counts as robust if these attacks
+            fail, which does not prove that it is. The named tiers also search outwards from each clean image, since an
+            attack may fail in a large ball and succeed in a smaller one (search.py); a list runs exactly its attacks.
         batch_size (`int`, *optional*, defaults to 64):
             Images per pass through the model, and per file of the cache.
         seed (`int`, *optional*, defaults to 0):

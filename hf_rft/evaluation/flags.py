@@ -220,7 +220,7 @@ def _weaker_attack_flags(forward, pixels, labels, norm, epsilons, tier, broken_a
     return flags
 
 
-# By tier; custom lists are treated like the weakest.
+# By tier; `lean` and custom lists are treated like the weakest.
 _SQUARE_REMEDIES = {
     "fast": (
         'these attacks are too weak, or gradients are masked. Run `tier="standard"` first; if Square Attack still '

@@ -72,18 +72,20 @@ def _tier(name: str, *runs: tuple[str, int]) -> dict[str, Tier]:
 
 
 # By name and norm. As in AutoAttack (Croce and Hein 2020; 2021 for L1), but with FMN instead of FAB and with nine
-# targets for every norm.
+# targets for every norm; `lean` aims at the three nearest ones, at half the cost (benchmarks/README.md).
 TIERS = {
     "fast": _tier("fast", ("apgd", 100)),
+    "lean": _tier("lean", ("apgd", 100), ("malt", 100)),
     "standard": _tier("standard", ("apgd", 100), ("apgd_targeted", 100)),
     "full": _tier("full", ("apgd", 100), ("apgd_targeted", 100), ("fmn", 100), ("square", 5000)),
 }
 
 
 def _options(attack: Any) -> dict[str, Any]:
-    """`targets` of an attack that aims at several classes in turn; `options` that `functools.partial` binds to it."""
-    targets = inspect.signature(attack).parameters.get("targets")
-    found = {"targets": targets.default} if targets and isinstance(targets.default, int) else {}
+    """Numbers of classes that an attack aims at and compares; `options` that `functools.partial` binds to it."""
+    parameters = inspect.signature(attack).parameters
+    counts = {name: parameters[name].default for name in ("targets", "candidates") if name in parameters}
+    found = {name: count for name, count in counts.items() if isinstance(count, int)}
     options = {}
     attack = inspect.unwrap(attack)
     while isinstance(attack, partial):

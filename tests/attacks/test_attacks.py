@@ -251,13 +251,20 @@ def test_channels_last_gives_the_same_result(name, norm):
     torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-9)
 
 
+OPTIONS_OF_TARGETED = {
+    "apgd_targeted": {"targets": 3},
+    "fmn": {"targets": 3},
+    "malt": {"targets": 2, "candidates": 3},
+}
+
+
 @every_attack
 @every_norm
 @pytest.mark.parametrize("steps", [1, 2, 9, 10, 23])
 def test_passes_states_the_cost(name, norm, steps):
     """Of an example that withstands: here epsilon is too small to fool anything."""
     model, pixels, labels = make_problem(wrong=0)
-    recorded, options = Recorded(model), {"targets": 3} if name in ("apgd_targeted", "fmn") else {}
+    recorded, options = Recorded(model), OPTIONS_OF_TARGETED.get(name, {})
     adversarial = attack(name, recorded, pixels, labels, norm, 1e-4, steps, **options)
     assert torch.equal(model(adversarial).argmax(dim=1), labels)
     stated = ATTACKS[name].passes(steps_of(name, steps), norm, **options)
@@ -309,7 +316,7 @@ def test_early_stop_fools_no_fewer(name, norm):
     assert (fooled[1] | ~fooled[0]).all()
 
 
-@pytest.mark.parametrize("name", [*ASCENTS, "apgd_targeted"])  # the others stop at the boundary
+@pytest.mark.parametrize("name", [*ASCENTS, "apgd_targeted", "malt"])  # the others stop at the boundary
 def test_objective_rises(name):
     model, pixels, labels = make_problem(count=12)
     adversarial = attack(name, model, pixels, labels, steps=9, random_start=False)
@@ -318,7 +325,7 @@ def test_objective_rises(name):
     assert after > before + 0.01
 
 
-@pytest.mark.parametrize("name", ["pgd", "apgd", "apgd_dlr", "apgd_targeted", "fmn"])
+@pytest.mark.parametrize("name", ["pgd", "apgd", "apgd_dlr", "apgd_targeted", "malt", "fmn"])
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_a_confident_classifier_is_no_more_robust(name, norm):
     """Large logits move no decision boundary; margins of 6 to 36 here, where float32 rounds the confidence to 1."""

@@ -27,10 +27,12 @@ def test_passes_of_an_example_that_withstands_everything():
     assert passes_to_withstand(own, "linf", 10) == 14 + 3 * 10 + 4  # one of each per step
     ten, four = (passes_to_withstand(TIERS["standard"]["linf"], "linf", classes) for classes in (10, 4))
     targeted = [sum(apgd_targeted.passes(100, targets=targets)) for targets in (9, 3)]
+    # Forward and backward of the first attack, then of three targets, then of the search; and nine gradients.
+    assert passes_to_withstand(TIERS["lean"]["linf"], "linf", 10) == 201 + (1 + 3 * 202 + 9) + 51
     assert ten - four == targeted[0] - targeted[1] + 6  # the minimum-norm search also looks at each class
 
 
-@pytest.mark.parametrize("tier", ["fast", "standard", "full"])
+@pytest.mark.parametrize("tier", TIERS)
 def test_a_robust_example_costs_what_is_estimated(tier):
     linear = LinearClassifier()
     tier, grid, right = TIERS[tier]["linf"], parse_epsilons("linf", ["0", "1e-6", "2e-6"]), [1, 2, 3]

@@ -836,7 +836,7 @@ def pictures_with(**columns):
         ({"epsilons": [0, "eight"]}, "`epsilon='eight'` is not a number"),
         ({"epsilons": [0, 8]}, "`epsilon=8` is above 1, but pixels lie in .*; did you mean '8/255'"),
         ({"norm": "l0"}, r"`norm='l0'` is unknown; choose one of \['linf', 'l2', 'l1'\]"),
-        ({"tier": "strong"}, r"`tier='strong'` is unknown; choose one of \['fast', 'standard', 'full'\]"),
+        ({"tier": "strong"}, r"`tier='strong'` is unknown; choose one of \['fast', 'lean', 'standard', 'full'\]"),
         ({"tier": []}, "`tier` is an empty list"),
         ({"tier": ["apgd"]}, "`tier` holds 'apgd'; an attack is given as"),
         ({"tier": [("apgd",)]}, r"`tier` holds \('apgd',\); an attack is given as \(attack, steps\)"),

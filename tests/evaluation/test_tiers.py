@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import torch
 
-from hf_rft.attacks import ATTACKS, apgd, apgd_targeted, fmn, pgd, square
+from hf_rft.attacks import ATTACKS, apgd, apgd_targeted, fmn, malt, pgd, square
 from hf_rft.attacks.base import attack_name
 from hf_rft.evaluation.tiers import TIERS, AttackRun, Tier, make_tier
 from hf_rft.threat_model import NORMS, ThreatModel
@@ -26,8 +26,8 @@ class OwnAttack:
 
 @pytest.mark.parametrize(("norm", "starts"), [("linf", 1), ("l2", 1), ("l1", 5)])
 def test_named_tiers_grow(norm, starts):
-    """As in AutoAttack, with FMN in place of FAB; each holds the attacks of the one before."""
-    assert list(TIERS) == ["fast", "standard", "full"]
+    """As in AutoAttack, with FMN in place of FAB; each but `lean` holds the attacks of the one before."""
+    assert list(TIERS) == ["fast", "lean", "standard", "full"]
     runs = {name: make_tier(name, norm).attacks for name in TIERS}
     assert runs["full"] == (
         AttackRun(apgd, 100, starts),
@@ -36,6 +36,7 @@ def test_named_tiers_grow(norm, starts):
         AttackRun(square, 5000, 1),
     )
     assert runs["standard"] == runs["full"][:2] and runs["fast"] == runs["full"][:1]
+    assert runs["lean"] == (*runs["fast"], AttackRun(malt, 100, 1))
     for name in TIERS:
         tier = make_tier(name, norm)
         assert make_tier(tier, norm) is tier
@@ -55,6 +56,13 @@ def test_description_states_restarts_and_targets_of_the_norm():
         {"attack": "fmn", "steps": 100, "restarts": 1, "targets": 9},
         {"attack": "square", "steps": 5000, "restarts": 1},
     ]
+    assert make_tier("lean", "linf").describe()["attacks"][1] == {
+        "attack": "malt",
+        "steps": 100,
+        "restarts": 1,
+        "targets": 3,
+        "candidates": 100,
+    }
     bound = make_tier([(partial(apgd_targeted, targets=3), 5)]).describe()["attacks"][0]
     assert bound["targets"] == 3
 
@@ -119,7 +127,10 @@ def test_own_attack_must_stay_in_the_ball(norm):
 @pytest.mark.parametrize(
     ("tier", "message"),
     [
-        ("strong", r"`tier='strong'` is unknown; choose one of \['fast', 'standard', 'full'\], or give a list"),
+        (
+            "strong",
+            r"`tier='strong'` is unknown; choose one of \['fast', 'lean', 'standard', 'full'\], or give a list",
+        ),
         ([], "`tier` is an empty list; an evaluation needs at least one attack"),
         ([("fab", 10)], r"`tier` holds the unknown attack 'fab'; choose among \['fgsm', 'pgd', .*'square'\]"),
         ([("apgd",)], r"`tier` holds \('apgd',\); an attack is given as \(attack, steps\) or"),
