@@ -29,9 +29,10 @@ from ..evaluation.plots import plot_adversarial_examples
 from ..evaluation.reference import ATTACKS, check_installed, run_autoattack
 from ..evaluation.report import RobustnessReport
 from ..evaluation.tiers import TIERS
-from ..hub.pretrained import load_model_and_processor
+from ..hub.pretrained import load_model_and_processor, load_zero_shot_classifier
 from ..models.classifier import PixelClassifier
 from ..models.pixel_space import PixelNormalization
+from ..models.zero_shot import TEMPLATE
 from ..threat_model import NORMS, ThreatModel, format_epsilon, parse_epsilons
 from ..utils.files import check_writable
 from ..utils.values import COUNT, SEED, check_ranges, naming
@@ -46,6 +47,13 @@ class EvaluationArguments:
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
     token: str | None = field(default=None, metadata={"help": "Hub token, for private or gated repositories."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+    class_names: list[str] | None = field(
+        default=None,
+        metadata={"help": "For CLIP and its kin: the classes in words, in the order of the data's own."},
+    )
+    templates: list[str] = field(
+        default_factory=lambda: [TEMPLATE], metadata={"help": "Sentences with {} for the name, for --class_names."}
+    )
     channels_last: bool = field(
         default=False,
         metadata={
@@ -134,6 +142,11 @@ def with_model_labels(dataset: Dataset, model: PreTrainedModel, args: Evaluation
     feature = dataset.features[args.label_column_name]
     is_text = str(getattr(feature, "dtype", "")).endswith("string")
     by_name = args.match_labels == "name"
+    if args.class_names is not None:
+        known = getattr(feature, "num_classes", len(args.class_names))
+        if known != len(args.class_names):
+            raise ValueError(f"--class_names holds {len(args.class_names)} names, the data have {known} classes.")
+        return dataset.cast_column(args.label_column_name, Value("int64"))
     if not has_class_names(model.config) or not (isinstance(feature, ClassLabel) or (is_text and by_name)):
         return dataset
     if is_text:
@@ -214,7 +227,12 @@ def main(arguments: list[str] | None = None) -> RobustnessReport:
     }
     dataset = load_images(args)
     name_or_path = bundled.resolve(args.model_name_or_path)
-    model, processor = load_model_and_processor("--model_name_or_path", name_or_path, **hub_options)
+    if args.class_names is None:
+        model, processor = load_model_and_processor("--model_name_or_path", name_or_path, **hub_options)
+    else:
+        model, processor = load_zero_shot_classifier(
+            "--model_name_or_path", name_or_path, args.class_names, args.templates, **hub_options
+        )
     model.eval().to(state.device)
     if args.channels_last:
         torch.nn.Module.to(model, memory_format=torch.channels_last)  # in place

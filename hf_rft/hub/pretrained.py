@@ -2,12 +2,13 @@
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from datasets import ClassLabel, DatasetDict, Value
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import AutoImageProcessor, AutoModelForZeroShotImageClassification, AutoProcessor, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file, extract_commit_hash
@@ -15,6 +16,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from ..data import bundled
 from ..models.adapters import add_lora
 from ..models.parts import head_parameters
+from ..models.zero_shot import ZeroShotClassifier, zero_shot_classifier
 from ..utils.files import check_writable
 from ..utils.values import COUNT, POSITIVE, Range, check_ranges, naming
 from .safe_loading import is_adapter, load_classifier, load_config, only_hub_options
@@ -204,9 +206,26 @@ def load_model_and_processor(
     if random := _random_parameters(model, found):
         raise ValueError(
             f"{argument} {name_or_path!r} has no weights {random[:5]}, which would be random; give a model that was "
-            "trained as an image classifier."
+            "trained as an image classifier. One that compares images with text needs `--class_names`."
         )
     return model, processor
+
+
+def load_zero_shot_classifier(
+    argument: str, name_or_path: str, class_names: Sequence[str], templates: Sequence[str], **hub_options
+) -> tuple[ZeroShotClassifier, BaseImageProcessor]:
+    """A model that compares images with text, as a classifier, and its image processor.
+
+    See [`load_model_and_processor`] and [`zero_shot_classifier`].
+    """
+    with naming(argument, name_or_path, "give a Hub id or a folder with a model such as CLIP and its processor"):
+        config = load_config(name_or_path, **hub_options)
+        processor = AutoProcessor.from_pretrained(name_or_path, **{"trust_remote_code": False, **hub_options})
+        options = {"auto_class": AutoModelForZeroShotImageClassification, "output_loading_info": True, **hub_options}
+        model, found = load_classifier(name_or_path, config, **options)
+    if random := _random_parameters(model, found):
+        raise ValueError(f"{argument} {name_or_path!r} has no weights {random[:5]}, which would be random.")
+    return zero_shot_classifier(model.eval(), processor, class_names, templates), processor.image_processor
 
 
 def _random_parameters(model: PreTrainedModel, loading_info: dict[str, Any]) -> list[str]:

@@ -54,9 +54,14 @@ def load_config(
 
 
 def load_classifier(
-    name_or_path: str | os.PathLike, config: PreTrainedConfig, *, trust_remote_code: bool = False, **options
+    name_or_path: str | os.PathLike,
+    config: PreTrainedConfig,
+    *,
+    auto_class: Any = AutoModelForImageClassification,
+    trust_remote_code: bool = False,
+    **options,
 ) -> Any:
-    """The result of `AutoModelForImageClassification.from_pretrained`, from safetensors files only.
+    """The result of `from_pretrained` of an auto class, from safetensors files only.
 
     For an adapter it is a `peft.PeftModel` on its base model, whose classes are those of `config`.
 
@@ -69,7 +74,7 @@ def load_classifier(
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "true")
     options = {"config": config, "use_safetensors": True, "trust_remote_code": trust_remote_code, **options}
     try:
-        return AutoModelForImageClassification.from_pretrained(name_or_path, **options)
+        return auto_class.from_pretrained(name_or_path, **options)
     except OSError as error:
         if "safetensors" not in str(error):
             raise

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CONFIGS, SIZE, make_model
+from models.test_zero_shot import make_model as make_clip
+from models.test_zero_shot import make_processor
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTImageProcessor
 
@@ -280,6 +282,42 @@ def test_reference_that_is_not_installed_is_missed_before_anything_runs(argument
     assert not (tmp_path / "new").exists()
 
 
+# --- Models that compare images with text ---
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    make_clip("clip").save_pretrained(folder)
+    make_processor().save_pretrained(folder)
+    return str(folder)
+
+
+def test_zero_shot_classes_are_those_of_the_data_by_number(clip, image_dir, tmp_path):
+    """The folders, in alphabetical order, are called otherwise."""
+    options = ["--model_name_or_path", clip, "--image_dir", image_dir, "--epsilons", "0", "32/255", "--tier", "fast"]
+    report = recipe.main([*options, "--class_names", "cat", "dog", "red fox", "--output_dir", str(tmp_path)])
+    assert report.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert report.settings["model"]["num_classes"] == 3
+    processor, model = make_processor(), make_clip("clip")
+    images = datasets.load_dataset("imagefolder", data_dir=image_dir, split="train")["image"]
+    inputs = processor(
+        text=["This is a photo of cat.", "This is a photo of dog.", "This is a photo of red fox."],
+        images=[image.convert("RGB") for image in images],
+        return_tensors="pt",
+        padding=True,
+    )
+    assert report.clean_predictions.tolist() == model(**inputs).logits_per_image.argmax(dim=1).tolist()
+    with pytest.raises(ValueError, match="--class_names holds 2 names, the data have 3 classes"):
+        recipe.main([*options, "--class_names", "cat", "dog", "--output_dir", str(tmp_path / "new")])
+
+
+def test_zero_shot_model_without_class_names_is_refused_with_the_remedy(clip, image_dir, tmp_path):
+    options = ["--model_name_or_path", clip, "--image_dir", image_dir, "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match="One that compares images with text needs `--class_names`"):
+        recipe.main(options)
+
+
 # --- What is refused ---
 
 
@@ -293,5 +331,12 @@ def test_help(capsys):
         recipe.main(["--help"])
     assert exit_info.value.code == 0
     printed = capsys.readouterr().out
-    for word in ("--model_name_or_path", "--epsilons", "--tier", "{fast,standard,full}", "robustness.json", "cache/"):
+    for word in (
+        "--model_name_or_path",
+        "--epsilons",
+        "--tier",
+        "{fast,lean,standard,full}",
+        "robustness.json",
+        "cache/",
+    ):
         assert word in printed
