@@ -57,7 +57,7 @@ def class_numbers(
     Raises:
         ValueError: if the data's classes are not the model's.
     """
-    numbers, names, number_of = list(range(len(class_names))), _class_names(config), _numbers_of_unique_names(config)
+    numbers, names, number_of = list(range(len(class_names))), class_names_of(config), _numbers_of_unique_names(config)
     if not has_class_names(config):
         return numbers
     found = [number_of.get(name, number) for number, name in enumerate(class_names)]
@@ -78,16 +78,16 @@ def class_numbers(
 
 def has_class_names(config: Any) -> bool:
     """Whether a model's classes have names other than the defaults of transformers (`LABEL_0`, ...)."""
-    return any(name != f"LABEL_{number}" for number, name in _class_names(config).items())
+    return any(name != f"LABEL_{number}" for number, name in class_names_of(config).items())
 
 
-def _class_names(config: Any) -> dict[int, str]:
+def class_names_of(config: Any) -> dict[int, str]:
     """The model's class names by number; empty if it has none."""
     return {int(number): str(name) for number, name in (getattr(config, "id2label", None) or {}).items()}
 
 
 def _numbers_of_unique_names(config: Any) -> dict[str, int]:
-    names = _class_names(config)
+    names = class_names_of(config)
     counts = Counter(names.values())
     return {name: number for number, name in names.items() if counts[name] == 1}
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..data.labels import class_names_of, has_class_names
 from ..models.pixel_space import PixelNormalization
 from .cache import hash_model
 
@@ -28,10 +29,12 @@ def versions() -> dict[str, str]:
 def describe_model(model: torch.nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     name = getattr(config, "_name_or_path", "")
+    names = class_names_of(config) if has_class_names(config) else {}
     return {
         "name": (Path(name).name if os.path.isdir(name) else name) or type(model).__name__,
         "revision": getattr(config, "_commit_hash", None),
         "num_classes": getattr(config, "num_labels", None) or getattr(model, "num_classes", None),
+        "class_names": {str(number): name for number, name in names.items()},  # as JSON will have it
         "sha256": hash_model(model),
     }
 

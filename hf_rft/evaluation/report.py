@@ -16,7 +16,7 @@ from ..threat_model import format_epsilon
 from ..utils.files import write_text
 from .margins import margin_correlation, margin_threshold
 from .schema import check_version, to_fields, to_values
-from .tables import to_pandas, to_text
+from .tables import class_rows, to_pandas, to_text
 
 
 if TYPE_CHECKING:
@@ -234,6 +234,13 @@ class RobustnessReport:
             examples=None,
         )
 
+    @property
+    def worst_class(self) -> dict[str, Any] | None:
+        """The row of `to_pandas("class")` with the lowest robust accuracy; None if there is one class only."""
+        rows = class_rows(self)
+        # Of classes with the same accuracy, the one that is known best.
+        return min(rows, key=lambda row: (row["robust_accuracy"], row["high"])) if len(rows) > 1 else None
+
     # --- Beyond the threat model ---
 
     @property
@@ -287,10 +294,11 @@ class RobustnessReport:
             per (`str`, *optional*, defaults to `"example"`):
                 `"example"`: one row per example, in the order of the dataset, with `label`, `correct_clean`,
                 `broken_at` (the smallest epsilon that breaks it, inf if none does), `distance` and `margin` (see the
-                class) and the predicted class `prediction_at_<epsilon>` for each epsilon. `"epsilon"`: one row per
-                epsilon, with `epsilon` as a number and as `written`, `accuracy`, the bounds `low` and `high` of its
-                95 % interval,
-                and `num_robust`, the number of examples that withstand it.
+                class) and the predicted class `prediction_at_<epsilon>` for each epsilon. `"class"`: one row per
+                class, with its `name` (its number if none is known), `count`, `clean_accuracy`, `robust_accuracy` (at
+                the largest epsilon) and bounds `low` and `high` of all classes at once (95 %, Bonferroni).
+                `"epsilon"`: one row per epsilon, with `epsilon` as a number and as `written`, `accuracy`, the bounds
+                `low` and `high` of its 95 % interval, and `num_robust`, the number of examples that withstand it.
 
         Raises:
             ValueError: for another `per`.

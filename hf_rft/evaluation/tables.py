@@ -1,6 +1,7 @@
 """A report as a table: text to print, or pandas."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,7 +36,27 @@ def to_pandas(report: "RobustnessReport", per: str) -> "pandas.DataFrame":
         low, high = zip(*report.accuracy_intervals, strict=True)
         columns = {"epsilon": grid, "written": written, "accuracy": report.accuracies, "low": low, "high": high}
         return pandas.DataFrame({**columns, "num_robust": withstands.sum(axis=0)})
-    raise ValueError(f"`per={per!r}` is unknown; choose 'example' or 'epsilon'.")
+    if per == "class":
+        return pandas.DataFrame(class_rows(report)).set_index("class")
+    raise ValueError(f"`per={per!r}` is unknown; choose 'example', 'class' or 'epsilon'.")
+
+
+def class_rows(report: "RobustnessReport") -> list[dict[str, Any]]:
+    """For each class that occurs among the labels, what `to_pandas("class")` says."""
+    from scipy.stats import binomtest  # slow to import
+
+    classes, counts = np.unique(report.labels, return_counts=True)
+    names, largest = report.settings.get("model", {}).get("class_names") or {}, len(report.epsilons) - 1
+    rows = []
+    for label, count in zip(classes.tolist(), counts.tolist(), strict=True):
+        broken_at = report.broken_at[report.labels == label]
+        robust = int((broken_at > largest).sum())
+        # Each interval is wide enough that all of them hold at once: one of many classes is low by chance.
+        exact = binomtest(robust, count).proportion_ci(1 - 0.05 / len(classes), method="exact")
+        shares = {"clean_accuracy": float((broken_at > 0).mean()), "robust_accuracy": robust / count}
+        bounds = {"low": float(exact.low), "high": float(exact.high)}
+        rows.append({"class": label, "name": names.get(str(label), str(label)), "count": count, **shares, **bounds})
+    return rows
 
 
 def conditions(report: "RobustnessReport", norm: str | None = None) -> str:
@@ -68,8 +89,17 @@ def to_text(report: "RobustnessReport") -> str:
     ]
     if report.profile is not None:
         lines += ["Beyond that threat model:", *_profile_lines(report)]
+    if (worst := report.worst_class) is not None:
+        lines.append(f"  {describe_class(worst, report)}")
     lines += [f"  WARNING {name}: {message}" for name, message in (report.flags or {}).items()]
     return "\n".join(lines)
+
+
+def describe_class(row: Mapping[str, Any], report: "RobustnessReport") -> str:
+    """`worst class: cat, 31.2 % of 16 at 8/255 [9.0, 62.4]`."""
+    accuracy, low, high = (100 * row[key] for key in ("robust_accuracy", "low", "high"))
+    largest = format_epsilon(report.epsilons[-1])
+    return f"worst class: {row['name']}, {accuracy:.1f} % of {row['count']} at {largest} [{low:.1f}, {high:.1f}]"
 
 
 def profile_rows(report: "RobustnessReport") -> list[tuple[str, float, tuple[float, float]]]:

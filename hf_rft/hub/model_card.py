@@ -17,7 +17,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.report import RobustnessReport
-from ..evaluation.tables import profile_rows
+from ..evaluation.tables import describe_class, profile_rows
 from ..threat_model import NORM_NAMES, format_approximately, format_epsilon, parse_epsilon
 from ..utils.markdown import code, one_line, plain
 from .reproduction import code_to_reproduce, quoted
@@ -288,6 +288,7 @@ def _template():
     environment.filters |= {
         "code": code,
         "code_to_reproduce": code_to_reproduce,
+        "described_class": describe_class,
         "epsilon": format_epsilon,
         "interval": lambda bounds: f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %",
         "norm": NORM_NAMES.__getitem__,

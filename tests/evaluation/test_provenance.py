@@ -1,3 +1,4 @@
+import json
 from importlib.metadata import version
 from types import SimpleNamespace
 
@@ -24,6 +25,15 @@ def test_a_model_from_the_hub_keeps_its_name_and_commit():
     described = describe_model(model)
     assert (described["name"], described["revision"]) == ("google/vit", "c0ffee")
     assert len(described["sha256"]) == 64
+
+
+def test_class_names_are_recorded_if_there_are_any():
+    model = make_model("vit")
+    assert describe_model(model)["class_names"] == {}
+    model.config.id2label = {0: "cat", 1: "dog", 2: "fox", 3: "owl"}
+    described = describe_model(model)
+    assert described["class_names"] == {"0": "cat", "1": "dog", "2": "fox", "3": "owl"}
+    assert json.loads(json.dumps(described)) == described
 
 
 def test_a_model_without_a_configuration_is_called_by_its_class():

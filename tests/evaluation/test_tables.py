@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from scipy.stats import binomtest
 
-from evaluation.test_report import GRID, make_report, reports
+from evaluation.test_report import GRID, SETTINGS, make_report, reports
 
 
 def test_a_row_per_example():
@@ -28,6 +29,35 @@ def test_a_row_per_epsilon():
     assert list(zip(table["low"], table["high"], strict=True)) == report.accuracy_intervals
 
 
+def test_a_row_per_class():
+    labels = np.array([7, 7, 7, 7, 3, 3, 5])
+    model = {**SETTINGS["model"], "class_names": {"3": "cat", "7": "dog"}}
+    report = make_report((0, 1, 4, 4, 2, 4, 0), labels=labels, settings={**SETTINGS, "model": model})
+    table = report.to_pandas("class")
+    assert table.index.tolist() == [3, 5, 7] and table["name"].tolist() == ["cat", "5", "dog"]
+    assert table["count"].tolist() == [2, 1, 4]
+    assert table["clean_accuracy"].tolist() == [1, 0, 0.75]
+    assert table["robust_accuracy"].tolist() == [0.5, 0, 0.5]
+    # Of three classes: each interval holds with 1 - 0.05 / 3.
+    assert table["low"].iloc[1] == 0 and table["high"].iloc[1] == pytest.approx(1 - 0.05 / 6)
+    level = 1 - 0.05 / 3
+    for (_, row), successes in zip(table.iterrows(), (1, 0, 2), strict=True):
+        exact = binomtest(successes, row["count"]).proportion_ci(level, method="exact")
+        assert (row["low"], row["high"]) == pytest.approx((exact.low, exact.high))
+    assert (table["count"] * table["robust_accuracy"]).sum() / 7 == pytest.approx(report.robust_accuracy)
+    assert report.worst_class["class"] == 5
+    assert "worst class: 5, 0.0 % of 1 at 0.5 [0.0, 99.2]" in report.table()
+
+
+def test_of_equally_bad_classes_the_one_that_is_known_best_is_the_worst():
+    report = make_report((1, 1, 1, 1, 4), labels=np.array([0, 1, 1, 1, 2]))
+    assert report.worst_class["class"] == 1 and report.worst_class["name"] == "1"
+
+
+def test_one_class_is_not_the_worst():
+    assert make_report().worst_class is None and "worst class" not in make_report().table()
+
+
 @given(reports())
 @settings(deadline=None, max_examples=20)
 def test_the_two_tables_agree(report):
@@ -38,5 +68,5 @@ def test_the_two_tables_agree(report):
 
 
 def test_other_rows_are_unknown():
-    with pytest.raises(ValueError, match="`per='batch'` is unknown; choose 'example' or 'epsilon'"):
+    with pytest.raises(ValueError, match="`per='batch'` is unknown; choose 'example', 'class' or 'epsilon'"):
         make_report().to_pandas("batch")

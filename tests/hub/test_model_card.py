@@ -172,6 +172,15 @@ def test_a_profile_is_stated_apart(report):
     assert "profile=True" in make_card(name="m", report=report).text
 
 
+def test_the_worst_class_is_named():
+    model = {"name": "m", "class_names": {"0": "cat", "1": "<dog>"}}
+    report = make_report((1, 1, 4, 4, 4), labels=np.array([1, 1, 1, 0, 0]), settings=settings(model=model))
+    text = describe_robustness(report)
+    assert "The classes differ; worst class: " in text and "33.3 % of 3 at 0.5 [0.4, 93.4]" in text
+    assert "<dog>" not in text, "a name is not HTML"
+    assert "worst class" not in describe_robustness(make_report(settings=settings()))
+
+
 def test_accuracies_are_stated_once(report):
     text = make_card(name="m", report=report, training=Training(ARGUMENTS, WHOLE)).text
     rows = [line for line in text.splitlines() if line.startswith("| ")]
