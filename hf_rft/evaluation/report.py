@@ -15,7 +15,7 @@ from ..attacks.base import Passes
 from ..threat_model import format_epsilon
 from ..utils.files import write_text
 from .margins import margin_correlation, margin_threshold
-from .schema import check_version, to_fields, to_values
+from .schema import from_values, to_values
 from .tables import class_rows, to_pandas, to_text
 
 
@@ -36,6 +36,15 @@ class AdversarialExamples(NamedTuple):
 
     def __repr__(self) -> str:
         return f"AdversarialExamples(positions={self.positions}, images of shape {tuple(self.pixels.shape[1:])})"
+
+
+class ExternalEvaluation(NamedTuple):
+    """The robust accuracy that somebody else found, or an attack made for this model."""
+
+    epsilon: Fraction  # in the report's norm
+    robust_accuracy: float
+    attack: str  # in words
+    source: str  # an address, or where it was published
 
 
 class Profile(NamedTuple):
@@ -70,6 +79,8 @@ class RobustnessReport:
             Largest clean logit minus the second largest; None in reports of older versions.
         profile ([`Profile`], *optional*):
             What the model withstands besides this threat model.
+        external (`list[ExternalEvaluation]`, *optional*):
+            What cards and leaderboards state in place of the accuracies here, wherever it is lower.
         examples ([`AdversarialExamples`], *optional*):
             Not saved.
     """
@@ -86,6 +97,7 @@ class RobustnessReport:
     settings: dict[str, Any]
     margins: np.ndarray | None = None
     profile: Profile | None = None
+    external: list[ExternalEvaluation] = field(default_factory=list)
     examples: AdversarialExamples | None = field(default=None, repr=False)
 
     @classmethod
@@ -231,8 +243,24 @@ class RobustnessReport:
             distances=np.where(is_beyond, np.inf, self.distances),
             settings={**self.settings, "epsilons": grid[:count]},
             profile=None,  # its radii belong to the whole grid
+            external=[found for found in self.external if found.epsilon <= epsilon],
             examples=None,
         )
+
+    @property
+    def claimed_accuracies(self) -> list[float]:
+        """The accuracy at each epsilon, or what an external evaluation at this or a smaller epsilon found, if less."""
+        return [
+            min([ours, *(found.robust_accuracy for found in self.external if found.epsilon <= epsilon)])
+            for epsilon, ours in zip(self.epsilons, self.accuracies, strict=True)
+        ]
+
+    @property
+    def claimed_expected_robustness(self) -> float:
+        """The mean over epsilon of the `claimed_accuracies`."""
+        from ..metrics.expected_robustness.expected_robustness import expected_robustness
+
+        return float(expected_robustness([float(epsilon) for epsilon in self.epsilons], self.claimed_accuracies))
 
     @property
     def worst_class(self) -> dict[str, Any] | None:
@@ -326,21 +354,7 @@ class RobustnessReport:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a robustness report ({type(error).__name__}: {error}).") from error
-        return cls._from_values(values, str(path))
-
-    @classmethod
-    def _from_values(cls, values: Any, where: str) -> "RobustnessReport":
-        check_version(values, where)
-        report = cls(**to_fields(values, where))
-        if (profile := values.get("profile")) is not None:
-            try:
-                norms = {norm: cls._from_values(other, where) for norm, other in profile["norms"].items()}
-                report.profile = Profile(norms, profile["corruptions"])
-            except (KeyError, AttributeError, TypeError) as error:
-                raise ValueError(
-                    f"{where} is not a complete robustness report: {error} is missing or wrong in its profile."
-                ) from error
-        return report
+        return from_values(values, str(path))
 
     def plot(self, path: str | Path | None = None, title: str | None = None) -> "Figure":
         """Plot accuracy over epsilon, with intervals; also to `path`, whose suffix sets the format."""

@@ -12,7 +12,7 @@ from ..threat_model import format_epsilon, parse_epsilon
 if TYPE_CHECKING:
     from .report import RobustnessReport
 
-# Version 2 added the margins and the profile.
+# Version 2 added the margins, the profile and external evaluations.
 VERSION, READABLE = 2, (1, 2)
 _COLUMNS = ("labels", "clean_predictions", "adversarial_predictions", "broken_at", "distances")
 
@@ -46,6 +46,10 @@ def to_values(report: "RobustnessReport") -> dict[str, Any]:
         "settings": report.settings,
         "per_example": columns,
     }
+    if report.external:
+        values["external"] = [
+            {**found._asdict(), "epsilon": format_epsilon(found.epsilon)} for found in report.external
+        ]
     if (profile := report.profile) is not None:
         values["profile"] = {
             "norms": {norm: to_values(other) for norm, other in profile.norms.items()},
@@ -57,8 +61,14 @@ def to_values(report: "RobustnessReport") -> dict[str, Any]:
     return values
 
 
-def check_version(values: Any, where: str) -> None:
-    """Refuse what no version of the schema describes, or one that this version of hf_rft cannot read."""
+def from_values(values: Any, where: str) -> "RobustnessReport":
+    """The report; its numbers are recomputed from the examples. See [`RobustnessReport.load`].
+
+    Raises:
+        ValueError: beginning with `where`, if something is missing, or no version of the schema describes it.
+    """
+    from .report import ExternalEvaluation, Profile, RobustnessReport
+
     try:
         version = values["schema_version"]
     except (KeyError, TypeError) as error:
@@ -68,14 +78,6 @@ def check_version(values: Any, where: str) -> None:
             f"{where} has schema version {version}, this hf_rft reads versions {' and '.join(map(str, READABLE))}; "
             "update hf_rft."
         )
-
-
-def to_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of a [`RobustnessReport`] but for its profile. Numbers are recomputed from them.
-
-    Raises:
-        ValueError: if something is missing.
-    """
     try:
         columns = {name: values["per_example"][name] for name in _COLUMNS}
         margins = values["per_example"].get("margins")
@@ -86,18 +88,25 @@ def to_fields(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         lengths = {len(column) for column in [*columns.values(), *([] if margins is None else [margins])]}
         if len(lengths) != 1:
             raise ValueError(f"{where} is not a complete robustness report: its columns have different lengths.")
-        return {
-            "norm": values["norm"],
-            "epsilons": epsilons,
-            "labels": np.array(columns["labels"]),
-            "clean_predictions": np.array(columns["clean_predictions"]),
-            "adversarial_predictions": np.array(columns["adversarial_predictions"]),
-            "broken_at": np.array(broken_at),
-            "distances": np.array(distances, dtype=float),
-            "flags": values["flags"],
-            "passes": Passes(**values["passes"]),
-            "settings": values["settings"],
-            "margins": None if margins is None else np.array(margins, dtype=float),
-        }
-    except (KeyError, TypeError) as error:
+        external = [{**found, "epsilon": parse_epsilon(found["epsilon"])} for found in values.get("external", [])]
+        profile = values.get("profile")
+        if profile is not None:
+            norms = {norm: from_values(other, where) for norm, other in profile["norms"].items()}
+            profile = Profile(norms, dict(profile["corruptions"]))
+        return RobustnessReport(
+            norm=values["norm"],
+            epsilons=epsilons,
+            labels=np.array(columns["labels"]),
+            clean_predictions=np.array(columns["clean_predictions"]),
+            adversarial_predictions=np.array(columns["adversarial_predictions"]),
+            broken_at=np.array(broken_at),
+            distances=np.array(distances, dtype=float),
+            flags=values["flags"],
+            passes=Passes(**values["passes"]),
+            settings=values["settings"],
+            margins=None if margins is None else np.array(margins, dtype=float),
+            profile=profile,
+            external=[ExternalEvaluation(**found) for found in external],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{where} is not a complete robustness report: {error} is missing or wrong.") from error

@@ -98,8 +98,8 @@ def check_requirements(
                 f"against {report.norm} at {', '.join(grid)}. Evaluate it with `hf-rft evaluate`."
             )
         report = report.up_to(threat_model.epsilon)
-    if min_expected_robustness is not None and report.expected_robustness < min_expected_robustness:
+    if min_expected_robustness is not None and report.claimed_expected_robustness < min_expected_robustness:
         raise ValueError(
-            f"{name} has an expected robustness of {report.expected_robustness:.4f} ({report.norm} up to "
+            f"{name} has an expected robustness of {report.claimed_expected_robustness:.4f} ({report.norm} up to "
             f"{format_epsilon(report.epsilons[-1])}), below `min_expected_robustness={min_expected_robustness}`."
         )

@@ -44,6 +44,8 @@ def eval_results(report: RobustnessReport) -> list[EvalResult]:
         "num_examples": len(report),
         "seed": settings["seed"],
     }
+    if report.external:
+        conditions["external"] = [f"{found.attack} ({found.source})" for found in report.external]
     common = {
         "task_type": "image-classification",
         "task_name": "Image Classification",
@@ -62,13 +64,13 @@ def eval_results(report: RobustnessReport) -> list[EvalResult]:
             metric_value=accuracy,
             metric_args={"epsilon": epsilon, **conditions, "confidence_interval": list(interval)},
         )
-        for epsilon, accuracy, interval in zip(grid, report.accuracies, report.accuracy_intervals, strict=True)
+        for epsilon, accuracy, interval in zip(grid, report.claimed_accuracies, report.accuracy_intervals, strict=True)
     ]
     expected = EvalResult(
         **common,
         metric_type="expected_robustness",
         metric_name=f"Expected robustness, {NORM_NAMES[report.norm]} up to {grid[-1]}",
-        metric_value=report.expected_robustness,
+        metric_value=report.claimed_expected_robustness,
         metric_args={
             "epsilon": grid[-1],
             "epsilons": grid,

@@ -18,7 +18,7 @@ from hf_rft import evaluate_robustness
 from hf_rft.cli import evaluate, leaderboard
 from hf_rft.cli.leaderboard import Candidate
 from hf_rft.evaluation import flags
-from hf_rft.evaluation.report import Profile
+from hf_rft.evaluation.report import ExternalEvaluation, Profile
 from hf_rft.hub.evidence import hash_weight_files
 
 
@@ -195,6 +195,20 @@ def test_files_are_written_and_the_table_is_printed(tmp_path, capsys):
     assert low <= rows[0]["difference_to_next"] <= high and rows[2]["difference_to_next"] is None
     assert "the weights were not checked against it: user/strong, user/middle" in text
     assert board["not_read"][0]["entry"] == str(tmp_path / "absent.json") and "## Not read" in text
+
+
+def test_an_external_evaluation_is_preferred_with_a_footnote(tmp_path):
+    found = ExternalEvaluation(Fraction(1, 3), 0.1, "an adaptive attack", "https://example.org/attack")
+    entries = [saved(tmp_path / "strong", STRONG, "strong", external=[found]), saved(tmp_path / "middle", MIDDLE, "m")]
+    board = run(tmp_path, *entries)
+    assert names(board) == ["m", "strong"]
+    first, second = board["groups"][0]["rows"]
+    assert second["accuracies"] == [0.8, 0.8, 0.1, 0.1] and second["robust_accuracy"] == 0.1
+    assert first["difference_to_next"] is None, "nobody knows which examples"
+    text = (tmp_path / "board" / "leaderboard.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| 2 |"))
+    assert row.startswith("| 2 | strong * | 80.0 | 80.0 | 10.0 | 10.0 | ") and "[" not in row
+    assert "\\* strong: with the lower accuracies of an adaptive attack (https://example.org/attack)." in text
 
 
 def test_profiles_have_columns_that_do_not_count_for_the_rank(tmp_path):

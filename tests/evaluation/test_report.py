@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 
 from hf_rft import RobustnessReport
 from hf_rft.attacks.base import Passes
-from hf_rft.evaluation.report import AdversarialExamples
+from hf_rft.evaluation.report import AdversarialExamples, ExternalEvaluation
 
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -125,6 +125,22 @@ def test_summary_takes_a_weight():
     )
     with pytest.raises(ValueError, match="`weight` returned -1 at epsilon"):
         report.summary(weight=lambda epsilon: -1)
+
+
+def test_an_external_evaluation_caps_the_claim_at_its_epsilon_and_beyond(tmp_path):
+    report = make_report()
+    assert report.claimed_accuracies == report.accuracies
+    assert report.claimed_expected_robustness == report.expected_robustness
+    found = ExternalEvaluation(Fraction(1, 3), 0.1, "an adaptive attack", "https://example.org")
+    weaker = ExternalEvaluation(Fraction(2, 255), 0.7, "PGD-20", "elsewhere")
+    report.external = [found, weaker]
+    assert report.claimed_accuracies == [0.8, 0.6, 0.1, 0.1] and report.accuracies == [0.8, 0.6, 0.4, 0.4]
+    widths = np.diff([float(epsilon) for epsilon in GRID])
+    expected = (widths * [0.7, 0.35, 0.1]).sum() / 0.5
+    assert report.claimed_expected_robustness == pytest.approx(expected)
+    assert report.up_to(Fraction(2, 255)).external == [weaker]
+    report.save(tmp_path / "report.json")
+    assert RobustnessReport.load(tmp_path / "report.json").external == [found, weaker]
 
 
 # --- Files ---
@@ -251,8 +267,12 @@ def without(*keys):
         (without("per_example", "distances"), "'distances' is missing"),
         (without("passes", "backward"), "'?backward'? is missing"),
         (json.dumps({**saved_values(), "per_example": None}), "is not a complete robustness report"),
-        (json.dumps({**saved_values(), "profile": {"norms": {}}}), "'corruptions' is missing or wrong in its profile"),
-        (json.dumps({**saved_values(), "profile": [1]}), "is missing or wrong in its profile"),
+        (json.dumps({**saved_values(), "profile": {"norms": {}}}), "'corruptions' is missing or wrong"),
+        (
+            json.dumps({**saved_values(), "external": [{"epsilon": "1/255"}]}),
+            "is not a complete robustness report: .*missing",
+        ),
+        (json.dumps({**saved_values(), "profile": [1]}), "is missing or wrong"),
         (json.dumps({**saved_values(), "epsilons": ["0", "1/255"]}), "is not a complete robustness report: '2/255'"),
     ],
 )

@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import yaml
@@ -5,7 +7,7 @@ from evaluation.test_report import make_report
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
-from hf_rft.evaluation.report import Profile
+from hf_rft.evaluation.report import ExternalEvaluation, Profile
 from hf_rft.evaluation.tiers import TIERS
 from hf_rft.hub.model_card import (
     TAGS,
@@ -157,6 +159,22 @@ def test_the_section_states_threat_model_results_and_limits(report):
     for stated in ("L∞", "| 2/255 |", "](curve.png)", "fast", "seed 3", "upper bounds"):
         assert stated in text
     assert f"{100 * report.expected_robustness:.1f} %" in text
+
+
+def test_an_external_evaluation_takes_the_place_of_higher_numbers(report):
+    assert "external" not in describe_robustness(report).lower()
+    report.external = [ExternalEvaluation(Fraction(1, 3), 0.1, "an <adaptive> attack", "https://example.org")]
+    card = make_card(name="m", report=report)
+    rows = [line for line in card.text.splitlines() if line.startswith("| ")]
+    assert "| 2/255 | 60.0 % | 14.7 to 94.7 % |" in rows
+    assert "| 85/255 | 10.0 % | external; 40.0 % here |" in rows and "| 0.5 | 10.0 % | external; 40.0 % here |" in rows
+    assert "is **27.2 %** (with an external evaluation, see below)" in card.text
+    assert "attack found 10.0 % at 85/255 (https://example.org)." in card.text and "<adaptive>" not in card.text
+    check_card(loaded(card), report, name="m")
+    *accuracies, expected = card.data.eval_results
+    assert [result.metric_value for result in accuracies] == [0.8, 0.6, 0.1, 0.1]
+    assert expected.metric_value == report.claimed_expected_robustness
+    assert expected.metric_args["external"] == ["an <adaptive> attack (https://example.org)"]
 
 
 def test_a_profile_is_stated_apart(report):
