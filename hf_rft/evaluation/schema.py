@@ -1,6 +1,5 @@
 """A report as JSON values, and back."""
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
