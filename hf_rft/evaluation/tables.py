@@ -43,19 +43,18 @@ def to_pandas(report: "RobustnessReport", per: str) -> "pandas.DataFrame":
 
 def class_rows(report: "RobustnessReport") -> list[dict[str, Any]]:
     """For each class that occurs among the labels, what `to_pandas("class")` says."""
-    from scipy.stats import binomtest  # slow to import
+    from ..metrics.expected_robustness.expected_robustness import confidence_interval
 
     classes, counts = np.unique(report.labels, return_counts=True)
     names, largest = report.settings.get("model", {}).get("class_names") or {}, len(report.epsilons) - 1
     rows = []
     for label, count in zip(classes.tolist(), counts.tolist(), strict=True):
         broken_at = report.broken_at[report.labels == label]
-        robust = int((broken_at > largest).sum())
+        clean, robust = float((broken_at > 0).mean()), float((broken_at > largest).mean())
         # Each interval is wide enough that all of them hold at once: one of many classes is low by chance.
-        exact = binomtest(robust, count).proportion_ci(1 - 0.05 / len(classes), method="exact")
-        shares = {"clean_accuracy": float((broken_at > 0).mean()), "robust_accuracy": robust / count}
-        bounds = {"low": float(exact.low), "high": float(exact.high)}
-        rows.append({"class": label, "name": names.get(str(label), str(label)), "count": count, **shares, **bounds})
+        low, high = confidence_interval(robust, count, 1 - 0.05 / len(classes))
+        shares = {"clean_accuracy": clean, "robust_accuracy": robust, "low": low, "high": high}
+        rows.append({"class": label, "name": names.get(str(label), str(label)), "count": count, **shares})
     return rows
 
 

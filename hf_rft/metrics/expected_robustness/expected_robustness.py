@@ -92,16 +92,17 @@ def bracket(epsilons, accuracies, weight=None) -> tuple[float, float]:
     return float(_mean(masses, right)), float(_mean(masses, left))
 
 
-def confidence_interval(mean: float, examples: int) -> tuple[float, float]:
-    """95 % interval for the true mean of a quantity in [0, 1], from its mean over independent examples.
+def confidence_interval(mean: float, examples: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval (95 %) for the true mean of a quantity in [0, 1], from its mean over independent examples.
 
     The exact binomial interval (Clopper-Pearson), with `examples * mean` successes, which need not be whole. With
     mean p, nothing in [0, 1] varies more than a coin that shows 1 with probability p, so the interval is too wide if
     anything for examples that are neither 0 nor 1.
     """
     successes, failures = mean * examples, examples - mean * examples
-    low = beta.ppf(0.025, successes, failures + 1) if successes > 0 else 0.0
-    high = beta.ppf(0.975, successes + 1, failures) if failures > 0 else 1.0
+    tail = (1 - level) / 2
+    low = beta.ppf(tail, successes, failures + 1) if successes > 0 else 0.0
+    high = beta.ppf(1 - tail, successes + 1, failures) if failures > 0 else 1.0
     return float(low), float(high)
 
 
