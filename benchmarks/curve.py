@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -191,7 +192,8 @@ def growth(args: argparse.Namespace, case: Case) -> None:
         batches = [kept(args, measure_ours, batch, first) for first, batch in each.batches(args.batch_size)]
         robust, count = joined(batches).float(), len(each.pixels)
         seconds, withstood = sum(batch["seconds"] for batch in batches), robust[1:].sum(dim=0).mean().item()
-        at_least = withstood * passes_to_withstand(TIERS[args.tier]["linf"], "linf", each.num_classes)
+        attacks = replace(TIERS[args.tier]["linf"], guess_steps=0)
+        at_least = withstood * passes_to_withstand(attacks, "linf", each.num_classes)
         print(
             f"| {each.num_epsilons} | {count} | {each.num_classes} "
             f"| {100 * robust[0].mean():.0f}, {100 * robust[-1].mean():.0f} | {sum(passes_per_image(batches)):.0f} "

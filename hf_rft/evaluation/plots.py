@@ -165,7 +165,7 @@ def plot_profile(report: "RobustnessReport", path: str | Path | None = None, tit
     left.axhline(100 * (report.union_accuracy or 0), linestyle="--", color="grey", linewidth=1, label=union)
     left.set(xlabel="epsilon, as a share of the norm's largest", ylabel="accuracy (%)", ylim=(0, 100))
     left.grid(alpha=0.3)
-    left.legend(fontsize="small", loc="lower left")
+    left.legend(fontsize="small")
 
     kinds = list(report.profile.corruptions)
     shares = [[100 * right / len(report) for right in row] for row in report.profile.corruptions.values()]

@@ -58,10 +58,3 @@ def test_growth(curve, args, case, capsys):
     assert [row[0].strip("| ") for row in rows][:5] == ["8", "1", "2", "4", "16"]
     cost, of_single_runs = ([float(row[place].strip("| ")) for row in rows] for place in (4, 6))
     assert of_single_runs[4] > 1.5 * of_single_runs[0] > cost[0]  # 16 epsilons; one run each costs twice as much as 8
-
-
-def test_passes_of_a_failed_attack(curve):
-    assert curve.failed_passes("fast", 10) == 101 + 100
-    # One more forward pass for the clean logits, and one after each of the 9 (of 4 classes: 3) targets.
-    assert curve.failed_passes("standard", 10) == 201 + 1 + 9 * (101 + 1 + 100)
-    assert curve.failed_passes("standard", 4) == 201 + 1 + 3 * (101 + 1 + 100)
