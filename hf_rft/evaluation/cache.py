@@ -107,6 +107,6 @@ def hash_levels(pixels: torch.Tensor, labels: torch.Tensor) -> list[str]:
     return hash_examples((255 * pixels).round().to(torch.uint8), labels.long())
 
 
-def batch_key(evaluated: Mapping[str, Any], positions: Sequence[int], examples: Sequence[str]) -> str:
-    """Key of a batch: a hash of what is evaluated, the examples' hashes and their positions in the dataset."""
+def group_key(evaluated: Mapping[str, Any], positions: Sequence[int], examples: Sequence[str]) -> str:
+    """Key of a group of batches: a hash of what is evaluated, and of the examples and their positions."""
     return hash_json({"evaluated": evaluated, "positions": list(positions), "examples": list(examples)})

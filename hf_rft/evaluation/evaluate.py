@@ -25,7 +25,7 @@ from .evaluator import Evaluator
 from .profile import comparable_evaluators
 from .provenance import describe_model
 from .report import Profile, RobustnessReport
-from .subject import Subject, gathered, look_at
+from .subject import Subject, gathered, groups_of_batches, look_at
 from .tiers import make_tier
 
 
@@ -48,9 +48,9 @@ def evaluate_robustness(
 ) -> RobustnessReport:
     """Measure the accuracy of an image classifier under attack, over a grid of perturbation strengths.
 
-    Under `accelerate launch` or `torchrun`, the batches are distributed over the processes, and each of them returns
-    the same report as a single process would. The model is measured in evaluation mode, and on a CPU with convolutions
-    in channels_last, which is faster; its modes and memory format are restored.
+    Under `accelerate launch` or `torchrun`, groups of batches are distributed over the processes, and each of them
+    returns the same report as a single process would. The model is measured in evaluation mode, and on a CPU with
+    convolutions in channels_last, which is faster; its modes and memory format are restored.
 
     Args:
         model (`torch.nn.Module`):
@@ -75,11 +75,12 @@ def evaluate_robustness(
             fail, which does not prove that it is. The named tiers also search outwards from each clean image, since an
             attack may fail in a large ball and succeed in a smaller one (search.py); a list runs exactly its attacks.
         batch_size (`int`, *optional*, defaults to 64):
-            Images per pass through the model, and per file of the cache.
+            Images per pass through the model. Of many images, several batches are attacked together, so that batches
+            stay full, and share a file of the cache.
         seed (`int`, *optional*, defaults to 0):
             Determines the attacks' random starts, together with an example's position in the dataset.
         cache_dir (`str` or `Path`, *optional*):
-            Folder for the results of finished batches, from which an interrupted evaluation resumes. Several
+            Folder for the results of finished groups of batches, from which an interrupted evaluation resumes. Several
             evaluations may share it.
         autocast_dtype (`torch.dtype`, *optional*):
             Craft adversarial examples in this precision, for example `torch.bfloat16`; they count only if they fool
@@ -152,18 +153,17 @@ def evaluate_robustness(
     first_image, _ = classifier.load(examples, [0])
     shape = first_image.shape[1:]
     with classifier.under_attack(), classifier.in_fast_format(first_image):
-        batches = [
-            range(first, min(first + batch_size, len(examples))) for first in range(0, len(examples), batch_size)
-        ]
-        mine = batches[state.process_index :: state.num_processes]
+        mine = groups_of_batches(len(examples), batch_size)[state.process_index :: state.num_processes]
         # Check all images and labels before the first attack: hours later is too late for an error.
-        clean = [look_at(classifier, examples, positions, shape) for positions in mine]
+        clean = [look_at(classifier, examples, positions, shape, batch_size) for positions in mine]
         provenance = {
             "model": describe_model(model),
             "dataset": dataset,
             "normalization": normalization,
             "batch_size": batch_size,
-            "sha256": hash_json([*itertools.chain(*gathered({b.positions[0]: b.level_hashes for b in clean}))]),
+            "sha256": hash_json(
+                [*itertools.chain(*gathered({group.positions[0]: group.level_hashes for group in clean}))]
+            ),
             "image_shape": list(shape),
         }
         show_progress = progress_bar and state.is_main_process

@@ -66,6 +66,7 @@ class Evaluator:
         clean_predictions: torch.Tensor,
         *,
         crafting: Forward | None = None,
+        batch_size: int | None = None,
         on_progress: Callable[[str, int], None] = lambda stage, decided: None,
     ) -> tuple[BreakingPoints, Passes]:
         """Where each example of a batch breaks, and the passes spent on the batch, including that of the clean images.
@@ -75,7 +76,7 @@ class Evaluator:
                 Maps pixels to logits; only images that fool this function count.
             crafting (`Callable`, *optional*):
                 Like `forward`, in another precision; the attacks run on it. Defaults to `forward`.
-            pixels, labels, positions, clean_predictions, on_progress:
+            pixels, labels, positions, clean_predictions, batch_size, on_progress:
                 See [`find_breaking_points`].
         """
         exact = CountedForward(forward)
@@ -91,6 +92,7 @@ class Evaluator:
             positions=positions,
             verify=exact,
             clean_predictions=clean_predictions,
+            batch_size=batch_size,
             on_progress=on_progress,
         )
         spent = [counter.passes for counter in {exact, crafted}]

@@ -67,6 +67,7 @@ def find_breaking_points(
     positions: Sequence[int],
     verify: Forward | None = None,
     clean_predictions: torch.Tensor | None = None,
+    batch_size: int | None = None,
     on_progress: Callable[[str, int], None] = lambda stage, decided: None,
 ) -> BreakingPoints:
     """For every example, find the smallest epsilon of the grid at which an attack of the tier succeeds.
@@ -91,6 +92,9 @@ def find_breaking_points(
             finds an image that does not fool `verify`, `verify` itself is attacked.
         clean_predictions (`torch.Tensor` of shape `(batch,)`, *optional*):
             Predicted classes of the clean images, if known.
+        batch_size (`int`, *optional*):
+            Attack at most so many images at a time. With several times as many images, the batches stay full to the
+            end; by default, all images are one batch, of which ever fewer are left.
         on_progress (`Callable`, *optional*):
             Called with the name of each attack as it starts, and the number of examples decided so far.
     """
@@ -99,11 +103,13 @@ def find_breaking_points(
         clean_predictions = _predict(verify, pixels)
     search = _Search(forward, verify, pixels, labels, norm, epsilons, tier, seed, positions, clean_predictions)
     while len(undecided := search.undecided()) > 0:
-        # Run the earliest attack that is due for any example: what it breaks returns to it at a smaller epsilon, and
-        # the long attacks get the largest possible batches.
-        stage = int(search.withstood[undecided].min())
+        # Run the earliest attack that is due for a whole batch, or else for any example: what it breaks returns to
+        # the first attack at a smaller epsilon, and the long attacks get the largest possible batches.
+        counts = search.withstood[undecided].bincount()
+        full = (counts >= (batch_size or len(labels))).nonzero().flatten()
+        stage = int(full[0] if len(full) > 0 else counts.nonzero()[0])
         on_progress(attack_name(search.runs[stage].attack), len(labels) - len(undecided))
-        search.attack(undecided[search.withstood[undecided] == stage], stage)
+        search.attack(undecided[search.withstood[undecided] == stage][:batch_size], stage)
     on_progress("", len(labels))
     return search.found
 

@@ -1,6 +1,7 @@
 """One model and its examples under any set of attacks, and under corruptions: batches, cache, progress, processes."""
 
 import itertools
+import math
 import sys
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from ..attacks.base import Forward, Passes
 from ..data.examples import Examples
 from ..models.classifier import CountedForward, PixelClassifier, check_labels
 from ..models.folding import exactly_foldable_pairs, folded, folded_weights
-from .cache import Record, ResultCache, batch_key, hash_examples, hash_levels
+from .cache import Record, ResultCache, group_key, hash_examples, hash_levels
 from .corruptions import KINDS, PACKAGE, SEVERITIES, corrupt
 from .estimate import CostEstimate
 from .evaluator import Evaluator
@@ -24,23 +25,37 @@ from .margins import logit_margins
 from .report import AdversarialExamples, RobustnessReport
 
 
-# Number of adversarial examples in the report, and kept per batch.
+# Number of adversarial examples in the report, and kept per group.
 SHOWN_EXAMPLES = 8
 
 
-class CleanBatch(NamedTuple):
-    """What is known about a batch before it is attacked."""
+# Batches attacked together: examples drop out, and the batches of the long attacks stay full nevertheless. Groups of
+# batches are what processes share and the cache holds, so there are at least so many of them if there can be.
+LARGEST_GROUP, FEWEST_GROUPS = 8, 8
+
+
+def groups_of_batches(count: int, batch_size: int) -> list[range]:
+    """The positions of all examples, in groups of whole batches."""
+    batches = math.ceil(count / batch_size)
+    size = batch_size * min(max(batches // FEWEST_GROUPS, 1), LARGEST_GROUP)
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+class CleanGroup(NamedTuple):
+    """What is known about a group of batches before it is attacked."""
 
     positions: range  # in the dataset
     hashes: list[str]  # one per image and its label, for the cache
     level_hashes: list[str]  # the same of the images in bytes, for the report
-    logits: torch.Tensor  # (batch, classes), on the CPU
+    logits: torch.Tensor  # (examples, classes), on the CPU
     num_right: int
 
 
 @torch.no_grad()
-def look_at(classifier: PixelClassifier, examples: Examples, positions: range, shape: torch.Size) -> CleanBatch:
-    """Check the images and labels of a batch, and classify it.
+def look_at(
+    classifier: PixelClassifier, examples: Examples, positions: range, shape: torch.Size, batch_size: int
+) -> CleanGroup:
+    """Check the images and labels of a group, and classify it.
 
     Raises:
         ValueError: naming the examples, if an image does not have this shape or a label is not one of the model's.
@@ -51,11 +66,15 @@ def look_at(classifier: PixelClassifier, examples: Examples, positions: range, s
             f"`dataset`: the images {positions[0]} to {positions[-1]} have the shape {tuple(pixels.shape[1:])}, the "
             f"first one has {tuple(shape)}; resize them to one size, that of the model."
         )
-    logits = classifier.forward_in(None)(pixels)
+    logits = _logits(classifier, pixels, batch_size)
     check_labels(f"`dataset` (examples {positions[0]} to {positions[-1]})", labels, logits.shape[1])
     num_right = int((logits.argmax(dim=1) == labels).sum())
     hashes = hash_examples(pixels, labels), hash_levels(pixels, labels)
-    return CleanBatch(positions, *hashes, logits.cpu(), num_right)
+    return CleanGroup(positions, *hashes, logits.cpu(), num_right)
+
+
+def _logits(classifier: PixelClassifier, pixels: torch.Tensor, batch_size: int) -> torch.Tensor:
+    return torch.cat([classifier.forward_in(None)(part) for part in pixels.split(batch_size)])
 
 
 def gathered(results: dict[int, Any]) -> list[Any]:
@@ -71,10 +90,10 @@ class Subject(NamedTuple):
             In evaluation mode.
         examples ([`Examples`]):
             All of them.
-        clean (`list[CleanBatch]`):
-            The batches of this process.
+        clean (`list[CleanGroup]`):
+            The groups of this process.
         cache ([`ResultCache`]):
-            Of finished batches.
+            Of finished groups.
         was_training (`bool`):
             Whether the model was passed in training mode.
         provenance (`dict`):
@@ -85,7 +104,7 @@ class Subject(NamedTuple):
 
     classifier: PixelClassifier
     examples: Examples
-    clean: list[CleanBatch]
+    clean: list[CleanGroup]
     cache: ResultCache
     was_training: bool
     provenance: dict[str, Any]
@@ -100,12 +119,12 @@ class Subject(NamedTuple):
         with self._progress(evaluator.norm) as bar:
             # Written, not logged: like the bar, it is for whoever waits.
             estimate = CostEstimate(evaluator, lambda text: bar.disable or bar.write(text, file=sys.stderr))
-            num_right = sum(batch.num_right for batch in self.clean)
-            for batch in self.clean:
+            num_right = sum(group.num_right for group in self.clean)
+            for group in self.clean:
                 estimate.left(images=bar.total - bar.n, num_right=num_right)
-                record = _evaluate_batch(self, crafting, batch, evaluator, evaluated, bar, estimate)
-                num_right -= batch.num_right
-                records[batch.positions[0]] = record
+                record = _attack_group(self, crafting, group, evaluator, evaluated, bar, estimate)
+                num_right -= group.num_right
+                records[group.positions[0]] = record
         records = gathered(records)
         merged = {name: torch.cat([record[name] for record in records]) for name in records[0] if name != "passes"}
         checked: list[Any] = [None, None]
@@ -132,23 +151,23 @@ class Subject(NamedTuple):
     def count_right_corrupted(self, seed: int) -> dict[str, list[int]]:
         """By kind of corruption, the number of all processes' examples classified correctly at each severity."""
         kinds = [kind for group in KINDS.values() for kind in group]
-        forward = self.classifier.forward_in(None)
         evaluated = self._evaluated({"corruptions": kinds, "seed": seed, "version": version(PACKAGE)})
         totals = torch.zeros(len(kinds), len(SEVERITIES), dtype=torch.long)
         with self._progress("corruptions") as bar:
-            for batch in self.clean:
-                key = batch_key(evaluated, batch.positions, batch.hashes)
-                record = self.cache.load(key, batch.logits)
+            for group in self.clean:
+                key = group_key(evaluated, group.positions, group.hashes)
+                record = self.cache.load(key, group.logits)
                 if record is None:
-                    pixels, labels = self.classifier.load(self.examples, batch.positions)
+                    pixels, labels = self.classifier.load(self.examples, group.positions)
                     right = torch.zeros_like(totals)
                     for (row, kind), severity in itertools.product(enumerate(kinds), SEVERITIES):
-                        corrupted = corrupt(pixels, kind, severity, seed=seed, positions=batch.positions)
-                        right[row, severity - 1] = (forward(corrupted).argmax(dim=1) == labels).sum()
+                        corrupted = corrupt(pixels, kind, severity, seed=seed, positions=group.positions)
+                        logits = _logits(self.classifier, corrupted, self.provenance["batch_size"])
+                        right[row, severity - 1] = (logits.argmax(dim=1) == labels).sum()
                     record = {"right": right}
-                    self.cache.save(key, record, batch.logits)
+                    self.cache.save(key, record, group.logits)
                 totals += record["right"]
-                bar.update(len(batch.positions))
+                bar.update(len(group.positions))
         totals = torch.stack(gather_object([totals])).sum(dim=0)
         return dict(zip(kinds, totals.tolist(), strict=True))
 
@@ -159,7 +178,7 @@ class Subject(NamedTuple):
         return {"model": self.provenance["model"]["sha256"], "normalization": statistics, **settings}
 
     def _progress(self, description: str) -> tqdm:
-        total = sum(len(batch.positions) for batch in self.clean)
+        total = sum(len(group.positions) for group in self.clean)
         return tqdm(total=total, unit=" examples", desc=description, disable=not self.show_progress)
 
 
@@ -181,24 +200,24 @@ def _crafting(classifier: PixelClassifier, dtype: torch.dtype | None) -> Forward
     return crafting
 
 
-def _evaluate_batch(
+def _attack_group(
     subject: Subject,
     crafting: Forward | None,
-    batch: CleanBatch,
+    group: CleanGroup,
     evaluator: Evaluator,
     evaluated: dict[str, Any],
     bar: tqdm,
     estimate: CostEstimate,
 ) -> Record:
-    """The record of a batch, from the cache or newly computed."""
-    classifier, positions, done_before = subject.classifier, batch.positions, bar.n
-    key = batch_key(evaluated, positions, batch.hashes)
+    """The record of a group, from the cache or newly computed."""
+    classifier, positions, done_before = subject.classifier, group.positions, bar.n
+    key = group_key(evaluated, positions, group.hashes)
 
     def show(attack: str, decided: int) -> None:
         bar.set_postfix_str(attack, refresh=False)
         bar.update(done_before + decided - bar.n)
 
-    record = subject.cache.load(key, batch.logits)
+    record = subject.cache.load(key, group.logits)
     if record is None:
         pixels, labels = classifier.load(subject.examples, positions)
         exact = classifier.forward_in(None)
@@ -208,8 +227,9 @@ def _evaluate_batch(
             pixels,
             labels,
             positions,
-            batch.logits.argmax(dim=1).to(labels.device),
+            group.logits.argmax(dim=1).to(labels.device),
             crafting=attacked if crafting else None,
+            batch_size=subject.provenance["batch_size"],
             on_progress=show,
         )
         estimate.make()
@@ -220,9 +240,9 @@ def _evaluate_batch(
         record["shown_adversarial"] = record.pop("adversarial")[shown]
         record["passes"] = torch.tensor(passes)
         record = {name: tensor.cpu() for name, tensor in record.items()}
-        subject.cache.save(key, record, batch.logits)
+        subject.cache.save(key, record, group.logits)
     show("", len(positions))
-    return record | {"margins": logit_margins(batch.logits)}
+    return record | {"margins": logit_margins(group.logits)}
 
 
 def _check_trust(subject: Subject, merged: Record, evaluator: Evaluator) -> tuple[dict[str, str], Passes]:

@@ -11,7 +11,7 @@ from torch import nn
 from hf_rft.evaluation import cache as module
 from hf_rft.evaluation.cache import (
     ResultCache,
-    batch_key,
+    group_key,
     hash_examples,
     hash_json,
     hash_levels,
@@ -90,7 +90,7 @@ def test_key_of_a_batch_sees_evaluation_places_images_and_labels():
     pixels, labels = torch.rand(2, 3, 4, 4), torch.tensor([0, 1])
 
     def key(evaluated, positions, pixels, labels):
-        return batch_key(evaluated, positions, hash_examples(pixels, labels))
+        return group_key(evaluated, positions, hash_examples(pixels, labels))
 
     keys = {
         key({"seed": 0}, range(2), pixels, labels),

@@ -326,6 +326,48 @@ def test_examples_share_calls_at_epsilons_of_their_own(bright):
     assert len(calls) <= 4
 
 
+@every_norm
+@pytest.mark.parametrize("batch_size", [1, 3, 13, 14, 50])
+def test_batches_change_no_result(norm, batch_size, problem):
+    expected = search(problem, norm, GRIDS[norm], STANDARD)
+    sizes, (model, pixels, labels) = [], problem
+
+    def counted(images):
+        sizes.append(len(images))
+        return model(images)
+
+    clean = model(pixels).argmax(dim=1)
+    found = search(
+        (counted, pixels, labels), norm, GRIDS[norm], STANDARD, batch_size=batch_size, clean_predictions=clean
+    )
+    assert_same(found, expected)
+    assert max(sizes) <= batch_size
+
+
+def test_batches_stay_full_while_there_are_enough_examples(bright):
+    """Eight copies: what returns to the first attack waits until it fills a batch, or nothing else does."""
+    sizes = []
+
+    def sized(attack):
+        def wrapper(forward, pixels, labels, **options):
+            sizes.append(len(pixels))
+            return attack(forward, pixels, labels, **options)
+
+        return wrapper
+
+    tier = tier_of(sized(partial(brighten, 0.5)), sized(partial(brighten, 1.0)))
+    model, pixels, labels = bright
+    many = model, pixels.repeat(8, 1, 1, 1), labels.repeat(8)
+    found = search(many, "linf", TENTHS, tier, batch_size=10)
+    in_batches = sizes.copy()
+    alone = search(bright, "linf", TENTHS, tier)
+    assert found.broken_at.tolist() == 8 * alone.broken_at.tolist()
+    assert in_batches[:8] == [10] * 8 and max(in_batches) == 10
+    assert sum(size for size in in_batches if size == 10) > 0.8 * sum(in_batches)
+    calls_alone = 8 * len(sizes[len(in_batches) :])
+    assert len(in_batches) < 0.6 * calls_alone
+
+
 def test_a_success_counts_at_every_epsilon_it_reaches(bright):
     """Shrinking leads from a success at 0.4 to within 1/64 of the distance: one call decides what breaks first."""
     attacks, calls = recorded(bright, partial(brighten, 1.0))
