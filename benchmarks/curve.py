@@ -4,7 +4,8 @@ Both attack the same images with the same attacks (`--tier fast`: APGD on cross-
 targeted APGD), through the same model in the same memory format, in one process, batch after batch in turn. Finished
 batches are kept on disk: the same command goes on where it was.
 
-`--growth` measures this project's side alone, for more and fewer epsilons, examples and classes.
+`--growth` measures this project's side alone, for more and fewer epsilons, examples and classes; `--grouping` what it
+saves to attack several batches together.
 """
 
 import argparse
@@ -202,18 +203,51 @@ def growth(args: argparse.Namespace, case: Case) -> None:
         )
 
 
+def grouping(args: argparse.Namespace, case: Case) -> None:
+    """All images in one group of batches, against each batch alone, in turn: calls of the model and processor time."""
+    sizes: dict[str, list[int]] = {}
+    seconds: dict[str, list[float]] = {"alone": [], "together": []}
+    broken_at = {}
+    for _ in range(args.rounds):
+        for name, group in (("alone", args.batch_size), ("together", len(case.pixels))):
+            sizes[name], start, found = [], time.process_time(), []
+
+            def counted(pixels: torch.Tensor, calls: list[int] = sizes[name]) -> torch.Tensor:
+                calls.append(len(pixels))
+                return case.forward(pixels)
+
+            for first, part in case._replace(forward=counted).batches(group):
+                options = {"norm": "linf", "epsilons": case.epsilons, "tier": TIERS[args.tier]["linf"]}
+                positions = range(first, first + len(part.pixels))
+                options |= {"seed": args.seed, "positions": positions, "batch_size": args.batch_size}
+                found.append(find_breaking_points(part.forward, part.pixels, part.labels, **options).broken_at)
+            seconds[name].append(time.process_time() - start)
+            broken_at[name] = torch.cat(found)
+    same = (broken_at["alone"] == broken_at["together"]).float().mean().item()
+    print(f"{len(case.pixels)} images, {args.batch_size} at a time; the same for {100 * same:.1f} % of them\n")
+    print(
+        "| batches | calls of the model | images in a call, mean | processor time, s (median) |\n" + "| --- " * 4 + "|"
+    )
+    for name, calls in sizes.items():
+        print(f"| {name} | {len(calls)} | {sum(calls) / len(calls):.1f} | {statistics.median(seconds[name]):.0f} |")
+    ratios = [alone / together for alone, together in zip(*seconds.values(), strict=True)]
+    print(f"\ntime: {statistics.median(ratios):.2f} times less ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     subject.add_arguments(parser, max_samples=64)
     parser.add_argument("--tier", choices=list(REFERENCES), default="standard")
     parser.add_argument("--growth", action="store_true", help="Other numbers of epsilons, images and classes.")
+    parser.add_argument("--grouping", action="store_true", help="Batches alone, against a group of them.")
+    parser.add_argument("--rounds", type=int, default=3, help="Of --grouping.")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks/curve"))
     args = parser.parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     measured = subject.load(args)
     case = Case(measured.forward, *measured.pixels_and_labels())
-    (growth if args.growth else compare)(args, case)
+    (growth if args.growth else grouping if args.grouping else compare)(args, case)
 
 
 if __name__ == "__main__":

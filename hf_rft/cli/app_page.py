@@ -212,9 +212,8 @@ class Page:
         name, hour = classifiers[0].name, 3600
         with gr.Blocks(title=name, analytics_enabled=False, delete_cache=(hour, 24 * hour)) as self.blocks:
             threat = f"{NORM_NAMES[report.norm]} up to {format_epsilon(report.epsilons[-1])}"
-            gr.Markdown(
-                f"# How robust is {plain(name)}?\nExpected robustness **{report.expected_robustness:.1%}**, {threat}."
-            )
+            claimed = f"Expected robustness **{report.claimed_expected_robustness:.1%}**, {threat}."
+            gr.Markdown(f"# How robust is {plain(name)}?\n{claimed}")
             with gr.Row():
                 with gr.Column(scale=1, min_width=280):
                     self._make_controls(examples)

@@ -58,3 +58,12 @@ def test_growth(curve, args, case, capsys):
     assert [row[0].strip("| ") for row in rows][:5] == ["8", "1", "2", "4", "16"]
     cost, of_single_runs = ([float(row[place].strip("| ")) for row in rows] for place in (4, 6))
     assert of_single_runs[4] > 1.5 * of_single_runs[0] > cost[0]  # 16 epsilons; one run each costs twice as much as 8
+
+
+def test_grouping(curve, args, case, capsys):
+    args.rounds = 1
+    curve.grouping(args, case)
+    printed = capsys.readouterr().out
+    assert "6 images, 3 at a time; the same for 100.0 % of them" in printed
+    calls = [int(line.split("|")[2]) for line in printed.splitlines() if line.startswith(("| alone", "| together"))]
+    assert len(calls) == 2 and calls[1] <= calls[0]
