@@ -95,7 +95,7 @@ class EvaluationArguments:
     )
     profile: bool = field(
         default=False,
-        metadata={"help": "Also measure the other norms, at comparable radii, and common corruptions; takes 3 times."},
+        metadata={"help": "Also measure the other norms, at comparable radii, and common corruptions; 3 to 6 times."},
     )
     reference: str | None = field(
         default=None,
@@ -137,16 +137,27 @@ def load_images(args: EvaluationArguments) -> Dataset:
     return subset(dataset, args.max_samples, args.seed)
 
 
+def with_numbers_of(class_names: list[str], dataset: Dataset, column: str) -> Dataset:
+    """The dataset with class numbers alone, if these names can be those of its classes."""
+    if str(getattr(dataset.features[column], "dtype", "")).endswith("string"):
+        dataset = encode_labels(DatasetDict({"train": dataset}), column)["train"]
+    names = getattr(dataset.features[column], "names", None) or class_names
+    if len(names) != len(class_names):
+        raise ValueError(f"--class_names holds {len(class_names)} names, the data have {len(names)} classes.")
+    for ours, theirs in zip(class_names, names, strict=True):
+        if ours != theirs and ours in names:
+            raise ValueError(
+                f"--class_names has {ours!r} where the data have {theirs!r}; the order must be that of the data's "
+                f"classes: {names}."
+            )
+    return dataset.cast_column(column, Value("int64"))
+
+
 def with_model_labels(dataset: Dataset, model: PreTrainedModel, args: EvaluationArguments) -> Dataset:
     """The dataset with the model's class numbers in place of its own."""
     feature = dataset.features[args.label_column_name]
     is_text = str(getattr(feature, "dtype", "")).endswith("string")
     by_name = args.match_labels == "name"
-    if args.class_names is not None:
-        known = getattr(feature, "num_classes", len(args.class_names))
-        if known != len(args.class_names):
-            raise ValueError(f"--class_names holds {len(args.class_names)} names, the data have {known} classes.")
-        return dataset.cast_column(args.label_column_name, Value("int64"))
     if not has_class_names(model.config) or not (isinstance(feature, ClassLabel) or (is_text and by_name)):
         return dataset
     if is_text:
@@ -229,14 +240,15 @@ def main(arguments: list[str] | None = None) -> RobustnessReport:
     name_or_path = bundled.resolve(args.model_name_or_path)
     if args.class_names is None:
         model, processor = load_model_and_processor("--model_name_or_path", name_or_path, **hub_options)
+        dataset = with_model_labels(dataset, model, args)
     else:
+        dataset = with_numbers_of(args.class_names, dataset, args.label_column_name)
         model, processor = load_zero_shot_classifier(
             "--model_name_or_path", name_or_path, args.class_names, args.templates, **hub_options
         )
     model.eval().to(state.device)
     if args.channels_last:
         torch.nn.Module.to(model, memory_format=torch.channels_last)  # in place
-    dataset = with_model_labels(dataset, model, args)
 
     # --- Evaluate ---
     output_dir = Path(args.output_dir)

@@ -83,12 +83,15 @@ def group(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
 
 def numbers(report: RobustnessReport) -> dict[str, Any]:
     """What a row shows: the report's own numbers, but those of an external evaluation where they are lower."""
+    is_lower = report.claimed_accuracies != report.accuracies
     claimed = {
         "expected_robustness": report.claimed_expected_robustness,
         "robust_accuracy": report.claimed_accuracies[-1],
         "accuracies": report.claimed_accuracies,
-        "external": [f"{found.attack} ({found.source})" for found in report.external],
+        "external": [f"{found.attack} ({found.source})" for found in report.external if is_lower],
     }
+    if is_lower:  # an external evaluation says nothing about single examples
+        claimed |= {"confidence_interval": None, "accuracy_intervals": None}
     return {**{number: getattr(report, number) for number in (*SHOWN, *BEYOND)}, **claimed}
 
 
@@ -106,13 +109,13 @@ def make_rows(ranked: Sequence[Candidate]) -> list[dict[str, Any]]:
     """The lines of a table, as JSON values."""
     rows = []
     for place, candidate in enumerate(ranked, start=1):
-        report, lead = candidate.report, (None, None)
-        # An external evaluation says nothing about single examples.
-        if place < len(ranked) and not (report.external or ranked[place].report.external):
+        report, shown, lead = candidate.report, numbers(candidate.report), (None, None)
+        if place < len(ranked) and not (shown["external"] or numbers(ranked[place].report)["external"]):
             lead = paired_difference(report, ranked[place].report)
-        checks = "not made" if report.flags is None else ", ".join(report.flags) or "none"
+        checks = ", ".join([*(report.flags or {}), *report.profile_flags]) or "none"
+        checks = "not made" if report.flags is None else checks
         row = {"rank": place, "name": candidate.name, "entry": candidate.entry}
-        row |= numbers(report)
+        row |= shown
         row |= {"difference_to_next": lead[0], "difference_interval": lead[1]}
         rows.append({**row, "trust_checks": checks, "weights_checked": candidate.weights_checked})
     return rows
@@ -151,8 +154,7 @@ def _markdown_table(one: dict[str, Any], sort_by: str) -> str:
     header.append("failed trust checks")
     lines = []
     for row in rows:
-        interval = [] if row["external"] else row["confidence_interval"]
-        expected = _with_interval(row["expected_robustness"], interval)
+        expected = _with_interval(row["expected_robustness"], row["confidence_interval"] or [])
         lead = _with_interval(row["difference_to_next"], row["difference_interval"], sign="+")
         accuracies = (f"{100 * accuracy:.1f}" for accuracy in row["accuracies"])
         others = ("" if row[key] is None else f"{100 * row[key]:.1f}" for key in beyond)
@@ -198,7 +200,7 @@ def write_leaderboard(leaderboard: dict[str, Any], output_dir: Path) -> None:
     threat = f"{NORM_NAMES[shared['norm']]}, tier {shared['tier']}"
     title = f"{shared['number of examples']} examples, {threat}; shaded: 95 % intervals over examples"
     curves = dict(zip(names, [(epsilons, row["accuracies"]) for row in rows], strict=True))
-    intervals = dict(zip(names, [row["accuracy_intervals"] for row in rows], strict=True))
+    intervals = {row["name"]: row["accuracy_intervals"] for row in rows if row["accuracy_intervals"]}
     with replacing(output_dir / "leaderboard.png") as scratch:
         plot_robustness_curve(curves, shared["norm"], scratch, title, intervals)
 

@@ -6,9 +6,9 @@ Hendrycks and Dietterich 2019, "Benchmarking neural network robustness to common
 """
 
 import contextlib
-import importlib.util
 import io
 from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import torch
@@ -31,8 +31,11 @@ SMALLEST = 32
 
 
 def check_installed() -> None:
-    if importlib.util.find_spec("imagecorruptions") is None:
-        raise ImportError('Common corruptions need another package: `pip install "hf_rft[corruptions]"`.')
+    """Refuse a missing package, and the older one, which has the same module."""
+    try:
+        version(PACKAGE)
+    except PackageNotFoundError as error:
+        raise ImportError('Common corruptions need another package: `pip install "hf_rft[corruptions]"`.') from error
 
 
 def corrupt(pixels: torch.Tensor, kind: str, severity: int, *, seed: int, positions: Sequence[int]) -> torch.Tensor:
@@ -63,7 +66,7 @@ def corrupt(pixels: torch.Tensor, kind: str, severity: int, *, seed: int, positi
     if pixels.shape[1] == 1:  # the package returns three channels
         corrupted = np.rint(corrupted.mean(axis=-1, keepdims=True))
     result = torch.from_numpy(corrupted).movedim(-1, 1)[..., :height, :width]
-    return result.to(pixels) / 255
+    return (result.float() / 255).to(pixels)
 
 
 def _corrupted(image: np.ndarray, kind: str, severity: int, seed: int) -> np.ndarray:

@@ -76,7 +76,7 @@ def evaluate_robustness(
             attack may fail in a large ball and succeed in a smaller one (search.py); a list runs exactly its attacks.
         batch_size (`int`, *optional*, defaults to 64):
             Images per pass through the model. Of many images, several batches are attacked together, so that batches
-            stay full, and share a file of the cache.
+            stay full, and share a file of the cache; eight batches at most, whose images are on the device together.
         seed (`int`, *optional*, defaults to 0):
             Determines the attacks' random starts, together with an example's position in the dataset.
         cache_dir (`str` or `Path`, *optional*):
@@ -87,8 +87,9 @@ def evaluate_robustness(
             the model in its own precision.
         profile (`bool`, *optional*, defaults to `False`):
             Also measure what the model was not necessarily trained for, as `report.profile`: the other norms, at
-            comparable radii (profile.py), and common corruptions (corruptions.py; package `hf_rft[corruptions]`).
-            That takes about three times as long.
+            comparable radii (profile.py), and common corruptions (corruptions.py; package `hf_rft[corruptions]`). All
+            norms together take 3 (tier `full`) to 6 times (`fast`) the passes of L-inf alone, and corrupting an image
+            of 224 pixels some seconds of a CPU core.
         image_column, label_column (`str`, *optional*):
             Default to the usual names: `image` or `img`, `labels` or `label`.
         progress_bar (`bool`, *optional*, defaults to `True`):
@@ -152,6 +153,9 @@ def evaluate_robustness(
 
     first_image, _ = classifier.load(examples, [0])
     shape = first_image.shape[1:]
+    if profile and shape[0] not in (1, 3):
+        raise ValueError(f"`profile=True` needs images with 1 or 3 channels, to corrupt them; these have {shape[0]}.")
+    others = comparable_evaluators(evaluator, shape) if profile else []
     with classifier.under_attack(), classifier.in_fast_format(first_image):
         mine = groups_of_batches(len(examples), batch_size)[state.process_index :: state.num_processes]
         # Check all images and labels before the first attack: hours later is too late for an error.
@@ -170,7 +174,6 @@ def evaluate_robustness(
         subject = Subject(classifier, examples, clean, ResultCache(cache_dir), was_training, provenance, show_progress)
         report = subject.attack(evaluator)
         if profile:
-            others = comparable_evaluators(evaluator, tier, shape)
             norms = {other.norm: subject.attack(other) for other in others}
             report.profile = Profile(norms, subject.count_right_corrupted(seed))
             report.settings["versions"][PACKAGE] = version(PACKAGE)

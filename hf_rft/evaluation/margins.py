@@ -79,7 +79,7 @@ def estimate_robust_accuracy(report: "RobustnessReport", is_right: np.ndarray, m
     The subset says how likely a correct prediction is to withstand the largest epsilon, given its margin; the mean of
     that over the large set is corrected by its mean error on the subset, which makes it unbiased whatever the margins
     are worth (prediction-powered inference, Angelopoulos et al. 2023, https://huggingface.co/papers/2301.09633). Where
-    margins say nothing, the interval is as wide as the subset's own.
+    margins say nothing, the interval is about as wide as the subset's own.
 
     Args:
         report ([`RobustnessReport`]):
@@ -90,10 +90,19 @@ def estimate_robust_accuracy(report: "RobustnessReport", is_right: np.ndarray, m
             Their [`logit_margins`].
 
     Raises:
-        ValueError: if the report holds no margins or fewer than four examples.
+        ValueError: if the report holds no margins or fewer than four examples, or the large set is empty or of two
+            lengths.
     """
+    from scipy.stats import t  # slow to import
+
     if report.margins is None or len(report) < 4:
         raise ValueError("`report` must hold margins, of at least four examples; evaluate again, or more examples.")
+    is_right, margins = np.asarray(is_right, dtype=bool), np.asarray(margins, dtype=float)
+    if is_right.ndim != 1 or is_right.shape != margins.shape or len(margins) == 0:
+        raise ValueError(
+            f"`is_right` and `margins` must hold one value per example, got the shapes {is_right.shape} and "
+            f"{margins.shape}."
+        )
     subset_is_right, is_robust = report.broken_at > 0, report.broken_at == len(report.epsilons)
     # Each half of the subset is judged by what the other half teaches, or its errors would look too small.
     halves = np.arange(len(report)) % 2 == 0
@@ -105,8 +114,11 @@ def estimate_robust_accuracy(report: "RobustnessReport", is_right: np.ndarray, m
         on_large += np.where(is_right, chance(margins), 0) / 2
     errors = is_robust - predicted
     value = on_large.mean() + errors.mean()
-    spread = math.sqrt(on_large.var() / len(on_large) + errors.var(ddof=1) / len(errors))
-    low, high = value - 1.96 * spread, value + 1.96 * spread
+    # Two errors at either extreme stand for those too rare to have been seen, as in differences.py.
+    padded = np.concatenate([errors, [-1, 1]])
+    of_errors = t.ppf(0.975, len(padded) - 1) * padded.std(ddof=1) / math.sqrt(len(padded))
+    half = math.hypot(of_errors, 1.96 * on_large.std() / math.sqrt(len(on_large)))
+    low, high = value - half, value + half
     return Estimate(*(float(np.clip(number, 0, 1)) for number in (value, low, high)))
 
 

@@ -15,7 +15,7 @@ from fractions import Fraction
 
 from ..threat_model import NORMS
 from .evaluator import Evaluator
-from .tiers import make_tier
+from .tiers import TIERS
 
 
 # Share of the largest radius of a ball inside the L-inf ball's corners: 0.29 and 0.33 (L2), 0.12 and 0.11 (L1) in the
@@ -43,13 +43,14 @@ def comparable_epsilon(norm: str, epsilon: Fraction, other: str, image_shape: Se
     return min(Fraction(f"{255 * radius:.2g}") / 255, Fraction(1))
 
 
-def comparable_evaluators(evaluator: Evaluator, tier: str | Sequence, image_shape: Sequence[int]) -> list[Evaluator]:
+def comparable_evaluators(evaluator: Evaluator, image_shape: Sequence[int]) -> list[Evaluator]:
     """The same protocol in the other norms: the same shares of a comparable radius, the same tier."""
-    found = []
+    found, name = [], evaluator.tier.name
     for norm in NORMS:
         if norm != evaluator.norm:
+            tier = TIERS[name][norm] if name in TIERS else evaluator.tier
             *_, largest = evaluator.epsilons
             radius = comparable_epsilon(evaluator.norm, largest, norm, image_shape)
             epsilons = [radius * epsilon / largest for epsilon in evaluator.epsilons]
-            found.append(replace(evaluator, norm=norm, epsilons=epsilons, tier=make_tier(tier, norm)))
+            found.append(replace(evaluator, norm=norm, epsilons=epsilons, tier=tier))
     return found

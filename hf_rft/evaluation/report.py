@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from ..attacks.base import Passes
-from ..threat_model import format_epsilon
+from ..threat_model import NORM_NAMES, format_epsilon, parse_epsilon
 from ..utils.files import write_text
+from ..utils.values import SHARE
 from .margins import margin_correlation, margin_threshold
 from .schema import from_values, to_values
 from .tables import class_rows, to_pandas, to_text
@@ -22,6 +23,10 @@ from .tables import class_rows, to_pandas, to_text
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
+
+
+# A class with fewer examples is not called the worst.
+LEAST_OF_A_CLASS = 5
 
 
 class AdversarialExamples(NamedTuple):
@@ -38,13 +43,33 @@ class AdversarialExamples(NamedTuple):
         return f"AdversarialExamples(positions={self.positions}, images of shape {tuple(self.pixels.shape[1:])})"
 
 
-class ExternalEvaluation(NamedTuple):
-    """The robust accuracy that somebody else found, or an attack made for this model."""
+@dataclass(frozen=True)
+class ExternalEvaluation:
+    """The robust accuracy that somebody else found, or an attack made for this model.
 
-    epsilon: Fraction  # in the report's norm
+    Args:
+        epsilon (`str`, number or `Fraction`):
+            In the report's norm.
+        robust_accuracy (`float`):
+            From 0 to 1.
+        attack (`str`), source (`str`):
+            In words; an address, or where it was published.
+
+    Raises:
+        ValueError: for another value.
+    """
+
+    epsilon: Fraction
     robust_accuracy: float
-    attack: str  # in words
-    source: str  # an address, or where it was published
+    attack: str
+    source: str
+
+    def __post_init__(self):
+        object.__setattr__(self, "epsilon", parse_epsilon(self.epsilon))
+        if self.robust_accuracy not in SHARE:
+            raise ValueError(f"`robust_accuracy={self.robust_accuracy!r}` must be {SHARE}.")
+        if not (isinstance(self.attack, str) and isinstance(self.source, str)):
+            raise ValueError(f"`attack={self.attack!r}` and `source={self.source!r}` must be text.")
 
 
 class Profile(NamedTuple):
@@ -264,8 +289,8 @@ class RobustnessReport:
 
     @property
     def worst_class(self) -> dict[str, Any] | None:
-        """The row of `to_pandas("class")` with the lowest robust accuracy; None if there is one class only."""
-        rows = class_rows(self)
+        """The row of `to_pandas("class")` with the lowest robust accuracy, of classes with at least five examples."""
+        rows = [row for row in class_rows(self) if row["count"] >= LEAST_OF_A_CLASS]
         # Of classes with the same accuracy, the one that is known best.
         return min(rows, key=lambda row: (row["robust_accuracy"], row["high"])) if len(rows) > 1 else None
 
@@ -290,6 +315,13 @@ class RobustnessReport:
         if self.corruption_accuracy is None or self.clean_accuracy == 0:
             return None
         return 1 - self.corruption_accuracy / self.clean_accuracy
+
+    @property
+    def profile_flags(self) -> dict[str, str]:
+        """The failed trust checks of the profile's norms."""
+        norms = self.profile.norms if self.profile else {}
+        failed = [(norm, flag) for norm, other in norms.items() for flag in (other.flags or {}).items()]
+        return {f"{name} ({NORM_NAMES[norm]})": message for norm, (name, message) in failed}
 
     # --- Which predictions are brittle? ---
 
@@ -352,7 +384,7 @@ class RobustnessReport:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not a robustness report ({type(error).__name__}: {error}).") from error
         return from_values(values, str(path))
 

@@ -22,6 +22,7 @@ from .estimate import CostEstimate
 from .evaluator import Evaluator
 from .flags import drawn_examples, trust_flags
 from .margins import logit_margins
+from .provenance import versions
 from .report import AdversarialExamples, RobustnessReport
 
 
@@ -31,7 +32,7 @@ SHOWN_EXAMPLES = 8
 
 # Batches attacked together: examples drop out, and the batches of the long attacks stay full nevertheless. Groups of
 # batches are what processes share and the cache holds, so there are at least so many of them if there can be.
-LARGEST_GROUP, FEWEST_GROUPS = 8, 8
+LARGEST_GROUP, FEWEST_GROUPS = 8, 32
 
 
 def groups_of_batches(count: int, batch_size: int) -> list[range]:
@@ -151,9 +152,10 @@ class Subject(NamedTuple):
     def count_right_corrupted(self, seed: int) -> dict[str, list[int]]:
         """By kind of corruption, the number of all processes' examples classified correctly at each severity."""
         kinds = [kind for group in KINDS.values() for kind in group]
-        evaluated = self._evaluated({"corruptions": kinds, "seed": seed, "version": version(PACKAGE)})
+        used = {**versions(), PACKAGE: version(PACKAGE)}
+        evaluated = self._evaluated({"corruptions": kinds, "seed": seed, "versions": used})
         totals = torch.zeros(len(kinds), len(SEVERITIES), dtype=torch.long)
-        with self._progress("corruptions") as bar:
+        with self._progress("corruptions", len(kinds) * len(SEVERITIES)) as bar:
             for group in self.clean:
                 key = group_key(evaluated, group.positions, group.hashes)
                 record = self.cache.load(key, group.logits)
@@ -164,10 +166,10 @@ class Subject(NamedTuple):
                         corrupted = corrupt(pixels, kind, severity, seed=seed, positions=group.positions)
                         logits = _logits(self.classifier, corrupted, self.provenance["batch_size"])
                         right[row, severity - 1] = (logits.argmax(dim=1) == labels).sum()
+                        bar.update(len(group.positions))
                     record = {"right": right}
                     self.cache.save(key, record, group.logits)
                 totals += record["right"]
-                bar.update(len(group.positions))
         totals = torch.stack(gather_object([totals])).sum(dim=0)
         return dict(zip(kinds, totals.tolist(), strict=True))
 
@@ -177,8 +179,8 @@ class Subject(NamedTuple):
         statistics = [normalization.mean, normalization.std]
         return {"model": self.provenance["model"]["sha256"], "normalization": statistics, **settings}
 
-    def _progress(self, description: str) -> tqdm:
-        total = sum(len(group.positions) for group in self.clean)
+    def _progress(self, description: str, times: int = 1) -> tqdm:
+        total = times * sum(len(group.positions) for group in self.clean)
         return tqdm(total=total, unit=" examples", desc=description, disable=not self.show_progress)
 
 

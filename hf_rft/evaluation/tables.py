@@ -86,19 +86,29 @@ def to_text(report: "RobustnessReport") -> str:
         f"any curve through these points: {100 * lower:.1f} to {100 * upper:.1f}",
         "  (in brackets 95 % intervals over examples)",
     ]
-    if report.profile is not None:
-        lines += ["Beyond that threat model:", *_profile_lines(report)]
     if (worst := report.worst_class) is not None:
         lines.append(f"  {describe_class(worst, report)}")
-    lines += [f"  WARNING {name}: {message}" for name, message in (report.flags or {}).items()]
+    for found in report.external:
+        at = f"{100 * found.robust_accuracy:.1f} % at {format_epsilon(found.epsilon)}"
+        lines.append(printable(f"  external evaluation: {found.attack} found {at} ({found.source})"))
+    if report.profile is not None:
+        lines += ["Beyond that threat model:", *_profile_lines(report)]
+    flags = {**(report.flags or {}), **report.profile_flags}
+    lines += [f"  WARNING {name}: {message}" for name, message in flags.items()]
     return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """In one line, without control characters: names come from files of others."""
+    return "".join(character for character in text if character.isprintable())
 
 
 def describe_class(row: Mapping[str, Any], report: "RobustnessReport") -> str:
     """`worst class: cat, 31.2 % of 16 at 8/255 [9.0, 62.4]`."""
     accuracy, low, high = (100 * row[key] for key in ("robust_accuracy", "low", "high"))
     largest = format_epsilon(report.epsilons[-1])
-    return f"worst class: {row['name']}, {accuracy:.1f} % of {row['count']} at {largest} [{low:.1f}, {high:.1f}]"
+    name = printable(row["name"])
+    return f"worst class: {name}, {accuracy:.1f} % of {row['count']} at {largest} [{low:.1f}, {high:.1f}]"
 
 
 def profile_rows(report: "RobustnessReport") -> list[tuple[str, float, tuple[float, float]]]:

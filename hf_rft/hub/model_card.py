@@ -56,16 +56,19 @@ def eval_results(report: RobustnessReport) -> list[EvalResult]:
         "dataset_revision": dataset.get("revision"),
     }
     grid = [format_epsilon(epsilon) for epsilon in report.epsilons]
-    results = [
-        EvalResult(
-            **common,
-            metric_type="accuracy",
-            metric_name="Accuracy" if epsilon == "0" else f"Accuracy at {NORM_NAMES[report.norm]} {epsilon}",
-            metric_value=accuracy,
-            metric_args={"epsilon": epsilon, **conditions, "confidence_interval": list(interval)},
+    measured = [ours == claimed for ours, claimed in zip(report.accuracies, report.claimed_accuracies, strict=True)]
+    results = []
+    for place, (epsilon, accuracy) in enumerate(zip(grid, report.claimed_accuracies, strict=True)):
+        interval = _uncertainty(confidence_interval=report.accuracy_intervals[place], is_ours=measured[place])
+        results.append(
+            EvalResult(
+                **common,
+                metric_type="accuracy",
+                metric_name="Accuracy" if epsilon == "0" else f"Accuracy at {NORM_NAMES[report.norm]} {epsilon}",
+                metric_value=accuracy,
+                metric_args={"epsilon": epsilon, **conditions, **interval},
+            )
         )
-        for epsilon, accuracy, interval in zip(grid, report.claimed_accuracies, report.accuracy_intervals, strict=True)
-    ]
     expected = EvalResult(
         **common,
         metric_type="expected_robustness",
@@ -75,12 +78,18 @@ def eval_results(report: RobustnessReport) -> list[EvalResult]:
             "epsilon": grid[-1],
             "epsilons": grid,
             **conditions,
-            "confidence_interval": list(report.confidence_interval),
-            "bounds": list(report.bracket),
+            **_uncertainty(
+                confidence_interval=report.confidence_interval, bounds=report.bracket, is_ours=all(measured)
+            ),
         },
     )
     others = report.profile.norms.values() if report.profile else ()
     return [*results, expected, *(result for other in others for result in eval_results(other))]
+
+
+def _uncertainty(*, is_ours: bool, **bounds: Sequence[float]) -> dict[str, list[float]]:
+    """Of a number that was measured here; those of an external evaluation are not known."""
+    return {name: list(values) for name, values in bounds.items()} if is_ours else {}
 
 
 _ATTACK_KEYS = ("attack", "steps", "restarts")

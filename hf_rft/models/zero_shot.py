@@ -77,12 +77,13 @@ def zero_shot_classifier(
             template without `{}`.
     """
     missing = [name for name in ("get_image_features", "get_text_features", "logit_scale") if not hasattr(model, name)]
-    if missing:
+    if missing or model.config.model_type == "siglip2":  # whose images come as patches
         raise ValueError(
-            f"`model` is {type(model).__name__}, which does not compare images with text (it has no {missing[0]!r}); "
-            "load it with `AutoModelForZeroShotImageClassification`."
+            f"`model` is {type(model).__name__}; only CLIP, SigLIP and models that are built alike can be used, "
+            "loaded with `AutoModelForZeroShotImageClassification`."
         )
-    class_names, templates = list(class_names), [templates] if isinstance(templates, str) else list(templates)
+    class_names = [class_names] if isinstance(class_names, str) else list(class_names)
+    templates = [templates] if isinstance(templates, str) else list(templates)
     if len(class_names) < 2 or len(set(class_names)) < len(class_names):
         raise ValueError(f"`class_names={class_names}` must hold at least two names, each once.")
     if not templates or any("{}" not in template for template in templates):
@@ -96,7 +97,7 @@ def zero_shot_classifier(
     options = padding if "siglip" in model.config.model_type else {"padding": True}
     device, features = next(model.parameters()).device, []
     for template in templates:
-        sentences = [template.format(name) for name in class_names]
+        sentences = [template.replace("{}", name) for name in class_names]
         inputs = processor.tokenizer(sentences, return_tensors="pt", **options).to(device)
         features.append(F.normalize(model.get_text_features(**inputs).pooler_output, dim=-1))
     return ZeroShotClassifier(model, F.normalize(torch.stack(features).mean(dim=0), dim=-1), class_names).eval()

@@ -86,12 +86,10 @@ def make_report(trainer: Any, output: Any, dataset: Any, batches: list[AttackedB
             sha256=hash_json(list(hashes.values())),
             image_shape=batches[0].image_shape,
         ),
-        margins=_margins(logits, described_model["num_classes"]),
+        # A user's `preprocess_logits_for_metrics` may have left something else.
+        margins=None if trainer.preprocess_logits_for_metrics else _margins(logits),
     )
 
 
-def _margins(logits: Any, num_classes: int | None) -> np.ndarray | None:
-    """Of the clean logits, unless the user's `preprocess_logits_for_metrics` left something else."""
-    if not isinstance(logits, np.ndarray) or logits.ndim != 2 or logits.shape[1] != num_classes:
-        return None
+def _margins(logits: np.ndarray) -> np.ndarray:
     return logit_margins(torch.from_numpy(logits)).double().numpy()

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor
 from hf_rft import RobustnessReport
 from hf_rft.cli import evaluate as recipe
 from hf_rft.data import bundled
-from hf_rft.evaluation import corruptions, evaluator, flags, reference, subject
+from hf_rft.evaluation import corruptions, evaluator, flags, reference
 
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -137,11 +137,10 @@ def test_options_reach_the_evaluation(arguments, tmp_path):
     assert len(report) == 3 and len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_profile(arguments, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(subject, "KINDS", {"digital": ("contrast",)})
+def test_profile(arguments, tmp_path, capsys):
     options = [*arguments, "--tier", "fast", "--max_samples", "4", "--profile", "--output_dir", str(tmp_path)]
     report = recipe.main(options)
-    assert set(report.profile.norms) == {"l2", "l1"} and list(report.profile.corruptions) == ["contrast"]
+    assert set(report.profile.norms) == {"l2", "l1"} and len(report.profile.corruptions) == 15
     assert (tmp_path / "robustness_profile.png").read_bytes().startswith(PNG)
     assert RobustnessReport.load(tmp_path / "robustness.json").to_dict() == report.to_dict()
     assert "Beyond that threat model:" in capsys.readouterr().out
@@ -150,7 +149,7 @@ def test_profile(arguments, tmp_path, capsys, monkeypatch):
 
 
 def test_profile_without_its_package_fails_before_anything_runs(arguments, monkeypatch, tmp_path):
-    monkeypatch.setattr(corruptions.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(corruptions, "PACKAGE", "a-package-that-is-missing")
     monkeypatch.setattr(recipe, "load_images", lambda args: pytest.fail("read the data first"))
     with pytest.raises(ImportError, match=r'pip install "hf_rft\[corruptions\]"'):
         recipe.main([*arguments, "--profile", "--output_dir", str(tmp_path / "new")])
@@ -310,6 +309,20 @@ def test_zero_shot_classes_are_those_of_the_data_by_number(clip, image_dir, tmp_
     assert report.clean_predictions.tolist() == model(**inputs).logits_per_image.argmax(dim=1).tolist()
     with pytest.raises(ValueError, match="--class_names holds 2 names, the data have 3 classes"):
         recipe.main([*options, "--class_names", "cat", "dog", "--output_dir", str(tmp_path / "new")])
+
+
+def test_class_names_in_another_order_than_the_data_are_refused(clip, image_dir, tmp_path):
+    """The folders are called bright, dark and middle."""
+    options = ["--model_name_or_path", clip, "--image_dir", image_dir, "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match=r"has 'dark' where the data have 'bright'; .*\['bright', 'dark', 'mid"):
+        recipe.main([*options, "--class_names", "dark", "bright", "middle"])
+
+
+def test_class_names_for_labels_that_are_text(clip):
+    data = datasets.Dataset.from_dict({"label": ["dog", "cat", "dog"]})
+    assert recipe.with_numbers_of(["cat", "dog"], data, "label")["label"][:] == [1, 0, 1]
+    with pytest.raises(ValueError, match="has 'dog' where the data have 'cat'"):
+        recipe.with_numbers_of(["dog", "cat"], data, "label")
 
 
 def test_zero_shot_model_without_class_names_is_refused_with_the_remedy(clip, image_dir, tmp_path):

@@ -18,6 +18,7 @@ from hf_rft import evaluate_robustness
 from hf_rft.cli import evaluate, leaderboard
 from hf_rft.cli.leaderboard import Candidate
 from hf_rft.evaluation import flags
+from hf_rft.evaluation.corruptions import KINDS
 from hf_rft.evaluation.report import ExternalEvaluation, Profile
 from hf_rft.hub.evidence import hash_weight_files
 
@@ -205,21 +206,31 @@ def test_an_external_evaluation_is_preferred_with_a_footnote(tmp_path):
     first, second = board["groups"][0]["rows"]
     assert second["accuracies"] == [0.8, 0.8, 0.1, 0.1] and second["robust_accuracy"] == 0.1
     assert first["difference_to_next"] is None, "nobody knows which examples"
+    assert second["confidence_interval"] is None and first["confidence_interval"] is not None
     text = (tmp_path / "board" / "leaderboard.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| 2 |"))
     assert row.startswith("| 2 | strong * | 80.0 | 80.0 | 10.0 | 10.0 | ") and "[" not in row
     assert "\\* strong: with the lower accuracies of an adaptive attack (https://example.org/attack)." in text
 
 
+def test_an_external_evaluation_that_is_not_lower_changes_nothing(tmp_path):
+    found = ExternalEvaluation("0.5", 0.9, "PGD-20", "elsewhere")
+    board = run(tmp_path, saved(tmp_path / "strong", STRONG, "strong", external=[found]))
+    (row,) = board["groups"][0]["rows"]
+    assert row["external"] == [] and row["confidence_interval"] is not None and names(board) == ["strong"]
+
+
 def test_profiles_have_columns_that_do_not_count_for_the_rank(tmp_path):
-    profile = Profile({"l2": make_report([0, 4, 1, 1, 1], norm="l2")}, {"fog": [5, 4, 3, 2, 1]})
+    norms = {norm: described((0, 0, 1, 1, 1), norm=norm) for norm in ("l2", "l1")}
+    norms["l1"].flags = {"flat_loss": "look at it"}
+    profile = Profile(norms, {kind: [5, 4, 3, 2, 1] for kinds in KINDS.values() for kind in kinds})
     entries = [saved(tmp_path / "seen", STRONG, "seen"), saved(tmp_path / "both", WEAK, "both", profile=profile)]
     board = run(tmp_path, *entries)
     assert names(board) == ["seen", "both"]
     text = (tmp_path / "board" / "leaderboard.md").read_text()
     header, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
     assert "| minus the next row's | all norms | corruptions | failed trust checks |" in header
-    assert rows[0].endswith("|  |  | none |") and rows[1].endswith("| 0.0 | 60.0 | none |")
+    assert rows[0].endswith("|  |  | none |") and rows[1].endswith("| 0.0 | 60.0 | flat_loss (L1) |")
     assert "All norms: share that withstands" in text
     run(tmp_path, entries[0])
     assert "all norms" not in (tmp_path / "board" / "leaderboard.md").read_text()

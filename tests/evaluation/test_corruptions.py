@@ -72,6 +72,6 @@ def test_any_size_and_grey_images(channels, size):
 
 
 def test_package_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr(corruptions.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(corruptions, "PACKAGE", "a-package-that-is-missing")
     with pytest.raises(ImportError, match=r'pip install "hf_rft\[corruptions\]"'):
         corruptions.check_installed()

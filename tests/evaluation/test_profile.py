@@ -8,8 +8,10 @@ from conftest import SIZE, make_model
 from hf_rft import RobustnessReport, evaluate_robustness
 from hf_rft.evaluation import flags, subject
 from hf_rft.evaluation.corruptions import KINDS
-from hf_rft.evaluation.profile import comparable_epsilon
+from hf_rft.evaluation.evaluator import Evaluator
+from hf_rft.evaluation.profile import comparable_epsilon, comparable_evaluators
 from hf_rft.evaluation.report import Profile
+from hf_rft.evaluation.tiers import TIERS, make_tier
 
 from .test_evaluate import numbers, picture_dataset
 from .test_report import make_report
@@ -97,6 +99,23 @@ def test_figure_without_a_profile_is_refused():
 
 
 # --- Measured ---
+
+
+def test_what_cannot_be_corrupted_is_refused_before_any_attack(monkeypatch, processor):
+    monkeypatch.setattr(subject.Subject, "attack", lambda *_: pytest.fail("attacked"))
+    images = [{"pixel_values": torch.zeros(2, 8, 8), "label": 0}]
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(128, 2))
+    with pytest.raises(ValueError, match="`profile=True` needs images with 1 or 3 channels, .* these have 2"):
+        evaluate_robustness(model, images, (0.5, 0.5), norm="linf", epsilons=["0", "0.1"], profile=True)
+
+
+def test_the_tier_of_each_norm_is_that_of_its_name_or_the_same_list():
+    grid = [Fraction(0), Fraction(8, 255)]
+    for tier in ("fast", TIERS["fast"]["linf"]):
+        found = comparable_evaluators(Evaluator("linf", grid, make_tier(tier, "linf"), 0), CIFAR)
+        assert {each.norm: each.tier for each in found} == {norm: TIERS["fast"][norm] for norm in ("l2", "l1")}
+    own = make_tier(iter([("pgd", 3)]))
+    assert [each.tier for each in comparable_evaluators(Evaluator("linf", grid, own, 0), CIFAR)] == [own, own]
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from scipy.stats import binomtest
 
 from hf_rft import RobustnessReport
 from hf_rft.attacks.base import Passes
+from hf_rft.evaluation.corruptions import KINDS
 from hf_rft.evaluation.report import AdversarialExamples, ExternalEvaluation
 
 
@@ -141,6 +142,8 @@ def test_an_external_evaluation_caps_the_claim_at_its_epsilon_and_beyond(tmp_pat
     assert report.up_to(Fraction(2, 255)).external == [weaker]
     report.save(tmp_path / "report.json")
     assert RobustnessReport.load(tmp_path / "report.json").external == [found, weaker]
+    assert ExternalEvaluation("1/3", 0.1, found.attack, found.source) == found, "text and numbers are epsilons too"
+    assert "  external evaluation: an adaptive attack found 10.0 % at 85/255 (https://example.org)" in report.table()
 
 
 # --- Files ---
@@ -267,12 +270,10 @@ def without(*keys):
         (without("per_example", "distances"), "'distances' is missing"),
         (without("passes", "backward"), "'?backward'? is missing"),
         (json.dumps({**saved_values(), "per_example": None}), "is not a complete robustness report"),
-        (json.dumps({**saved_values(), "profile": {"norms": {}}}), "'corruptions' is missing or wrong"),
         (
             json.dumps({**saved_values(), "external": [{"epsilon": "1/255"}]}),
             "is not a complete robustness report: .*missing",
         ),
-        (json.dumps({**saved_values(), "profile": [1]}), "is missing or wrong"),
         (json.dumps({**saved_values(), "epsilons": ["0", "1/255"]}), "is not a complete robustness report: '2/255'"),
     ],
 )
@@ -287,6 +288,88 @@ def test_other_files_are_refused(tmp_path, content, message):
 def test_file_that_is_not_there():
     with pytest.raises(FileNotFoundError, match="nowhere.json"):
         RobustnessReport.load("nowhere.json")
+
+
+def with_profile(**changes):
+    norms = {norm: make_report(norm=norm).to_dict() for norm in ("l2", "l1")}
+    corruptions = {kind: [4, 3, 2, 1, 0] for kinds in KINDS.values() for kind in kinds}
+    return {"profile": {"norms": norms, "corruptions": corruptions, **changes}}
+
+
+def norms_with(place, /, **changes):
+    return with_profile(norms={**with_profile()["profile"]["norms"], place: make_report(**changes).to_dict()})
+
+
+def corruptions_with(**changes):
+    return with_profile(corruptions={**with_profile()["profile"]["corruptions"], **changes})
+
+
+def external(**changes):
+    found = {"epsilon": "0.5", "robust_accuracy": 0.1, "attack": "an attack", "source": "somewhere", **changes}
+    return {"external": [{key: value for key, value in found.items() if value != "left out"}]}
+
+
+def per_example(**changes):
+    return {"per_example": {**saved_values()["per_example"], **changes}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (external(robust_accuracy="0.1"), r"`robust_accuracy='0.1'` must be a number from 0 to 1"),
+        (external(robust_accuracy=7), r"`robust_accuracy=7` must be a number from 0 to 1"),
+        (external(robust_accuracy=float("nan")), r"`robust_accuracy=nan` must be"),
+        (external(robust_accuracy=False), r"`robust_accuracy=False` must be"),
+        (external(epsilon="zz"), "`epsilon='zz'` is not a number"),
+        (external(attack=3), "`attack=3` and `source='somewhere'` must be text"),
+        (external(source="left out"), "'source' is missing or wrong"),
+        (with_profile(norms={}), r"'profile' holds the norms \[\], not all others than linf"),
+        (with_profile(norms={"l2": {}, "<b>x": {}}), "has schema|schema_version"),
+        (norms_with("l1", norm="l2"), "'profile' holds for l1 a report of another norm"),
+        (norms_with("l2", broken_at=(4, 4, 4), norm="l2"), "'profile' holds for l2 a report .* of other examples"),
+        (with_profile(corruptions={}), "'corruptions' does not hold each kind at each severity"),
+        (with_profile(corruptions=[1]), "is missing or wrong"),
+        (corruptions_with(fog=[1]), "'corruptions' does not hold each kind at each severity"),
+        (corruptions_with(fog="abcde"), "'corruptions' holds other values than numbers of examples up to 5"),
+        (corruptions_with(fog=[500] * 5), "'corruptions' holds other values than numbers of examples up to 5"),
+        (corruptions_with(fog=[-1] * 5), "'corruptions' holds other values"),
+        (corruptions_with(fog=[float("nan")] * 5), "'corruptions' holds other values"),
+        (per_example(margins=[[1.0]] * 5), "its columns have different lengths"),
+        (per_example(margins=["a"] * 5), "could not convert string to float"),
+        (per_example(labels=["a"] * 5), "'labels' does not hold whole numbers"),
+        ({"settings": {**SETTINGS, "model": {"class_names": ["cat"]}}}, "'class_names' does not hold a name for each"),
+        (
+            {"settings": {**SETTINGS, "model": {"class_names": {"0": 1}}}},
+            "'class_names' does not hold a name for each",
+        ),
+        ({"schema_version": True}, "has schema version True"),
+    ],
+)
+def test_values_from_elsewhere_are_checked(tmp_path, changes, message):
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({**saved_values(), **changes}))
+    with pytest.raises(ValueError, match=message) as error:
+        RobustnessReport.load(path)
+    assert str(error.value).startswith(str(path))
+
+
+def test_profile_that_is_right_is_read(tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps({**saved_values(), **with_profile()}))
+    assert RobustnessReport.load(path).corruption_accuracy == pytest.approx(0.4)
+
+
+def test_file_that_is_nested_too_deeply_is_refused(tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="is not a robustness report .RecursionError"):
+        RobustnessReport.load(path)
+
+
+@pytest.mark.parametrize("accuracy", [31, -0.1, float("nan"), "0.3"])
+def test_external_accuracy_is_a_share(accuracy):
+    with pytest.raises(ValueError, match="must be a number from 0 to 1"):
+        ExternalEvaluation("1/3", accuracy, "an attack", "somewhere")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from scipy.stats import binomtest
 
 from evaluation.test_report import GRID, SETTINGS, make_report, reports
+from hf_rft.evaluation.report import ExternalEvaluation
 
 
 def test_a_row_per_example():
@@ -45,17 +46,27 @@ def test_a_row_per_class():
         exact = binomtest(successes, row["count"]).proportion_ci(level, method="exact")
         assert (row["low"], row["high"]) == pytest.approx((exact.low, exact.high))
     assert (table["count"] * table["robust_accuracy"]).sum() / 7 == pytest.approx(report.robust_accuracy)
-    assert report.worst_class["class"] == 5
-    assert "worst class: 5, 0.0 % of 1 at 0.5 [0.0, 99.2]" in report.table()
 
 
-def test_of_equally_bad_classes_the_one_that_is_known_best_is_the_worst():
-    report = make_report((1, 1, 1, 1, 4), labels=np.array([0, 1, 1, 1, 2]))
-    assert report.worst_class["class"] == 1 and report.worst_class["name"] == "1"
+def test_the_worst_class_has_enough_examples_and_of_equals_is_known_best():
+    labels = np.repeat([0, 1, 2, 3], [4, 5, 6, 5])
+    report = make_report(np.where(labels == 3, 4, 1), labels=labels)
+    assert report.worst_class["class"] == 2 and report.worst_class["name"] == "2"
+    assert "\n  worst class: 2, 0.0 % of 6 at 0.5 [0.0, " in report.table()
 
 
 def test_one_class_is_not_the_worst():
-    assert make_report().worst_class is None and "worst class" not in make_report().table()
+    report = make_report([1] * 8)
+    assert report.worst_class is None and "worst class" not in report.table()
+
+
+def test_names_from_elsewhere_write_no_lines_of_the_table():
+    model = {**SETTINGS["model"], "class_names": {"0": "\x1b[31mred\n  expected robustness  99.9 %"}}
+    labels = np.repeat([0, 1], 6)
+    report = make_report(1 + 3 * labels, labels=labels, settings={**SETTINGS, "model": model})
+    report.external = [ExternalEvaluation(0, 0.0, "a\nb\x1b", "c\rd")]
+    assert all(character.isprintable() for line in report.table().split("\n") for character in line)
+    assert len(report.table().splitlines()) == 1 + 4 + 2 + 2
 
 
 @given(reports())

@@ -175,6 +175,9 @@ def test_an_external_evaluation_takes_the_place_of_higher_numbers(report):
     assert [result.metric_value for result in accuracies] == [0.8, 0.6, 0.1, 0.1]
     assert expected.metric_value == report.claimed_expected_robustness
     assert expected.metric_args["external"] == ["an <adaptive> attack (https://example.org)"]
+    assert "confidence_interval" not in expected.metric_args and "bounds" not in expected.metric_args
+    assert ["confidence_interval" in result.metric_args for result in accuracies] == [True, True, False, False]
+    assert "![Accuracy over epsilon (L∞), as measured here: 80.0 %" in describe_robustness(report, "curve.png")
 
 
 def test_a_profile_is_stated_apart(report):
@@ -192,11 +195,20 @@ def test_a_profile_is_stated_apart(report):
 
 def test_the_worst_class_is_named():
     model = {"name": "m", "class_names": {"0": "cat", "1": "<dog>"}}
-    report = make_report((1, 1, 4, 4, 4), labels=np.array([1, 1, 1, 0, 0]), settings=settings(model=model))
+    report = make_report([1] * 4 + [4] * 8, labels=np.repeat([1, 0], 6), settings=settings(model=model))
     text = describe_robustness(report)
-    assert "The classes differ; worst class: " in text and "33.3 % of 3 at 0.5 [0.4, 93.4]" in text
+    assert "The classes differ; worst class: " in text and "33.3 % of 6 at 0.5 [" in text
     assert "<dog>" not in text, "a name is not HTML"
     assert "worst class" not in describe_robustness(make_report(settings=settings()))
+
+
+def test_failed_checks_of_the_other_norms_are_stated(report):
+    report = with_profile(report)
+    assert "Passed: no sign of masked gradients" in describe_robustness(report)
+    report.profile.norms["l2"].flags = {"flat_loss": "look at it"}
+    text = describe_robustness(report)
+    assert "- **flat_loss (L2)**: look at it" in text and "Passed" not in text
+    assert "WARNING flat_loss (L2): look at it" in report.table()
 
 
 def test_accuracies_are_stated_once(report):

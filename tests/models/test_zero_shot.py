@@ -1,4 +1,4 @@
-"""CLIP, SigLIP and SigLIP 2 with random weights; those of the Hub have the same code."""
+"""CLIP and SigLIP with random weights; those of the Hub have the same code."""
 
 import numpy as np
 import pytest
@@ -12,6 +12,8 @@ from transformers import (
     CLIPModel,
     CLIPProcessor,
     PreTrainedTokenizerFast,
+    Siglip2Config,
+    Siglip2Model,
     SiglipConfig,
     SiglipModel,
     ViTImageProcessor,
@@ -130,10 +132,17 @@ def test_the_image_tower_is_attacked_and_the_head_is_frozen(family, processor, i
     assert torch.equal(classifier.text_features, before) and "text_features" in classifier.state_dict()
 
 
+def siglip2():
+    vision = {**VISION, "num_patches": 4}
+    return Siglip2Model(Siglip2Config(text_config={**TEXT, **SPECIAL}, vision_config=vision))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model": torch.nn.Linear(2, 2)}, r"`model` is Linear, .* \(it has no 'get_image_features'\); load it with"),
+        ({"model": torch.nn.Linear(2, 2)}, "`model` is Linear; only CLIP, SigLIP and models that are built alike"),
+        ({"model": siglip2()}, "`model` is Siglip2Model; only CLIP, SigLIP"),
+        ({"class_names": "cat"}, r"`class_names=\['cat'\]` must hold at least two names"),
         ({"class_names": ["cat"]}, r"`class_names=\['cat'\]` must hold at least two names, each once"),
         ({"class_names": ["cat", "dog", "cat"]}, "each once"),
         ({"templates": []}, r"`templates=\[\]` must hold sentences with \{\}"),
