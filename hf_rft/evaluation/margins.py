@@ -59,7 +59,7 @@ def brittle(model: torch.nn.Module, batch: Mapping[str, Any] | torch.Tensor, thr
         batch (`Mapping` or `torch.Tensor`):
             The model's inputs, or `pixel_values` alone.
         threshold (`float`):
-            From [`RobustnessReport.margin_threshold`] of the same model.
+            From `report.margin_threshold()` of the same model.
     """
     output = model(**batch) if isinstance(batch, Mapping) else model(batch)
     return logit_margins(getattr(output, "logits", output)) <= threshold
