@@ -4,6 +4,8 @@
     hf-rft evaluate --num_processes 8 --model_name_or_path google/vit-base-patch16-224 \\
         --dataset_name ILSVRC/imagenet-1k --split validation --epsilons 0 1/255 2/255 4/255
     hf-rft evaluate --model_name_or_path my_model --image_dir my_images/test --norm l2 --epsilons 0 0.5 1 2
+    hf-rft evaluate --model_name_or_path openai/clip-vit-base-patch32 --class_names cat dog "red fox" \\
+        --image_dir my_images/test
 
 Writes into --output_dir: robustness.json (the whole report), robustness_curve.png, adversarial_examples.png, with
 --profile robustness_profile.png, and cache/ with the finished batches, from which the same command goes on if it was
@@ -95,7 +97,9 @@ class EvaluationArguments:
     )
     profile: bool = field(
         default=False,
-        metadata={"help": "Also measure the other norms, at comparable radii, and common corruptions; 3 to 6 times."},
+        metadata={
+            "help": "Also measure the other norms, at comparable radii, and common corruptions; 3 to 6 times the work."
+        },
     )
     reference: str | None = field(
         default=None,
