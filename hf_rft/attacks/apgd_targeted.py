@@ -11,7 +11,15 @@ import torch
 from ..threat_model import ThreatModel
 from ..utils.noise import Generators, check_generators
 from .apgd import apgd, apgd_passes
-from .base import Forward, Passes, check_inputs, select_generators, states_passes, targeted_dlr
+from .base import (
+    Forward,
+    Passes,
+    check_inputs,
+    likeliest_wrong_classes,
+    select_generators,
+    states_passes,
+    targeted_dlr,
+)
 
 
 def _passes(steps: int, norm: str = "linf", targets: int = 9) -> Passes:
@@ -61,8 +69,7 @@ def apgd_targeted(
     check_generators(generator, len(pixels))
     with torch.no_grad():
         clean_logits = forward(pixels)
-    wrong = clean_logits.scatter(1, labels.unsqueeze(1), -torch.inf)
-    classes = wrong.topk(min(targets, wrong.shape[1] - 1), dim=1).indices
+    classes = likeliest_wrong_classes(clean_logits, labels, targets)
     options = {"threat_model": threat_model, "steps": steps, "random_start": random_start, "step_size": step_size}
     fooled = clean_logits.argmax(dim=1) != labels
     return aim_at(classes, fooled, forward, pixels, labels, generator=generator, **options)

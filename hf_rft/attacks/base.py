@@ -296,6 +296,12 @@ def evaluate(
     return Evaluation(values.detach(), input_gradient, prediction, prediction != classes_of(labels))
 
 
+def likeliest_wrong_classes(logits: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
+    """The wrong classes with the largest logits, shape `(batch, count)`; at most the number of classes minus one."""
+    wrong = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
+    return wrong.topk(min(count, logits.shape[1] - 1), dim=1).indices
+
+
 def nearest_classes(
     forward: Forward, pixels: torch.Tensor, labels: torch.Tensor, threat_model: ThreatModel, candidates: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -314,8 +320,7 @@ def nearest_classes(
     with torch.enable_grad():
         leaf = pixels.detach().requires_grad_()
         logits = forward(leaf)
-        wrong = logits.detach().scatter(1, labels.unsqueeze(1), -torch.inf)
-        classes = wrong.topk(min(candidates, logits.shape[1] - 1), dim=1).indices
+        classes = likeliest_wrong_classes(logits.detach(), labels, candidates)
         distances = []
         for target in classes.unbind(dim=1):
             value = lead(logits, labels, targets=target)
